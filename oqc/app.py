@@ -1,0 +1,210 @@
+"""The composition root: builds a server, starts its parts, waits for signals, stops them in the reverse order."""
+import logging
+import os
+import queue
+import random
+import signal
+import threading
+from typing import Any, Optional
+
+from oqc import runtimes
+from oqc.api import Api, Keys
+from oqc.clock import Clock
+from oqc.config import ConfigError, Settings, read_keys
+from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
+from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
+from oqc.server import Limits, Server, tls_context
+from oqc.store import SQLITE_VERSION, Store  # pylint: disable=unused-import # cli shows it
+from oqc.workers import Workers
+
+log = logging.getLogger("oqc")
+
+MOST_LINES = 10_000                 # log lines that wait for a standard error that nobody reads
+GATHER = 0.05                       # seconds in which access lines are gathered into one write
+
+
+class StartError(Exception):
+    """The server cannot start; the text is one line that says why and what to do."""
+
+
+class LogLines(logging.Handler):
+    """The log on standard error, written by a thread of its own: a full, blocked or closed standard error costs lines,
+    never a request. Without journald each line begins with its time, with it with its priority (sd-daemon(3))."""
+
+    def __init__(self, clock: Clock, journal: bool) -> None:
+        super().__init__()
+        self.clock, self.journal, self.dropped = clock, journal, 0
+        self._lines: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()
+        self._urgent = threading.Event()
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log a record, its line breaks included as text."""
+        text = self.format(record).replace("\n", "\\n")
+        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}.get(record.levelno, 3)
+        begin = f"<{priority}>" if self.journal else f"{self.clock.now()} {record.levelname.lower()} "
+        self._put(f"{begin}{text}\n")
+        self._urgent.set()
+
+    def access(self, line: str) -> None:
+        """Log a request."""
+        self._put(f"<6>{line}\n" if self.journal else f"{self.clock.now()} access {line}\n")
+
+    def _put(self, line: str) -> None:
+        if self._lines.qsize() < MOST_LINES:
+            self._lines.put(line)
+        else:
+            self.dropped += 1
+
+    def _write(self) -> None:
+        line: Optional[str] = ""
+        while line is not None:
+            lines = []
+            line = self._lines.get()
+            self.clock.wait(self._urgent, GATHER)
+            self._urgent.clear()
+            while line is not None:
+                lines.append(line)
+                if self._lines.empty():
+                    break
+                line = self._lines.get()
+            if self.dropped:
+                lines.append(f"{self.dropped} lines were dropped: standard error was not read\n")
+                self.dropped = 0
+            try:
+                data = "".join(lines).encode("utf-8", "backslashreplace")
+                while data:
+                    data = data[os.write(2, data):]
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        """Write what there is, unless nobody reads it."""
+        self._lines.put(None)
+        self._urgent.set()
+        self._thread.join(1)
+        super().close()
+
+
+class Signals:
+    """What the outside asked for. The handlers set events and do nothing else."""
+
+    def __init__(self) -> None:
+        self.any, self.stop, self.hurry, self.reload = (threading.Event() for _ in range(4))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, self._on_reload)
+
+    def _on_stop(self, *_: Any) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
+        self.any.set()
+
+    def _on_reload(self, *_: Any) -> None:
+        self.reload.set()
+        self.any.set()
+
+
+def serve(settings: Settings) -> int:
+    """Run a server until it is told to stop; 0. Raises StartError."""
+    _keep_standard_descriptors()
+    signals, clock = Signals(), Clock()
+    lines = LogLines(clock, bool(os.environ.get("JOURNAL_STREAM")))
+    log.handlers, log.propagate = [lines], False
+    log.setLevel(settings.log_level.upper())
+    try:
+        _serve(settings, signals, clock, lines)
+        return 0
+    finally:
+        lines.close()
+
+
+def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) -> None:
+    """Build, start, wait, stop."""
+    dice = random.SystemRandom()
+    try:
+        store = Store(settings.db, clock)
+    except StoreError as error:
+        raise StartError(str(error)) from None
+    common = runtimes.Settings(clock, settings.kill_grace)
+    workers = Workers(store, [(spec, _slot_maker(spec, common)) for spec in settings.runtimes], RetryPolicy(), clock,
+                      dice.random)
+    api = Api(store, workers, Keys(dict(settings.keys)), lambda: dice.getrandbits(MOST_SEED.bit_length()),
+              settings.max_waiting)
+    try:
+        server = Server((settings.host, settings.port), api, clock,
+                        limits=Limits(body=settings.max_body, connections=settings.max_connections),
+                        tls=tls_context(settings.tls_cert, settings.tls_key),
+                        access=lines.access if log.isEnabledFor(logging.INFO) else lambda line: None)
+    except OSError as error:
+        store.close()
+        raise StartError(f"{settings.host}:{settings.port}: {error.strerror or error}; is another server there? "
+                         "--port takes another one") from None
+    workers.start()
+    _say_what_there_is(settings, server)
+    listener = threading.Thread(target=server.serve_forever, args=(0.25,), name="listener", daemon=True)
+    listener.start()
+    while not signals.stop.is_set():
+        signals.any.wait()
+        signals.any.clear()
+        if signals.reload.is_set():
+            signals.reload.clear()
+            _read_keys_again(settings, api)
+    _stop(settings, signals, clock, server, workers, store)
+
+
+def _stop(settings: Settings, signals: Signals, clock: Clock, server: Server, workers: Workers, store: Store) -> None:
+    """Take no more jobs, let those that run end, then everything, in the reverse order of its start."""
+    log.info("stopping: no new jobs, %g s for those that run; a second signal ends them at once", settings.drain)
+    deadline = clock.monotonic() + settings.drain
+    workers.drain(signals.any)
+    while workers.busy() and not signals.hurry.is_set() and clock.monotonic() < deadline:
+        signals.any.clear()
+        if workers.busy() and not signals.hurry.is_set():
+            clock.wait(signals.any, max(0.0, deadline - clock.monotonic()))
+    workers.stop()
+    server.stop()
+    store.close()
+    log.info("stopped")
+
+
+def _say_what_there_is(settings: Settings, server: Server) -> None:
+    host, port = server.server_address[:2]
+    shown = f"[{host}]" if ":" in str(host) else host
+    log.info("listening on %s://%s:%d/", "https" if settings.tls_cert else "http", shown, port)
+    log.info("database %s", os.path.abspath(settings.db))
+    log.info("runtimes: %s", "; ".join(
+        f"{mode} on {', '.join(spec.name for spec in settings.runtimes if mode in spec.modes)}" for mode in MODES))
+    if any(spec.name == "emulator" for spec in settings.runtimes):
+        log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND names a runtime")
+
+
+def _slot_maker(spec: RuntimeSpec, common: runtimes.Settings) -> Any:
+    if spec.command is None and spec.protocol == "lines":
+        spec = spec._replace(command=runtimes.builtin_command(spec.name))
+    return lambda: runtimes.slot(spec, common)
+
+
+def _read_keys_again(settings: Settings, api: Api) -> None:
+    try:
+        api.keys = Keys(read_keys(settings, os.environ))
+        log.info("keys read again: %s", ", ".join(sorted(api.keys.names.values())))
+    except ConfigError as error:
+        log.error("keys not read again, the old ones stay: %s", error)
+
+
+def _keep_standard_descriptors() -> None:
+    """Open what of 0, 1 and 2 is closed, so that no socket or database gets its number; make sure that runtimes
+    inherit no other descriptor than those."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            break
+        os.set_inheritable(descriptor, True)
+    for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
+        try:
+            if int(name) > 2:
+                os.set_inheritable(int(name), False)
+        except OSError:             # the one that listdir itself had
+            pass

@@ -1,0 +1,220 @@
+"""The job as data: its pattern, modes and statuses, who may become what, and what becomes of it after an attempt."""
+import json
+import re
+from typing import Any, Dict, NamedTuple, Optional, Tuple
+
+MODES = ("verbatim", "simulation", "echo")
+STARTING, RETRYING, SUCCESS, RUNTIME_ERROR = STATUSES = ("Starting", "Retrying", "Success", "Runtime Error")
+
+# Who may become what. The spec has no "Running": a job runs while start_time is set and end_time is not.
+TRANSITIONS = {
+    (STARTING, "claimed"): STARTING,
+    (STARTING, "retry"): RETRYING,
+    (STARTING, "succeeded"): SUCCESS,
+    (STARTING, "failed"): RUNTIME_ERROR,
+    (RETRYING, "claimed"): RETRYING,
+    (RETRYING, "retry"): RETRYING,
+    (RETRYING, "succeeded"): SUCCESS,
+    (RETRYING, "failed"): RUNTIME_ERROR,
+}
+OPEN = tuple(sorted({status for status, _ in TRANSITIONS}))     # the statuses that a job can still leave
+
+# Return codes: the conventions of the shell, of timeout(1) and of sysexits.h.
+TEMPFAIL, PROTOCOL, SOFTWARE, TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, CANCELLED = 75, 76, 70, 124, 126, 127, 130
+KILLED = 128 + 9
+
+# The documented pattern, with ASCII digits, and for fullmatch: `$` would let a trailing newline in.
+PULSE = r"[XYZ]\([0-9]{1,3}\)"
+PATTERN = re.compile(f"{PULSE}(?:, {PULSE})*")
+PULSE_PARTS = (                     # what a pulse is made of, in order, and what to call it where it is missing
+    (re.compile(r"[XYZ]"), "a pulse such as X(90)"),
+    (re.compile(r"\("), '"(" and an angle such as X(90)'),
+    (re.compile(r"[0-9]{1,3}"), "an angle of 1 to 3 digits"),
+    (re.compile(r"\)"), '")" after an angle of 1 to 3 digits'),
+)
+MOST_SHOTS, DEFAULT_SHOTS, MOST_SEED = 1_000_000, 1000, 2 ** 63 - 1
+
+
+class Malformed(ValueError):
+    """What was sent is not a job; the text says what is wrong, where, and what is allowed."""
+
+
+class UnknownJob(LookupError):
+    """No job has this id."""
+
+
+class Ended(Exception):
+    """The job has ended, so that nothing can be changed about it; carries the job."""
+
+    def __init__(self, job: "Job") -> None:
+        super().__init__(f"job {job.id} has ended: {job.status}")
+        self.job = job
+
+
+class StoreError(Exception):
+    """The database cannot be opened, or cannot be used now; the text says why and what to do."""
+
+
+class DiskFull(StoreError):
+    """There is no room for what was to be written; nothing of it was."""
+
+
+class Job(NamedTuple):
+    """A job as the API shows it: the ten documented members in the documented order."""
+
+    id: int
+    job: str
+    mode: str
+    status: str
+    runtime: Optional[str]
+    return_code: Optional[int]
+    runtime_error: Optional[str]
+    created_time: str
+    start_time: Optional[str]
+    end_time: Optional[str]
+
+
+class Submission(NamedTuple):
+    """What a client asked for, checked."""
+
+    job: str
+    mode: str
+    shots: int = DEFAULT_SHOTS
+    seed: Optional[int] = None      # None: to be chosen and stored, so that every run can be repeated
+    return_code: int = 0            # of an echo
+
+
+class Task(NamedTuple):
+    """One attempt at a job: what a runtime is told."""
+
+    id: int
+    job: str
+    mode: str
+    attempt: int                    # 1 is the first
+    shots: int
+    seed: int
+    return_code: int
+
+
+class RuntimeSpec(NamedTuple):
+    """A runtime as it is configured. A command of None is the echo, which needs no process."""
+
+    name: str
+    command: Optional[Tuple[str, ...]]
+    modes: Tuple[str, ...] = ("verbatim",)
+    protocol: str = "exec"
+    slots: int = 1                  # how many of it run at once
+    timeout: float = 60.0           # seconds an attempt may take
+    retry_codes: Tuple[int, ...] = (TEMPFAIL,)
+    interrupted: str = "retry"      # what becomes of a job that a crash of the server cut off: retry, or fail
+
+
+class Outcome(NamedTuple):
+    """How one attempt ended."""
+
+    return_code: int
+    runtime_error: Optional[str] = None
+    result: Optional[str] = None    # what the runtime put out
+    is_json: bool = False           # whether `result` is JSON, or else text
+    transient: bool = False         # worth another attempt
+    started: bool = True            # False: the runtime could not even be started
+
+
+class Ending(NamedTuple):
+    """An attempt that is over and what becomes of its job."""
+
+    task: Task
+    event: str                      # "retry", "succeeded" or "failed"; or "release": a retry that costs no attempt
+    outcome: Outcome
+    delay: float = 0.0              # seconds until it is due again
+
+
+class RetryPolicy(NamedTuple):
+    """How often, and after what delays, a transient outcome is tried again."""
+
+    attempts: int = 5
+    first: float = 0.5              # seconds before the second attempt
+    most: float = 30.0              # seconds the doubling stops at
+
+    def delay(self, attempt: int, dice: float) -> float:
+        """Seconds from the end of the `attempt`-th attempt to the next: doubling, and from half to the whole of it
+        by `dice` (0 to 1), so that jobs that failed together do not come back together."""
+        return min(self.most, self.first * 2 ** min(attempt - 1, 30)) * (0.5 + dice / 2)
+
+
+def decide(outcome: Outcome, attempt: int, policy: RetryPolicy) -> str:
+    """What becomes of a job after its `attempt`-th attempt (1 is the first): the event of TRANSITIONS.
+
+    A transient outcome is tried again until `policy.attempts` is reached; any other outcome is final.
+    """
+    if outcome.transient and attempt < policy.attempts:
+        return "retry"
+    return "failed" if outcome.return_code else "succeeded"
+
+
+def parse(value: Any) -> Submission:
+    """The submission in one decoded JSON value; raises Malformed."""
+    if type(value) is not dict:     # pylint: disable=unidiomatic-typecheck # JSON makes exact types, and True is an int
+        raise Malformed(f"expected an object with job and mode, found {_kind(value)}")
+    if len(value) == 2 and PATTERN.fullmatch(_text(value, "job")) and value.get("mode") in MODES:
+        return Submission(value["job"], value["mode"])
+    return _parse_slowly(value)
+
+
+def _parse_slowly(value: Dict[str, Any]) -> Submission:
+    """parse for everything but the plain good job: with the optional members, and with the reason for a refusal."""
+    for name in value:
+        if name not in Submission._fields:
+            raise Malformed(f"unknown member {json.dumps(name)[:80]}: allowed are {', '.join(Submission._fields)}")
+    job, mode = _text(value, "job"), _text(value, "mode")
+    if not PATTERN.fullmatch(job):
+        raise Malformed(explain(job))
+    if mode not in MODES:
+        raise Malformed(f"mode: expected verbatim, simulation or echo, found {json.dumps(mode)[:80]}")
+    if "return_code" in value and mode != "echo":
+        raise Malformed("return_code: only an echo can be asked for one")
+    seed = _whole(value, "seed", MOST_SEED) if "seed" in value else None
+    return Submission(job, mode, _whole(value, "shots", MOST_SHOTS, DEFAULT_SHOTS), seed,
+                      _whole(value, "return_code", 255, 0))
+
+
+def explain(job: str) -> str:
+    """Where a job string leaves the documented pattern, counting characters from 1, and what is allowed there."""
+    whole = PATTERN.match(job)
+    place = whole.end() if whole else 0
+    expected = '", " and a pulse such as X(90)'
+    if not whole or job.startswith(", ", place):
+        place += 2 if whole else 0
+        for part, expected in PULSE_PARTS:
+            found = part.match(job, place)
+            if not found:
+                break
+            place = found.end()
+    found_there = json.dumps(job[place]) if place < len(job) else "the end"
+    return f"job: at character {place + 1}: expected {expected}, found {found_there}"
+
+
+def _text(value: Dict[str, Any], name: str) -> str:
+    """The text member `name`; raises Malformed."""
+    text = value.get(name)
+    if not isinstance(text, str):
+        raise Malformed(f"{name}: expected text, found {_kind(text)}" if name in value else
+                        f"{name}: missing; a job has the members job and mode")
+    return text
+
+
+def _whole(value: Dict[str, Any], name: str, most: int, default: int = 0) -> int:
+    """The whole number `name` from 0 to `most`; raises Malformed."""
+    number = value.get(name, default)
+    if type(number) is not int:     # pylint: disable=unidiomatic-typecheck # True is an int to isinstance
+        raise Malformed(f"{name}: expected a whole number from 0 to {most}, found {_kind(number)}")
+    if not 0 <= number <= most:
+        raise Malformed(f"{name}: expected a whole number from 0 to {most}, found {str(number)[:40]}")
+    return number
+
+
+def _kind(value: Any) -> str:
+    """What JSON calls the type of a decoded value."""
+    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", int: "a number",
+             float: "a number with a fraction", type(None): "null"}
+    return names[type(value)]

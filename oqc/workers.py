@@ -1,0 +1,413 @@
+"""Who runs what, when: a queue of ids for each mode, a worker thread for each slot, retries, cancelling, pausing.
+
+The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after it.
+"""
+import heapq
+import logging
+import queue
+import threading
+from collections import Counter
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple
+
+from oqc import jobs
+from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Task
+
+log = logging.getLogger("oqc")
+
+ECHO_BATCH = 500                    # echoes run at once by their one worker, since nothing of theirs takes time
+SET_ASIDE_AFTER = 3                 # failures to start, in a row
+FIRST_PAUSE, MOST_PAUSE = 1.0, 60.0     # seconds a failing runtime is left alone, doubling
+INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
+STORE_AGAIN = 1.0                   # seconds until a write that the store could not take is tried again
+
+
+class Slot(Protocol):
+    """What a worker needs of runtimes.Slot."""
+
+    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
+        """One attempt; None if it was ended because of `interrupted()`."""
+
+    def wake(self) -> None:
+        """Have a running attempt ask `interrupted()` again."""
+
+    def close(self) -> None:
+        """End what is left between attempts."""
+
+
+class _Attempt:
+    """A job that a worker has in its hands. Its flags are set under Workers.lock."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot, self.cancelled, self.stopped = slot, False, False
+
+    def interrupted(self) -> bool:
+        """Whether somebody wants it ended."""
+        return self.cancelled or self.stopped
+
+
+class _Runtime:
+    """A runtime and how it fares. Changed under Workers.lock."""
+
+    def __init__(self, spec: RuntimeSpec, since: str) -> None:
+        self.spec, self.since = spec, since
+        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # full: its workers will look anyway
+        self.paused: Optional[str] = None       # the reason
+        self.unstartable = 0                    # failures to start, in a row
+        self.aside_until = 0.0                  # monotonic seconds
+        self.running: Dict[int, _Attempt] = {}
+        self.ended = self.failures = 0
+
+    @property
+    def failing(self) -> bool:
+        """Whether it is set aside."""
+        return self.unstartable >= SET_ASIDE_AFTER
+
+    def state(self) -> str:
+        """What GET /runtimes/ says of it."""
+        return ("paused" if self.paused is not None else "failing" if self.failing else
+                "busy" if len(self.running) >= self.spec.slots else "idle")
+
+    def ring(self) -> None:
+        """Have a worker that waits look at the queues."""
+        try:
+            self.bell.put_nowait(None)
+        except queue.Full:
+            pass
+
+
+class Workers:                      # pylint: disable=too-many-instance-attributes # each has a line that says why
+    """The worker threads of all runtimes, and what concerns jobs that wait or run."""
+
+    def __init__(self, store: Any, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]], policy: RetryPolicy,
+                 clock: Any, dice: Callable[[], float]) -> None:
+        """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the retry delays."""
+        self.store, self.policy, self.clock, self.dice = store, policy, clock, dice
+        self.runtimes = {spec.name: _Runtime(spec, clock.now()) for spec, _ in runtimes}
+        self._slot_makers = {spec.name: make for spec, make in runtimes}
+        self._queues: Dict[str, "queue.PriorityQueue[int]"] = {mode: queue.PriorityQueue() for mode in jobs.MODES}
+        self.lock = threading.RLock()           # over every _Runtime and _Attempt, and over the two below
+        self._alarms: List[Tuple[float, str, int]] = []     # a heap: at these monotonic seconds a mode's id is due;
+        self._alarm_set = threading.Event()                 # id 0: look again
+        self._waiters: Dict[int, List[threading.Event]] = {}
+        self.draining = threading.Event()
+        self._idle = threading.Event()          # set by a worker that leaves no job running
+        self._stopped = threading.Event()
+        self._threads: List[threading.Thread] = []
+
+    # Life
+
+    def start(self) -> None:
+        """Take up what the database says: decide on what a crash cut off, queue what waits, start the threads."""
+        for name, (reason, since) in self.store.pauses().items():
+            if name in self.runtimes:
+                self.runtimes[name].paused, self.runtimes[name].since = reason, since
+        for page in self.store.running():
+            self.store.settle([self._cut_off(*row) for row in page])
+        for page in self.store.waiting():
+            for number, mode, due in page:
+                # a wall clock that jumped must not hold a job back for longer than a delay can be
+                delay = 0.0 if due is None else min(due - self.clock.unix(), self.policy.most)
+                self._enqueue_in(delay, mode, number)
+        self._spawn(self._ring_alarms, "alarms")
+        for name, runtime in self.runtimes.items():
+            for number in range(runtime.spec.slots):
+                self._spawn(self._work, f"{name}-{number}", runtime, self._slot_makers[name]())
+
+    def _cut_off(self, number: int, attempt: int, mode: str, name: str) -> Ending:
+        """What becomes of a job that ran when the server was killed."""
+        runtime = self.runtimes.get(name)
+        again = runtime is None or runtime.spec.interrupted == "retry"
+        outcome = INTERRUPTED._replace(transient=again)
+        event = jobs.decide(outcome, attempt, self.policy)
+        log.warning("job %d was running on %s when the server was killed: %s", number, name,
+                    "it is tried again" if event == "retry" else "ended as interrupted")
+        return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
+
+    def _spawn(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def drain(self, tell: threading.Event) -> None:
+        """Start no more jobs. Those that run go on, and `tell` is set when none is left."""
+        self._idle = tell
+        self.draining.set()
+
+    def busy(self) -> bool:
+        """Whether a job runs."""
+        with self.lock:
+            return any(runtime.running for runtime in self.runtimes.values())
+
+    def stop(self) -> None:
+        """End what still runs, so that it is run again at the next start, and all threads."""
+        self.drain(self._idle)
+        self._stopped.set()
+        with self.lock:
+            for runtime in self.runtimes.values():
+                for attempt in runtime.running.values():
+                    attempt.stopped = True
+                    attempt.slot.wake()
+                for _ in range(runtime.spec.slots):
+                    runtime.ring()
+            self._alarm_set.set()
+            self._tell(list(self._waiters))
+        for thread in self._threads:
+            thread.join()
+
+    # Queues
+
+    def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
+        """Have these jobs run, oldest first, once the store has them."""
+        waiting = self._queues[mode]
+        for number in numbers:
+            waiting.put(number)
+        for runtime in self.runtimes.values():
+            if mode in runtime.spec.modes:
+                for _ in range(min(len(numbers), runtime.spec.slots)):
+                    runtime.ring()
+
+    def waiting(self) -> int:
+        """How many jobs wait to be run now."""
+        return sum(waiting.qsize() for waiting in self._queues.values())
+
+    def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
+        """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
+        if delay <= 0:
+            self.enqueue(mode, [number])
+            return
+        with self.lock:
+            heapq.heappush(self._alarms, (self.clock.monotonic() + delay, mode, number))
+        self._alarm_set.set()
+
+    def _ring_alarms(self) -> None:
+        """The alarm thread: put on its queue what has become due."""
+        while not self._stopped.is_set():
+            self._alarm_set.clear()
+            with self.lock:
+                now, due = self.clock.monotonic(), []
+                while self._alarms and self._alarms[0][0] <= now:
+                    due.append(heapq.heappop(self._alarms))
+                pause = self._alarms[0][0] - now if self._alarms else None
+            for _, mode, number in due:
+                if number:
+                    self.enqueue(mode, [number])
+                else:
+                    self._ring_all(mode)
+            self.clock.wait(self._alarm_set, pause)
+
+    def _ring_all(self, mode: str) -> None:
+        for runtime in self.runtimes.values():
+            if mode in runtime.spec.modes:
+                for _ in range(runtime.spec.slots):
+                    runtime.ring()
+
+    # Work
+
+    def _work(self, runtime: _Runtime, slot: Slot) -> None:
+        """A worker thread: take the oldest job that is due, run it, settle it."""
+        while not self.draining.is_set():
+            taken = self._take(runtime, slot)
+            if not taken:
+                runtime.bell.get()
+                continue
+            try:
+                self._run(runtime, slot, taken)
+            except Exception:       # pylint: disable=broad-exception-caught # one of the two places: the thread goes on
+                log.exception("worker of %s: jobs %s", runtime.spec.name, taken)
+            finally:
+                with self.lock:
+                    for number in taken:
+                        runtime.running.pop(number, None)
+                if self.draining.is_set() and not self.busy():
+                    self._idle.set()
+        slot.close()
+
+    def _take(self, runtime: _Runtime, slot: Slot) -> List[int]:
+        """The ids to run next on this slot, already entered as running; none if there is nothing or it may not."""
+        with self.lock:
+            if self.draining.is_set() or runtime.paused is not None:
+                return []
+            if runtime.failing and (runtime.aside_until > self.clock.monotonic() or runtime.running):
+                return []           # set aside, or one job is trying it out already
+            waiting = [self._queues[mode] for mode in runtime.spec.modes if self._queues[mode].queue]
+            taken: List[int] = []
+            if waiting:
+                oldest = min(waiting, key=lambda one: one.queue[0])
+                for _ in range(ECHO_BATCH if runtime.spec.command is None else 1):
+                    try:
+                        taken.append(oldest.get_nowait())
+                    except queue.Empty:
+                        break
+            for number in taken:
+                runtime.running[number] = _Attempt(slot)
+            return taken
+
+    def _run(self, runtime: _Runtime, slot: Slot, numbers: List[int]) -> None:
+        """One attempt at each of these jobs, from the claim in the store to whoever waits for its end."""
+        endings = []
+        for task in self._insist(self.store.claim, numbers, runtime.spec.name) or ():
+            attempt = runtime.running[task.id]
+            begun = not attempt.interrupted()
+            try:
+                outcome = slot.run(task, attempt.interrupted) if begun else None
+            except Exception:       # pylint: disable=broad-exception-caught # as above: the job must not stay "running"
+                log.exception("%s: job %d", runtime.spec.name, task.id)
+                outcome = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
+            endings.append(self._decide(runtime, task, attempt, outcome, begun))
+        self._insist(self.store.settle, endings)
+        self._announce(runtime, endings)
+
+    def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt, outcome: Optional[Outcome],
+                begun: bool) -> Ending:
+        """What becomes of a job after this outcome; after None it was cancelled, or the server stops."""
+        with self.lock:
+            runtime.running.pop(task.id)        # from here on nobody can interrupt it: exactly one of the two wins
+            if attempt.cancelled and (outcome is None or jobs.decide(outcome, task.attempt, self.policy) == "retry"):
+                return Ending(task, "failed", Outcome(jobs.CANCELLED, "cancelled"))
+            if outcome is None:
+                if begun and runtime.spec.interrupted == "fail":
+                    return Ending(task, "failed", INTERRUPTED)
+                return Ending(task, "release", INTERRUPTED)
+            self._note_start(runtime, outcome)
+            event = jobs.decide(outcome, task.attempt, self.policy)
+            if not outcome.started and runtime.failing:
+                event = "release"   # the runtime's fault: it costs the job no attempt
+            return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
+
+    def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
+        """Set a runtime aside that fails to start again and again, and take it back when it starts; say so once."""
+        was_failing = runtime.failing
+        runtime.unstartable = 0 if outcome.started else runtime.unstartable + 1
+        if runtime.failing:
+            pause = min(MOST_PAUSE, FIRST_PAUSE * 2 ** min(30, runtime.unstartable - SET_ASIDE_AFTER))
+            runtime.aside_until = self.clock.monotonic() + pause
+            for mode in runtime.spec.modes:
+                heapq.heappush(self._alarms, (runtime.aside_until, mode, 0))
+            self._alarm_set.set()
+        if runtime.failing and not was_failing:
+            runtime.since = self.clock.now()
+            log.error("runtime %s is set aside: it failed to start %d times in a row (%s); its jobs wait, and it is "
+                      "tried again", runtime.spec.name, runtime.unstartable, outcome.runtime_error)
+        elif was_failing and not runtime.failing:
+            runtime.since = self.clock.now()
+            log.warning("runtime %s starts again", runtime.spec.name)
+            for _ in range(runtime.spec.slots):
+                runtime.ring()
+
+    def _announce(self, runtime: _Runtime, endings: Sequence[Ending]) -> None:
+        """Tell those who wait, and set the alarm for what is tried again; after it is on disk."""
+        over = []
+        for task, event, outcome, delay in endings:
+            if event in ("retry", "release"):
+                self._enqueue_in(delay, task.mode, task.id)
+                continue
+            over.append(task.id)
+            runtime.ended += 1
+            if event == "failed":
+                runtime.failures += 1
+                log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
+                         task.attempt, outcome.return_code, outcome.runtime_error)
+        if self._waiters:
+            with self.lock:
+                self._tell(over)
+
+    def _insist(self, write: Callable[..., Any], *arguments: Any) -> Any:
+        """Do a write that must not be lost; while the store cannot take it, again. None if the server stops first:
+        then the job stands in the database as running, and the next start decides on it."""
+        said = False
+        while True:
+            try:
+                return write(*arguments)
+            except StoreError as error:
+                if not said:
+                    log.error("waiting for the database: %s", error)
+                said = True
+                if self.clock.wait(self._stopped, STORE_AGAIN):
+                    return None
+
+    # What people ask for
+
+    def wait(self, number: int, seconds: float) -> Job:
+        """The job as soon as it has ended, or as it is after `seconds`; raises UnknownJob."""
+        ended = threading.Event()
+        with self.lock:
+            self._waiters.setdefault(number, []).append(ended)
+        try:
+            job: Job = self.store.get(number)
+            if job.end_time is None and not self._stopped.is_set() and self.clock.wait(ended, seconds):
+                job = self.store.get(number)
+            return job
+        finally:
+            with self.lock:
+                self._waiters[number].remove(ended)
+                if not self._waiters[number]:
+                    del self._waiters[number]
+
+    def _tell(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            for ended in self._waiters.get(number, ()):
+                ended.set()
+
+    def cancel(self, number: int) -> Job:
+        """End a job: one that waits at once, one that runs when its process group has ended. The ended job; raises
+        Ended if it had ended (or did so by itself meanwhile), UnknownJob."""
+        while not self.store.cancel(number):
+            if self._stopped.is_set():
+                raise StoreError("the server is stopping")
+            job: Job = self.store.get(number)
+            if job.end_time is not None:
+                raise Ended(job)
+            with self.lock:
+                attempt = next((runtime.running[number] for runtime in self.runtimes.values()
+                                if number in runtime.running), None)
+                if attempt:
+                    attempt.cancelled = True
+                    attempt.slot.wake()
+            job = self.wait(number, 1.0)
+            if job.end_time is not None:
+                if job.return_code == jobs.CANCELLED and job.runtime_error == "cancelled":
+                    return job
+                raise Ended(job)
+        with self.lock:
+            self._tell([number])
+        return self.store.get(number)           # type: ignore[no-any-return]
+
+    def pause(self, name: str, reason: str) -> Dict[str, Any]:
+        """Let what runs on this runtime end and start no other; raises KeyError. Its description."""
+        with self.lock:
+            runtime = self.runtimes[name]
+            runtime.paused, before = reason, runtime.paused
+        try:
+            runtime.since = self.store.pause(name, reason)
+        except StoreError:
+            runtime.paused = before
+            raise
+        log.warning("runtime %s is paused: %s", name, reason or "no reason given")
+        return self.describe(name)
+
+    def resume(self, name: str) -> Dict[str, Any]:
+        """Let a paused runtime run jobs again; raises KeyError. Its description."""
+        runtime = self.runtimes[name]
+        self.store.resume(name)
+        with self.lock:
+            if runtime.paused is not None:
+                runtime.paused, runtime.since = None, self.clock.now()
+                log.warning("runtime %s is resumed", name)
+        for _ in range(runtime.spec.slots):
+            runtime.ring()
+        return self.describe(name)
+
+    def describe(self, name: str) -> Dict[str, Any]:
+        """A runtime as GET /runtimes/ shows it; raises KeyError."""
+        with self.lock:
+            runtime = self.runtimes[name]
+            return {"name": name, "modes": list(runtime.spec.modes), "protocol": runtime.spec.protocol,
+                    "slots": runtime.spec.slots, "state": runtime.state(), "reason": runtime.paused,
+                    "running": sorted(runtime.running), "ended": runtime.ended, "failures": runtime.failures,
+                    "since": runtime.since}
+
+    def states(self) -> Counter:
+        """How many runtimes of each mode are in each state: {(mode, state): n}."""
+        with self.lock:
+            return Counter((mode, runtime.state()) for runtime in self.runtimes.values()
+                           for mode in runtime.spec.modes)

@@ -1,0 +1,228 @@
+"""The rooms of oqc and who may enter which: the imports and calls of every module, read from its source."""
+import ast
+import importlib.util
+import sysconfig
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
+
+# Each room, and the rooms that it imports from; an arrow only ever points further down.
+ROOMS = {
+    "__main__": {"cli"},
+    "cli": {"app", "config"},
+    "app": {"config", "server", "api", "workers", "store", "runtimes", "qubit", "clock", "jobs"},
+    "config": {"jobs"},
+    "server": {"api", "wire"},
+    "wire": {"api"},        # the parser of what comes over the sockets, kept apart from them
+    "api": {"jobs"},
+    "workers": {"jobs"},
+    "store": {"jobs"},
+    "runtimes": {"jobs", "qubit"},
+    "qubit": set(),
+    "clock": set(),
+    "jobs": set(),
+    "__init__": set(),      # every room imports it without saying so
+}
+
+# What only some rooms may use, as patterns; the longest that fits decides. What is not named here, every room may use.
+ONLY_IN = {
+    # SQL
+    "sqlite3": {"store"},
+    # processes
+    "subprocess": {"runtimes"},
+    "multiprocessing": {"runtimes"},
+    "concurrent.futures.ProcessPoolExecutor": {"runtimes"},
+    "concurrent.futures.process": {"runtimes"},
+    "pty": {"runtimes"},
+    "os.exec*": {"runtimes"},
+    "os.fork*": {"runtimes"},
+    "os.popen": {"runtimes"},
+    "os.posix_spawn*": {"runtimes"},
+    "os.spawn*": {"runtimes"},
+    "os.system": {"runtimes"},
+    # dice
+    "random": {"qubit", "app"},                 # app makes the dice that it hands to the other rooms
+    "secrets": {"app", "cli"},                  # keys
+    "uuid": {"app"},
+    "os.getrandom": {"app"},
+    "os.urandom": {"app"},
+    # sockets; cli is the client
+    "asyncio": {"server"},
+    "socket": {"server"},
+    "socketserver": {"server"},
+    "ssl": {"server", "cli"},
+    "select": {"server", "runtimes"},
+    "selectors": {"server", "runtimes"},
+    "http": {"server"},
+    "http.client": {"cli"},
+    "urllib.error": {"cli"},
+    "urllib.request": {"cli"},
+    # the wall clock, and sleeping
+    "time": {"clock"},
+    "datetime": {"clock"},
+    "calendar": {"clock"},
+    "email.utils": {"clock"},
+    # what would hide an import from this test
+    "builtins.__import__": set(),
+    "builtins.eval": set(),
+    "builtins.exec": set(),
+    "importlib.import_module": set(),
+    "runpy": set(),
+}
+
+MOST_LINES, MOST_LINES_A_MODULE = 3000, 450     # all of it reads in an hour
+
+
+def names_used(tree):
+    """(line, dotted name) of all that is imported, and of all that is reached through an imported name."""
+    bound = {name: f"builtins.{name}" for name in ("__import__", "eval", "exec")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+                top = alias.name.partition(".")[0]
+                bound[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            # There are no packages inside oqc, so that any number of dots means oqc itself.
+            origin = ".".join(filter(None, ["oqc" if node.level else "", node.module]))
+            for alias in node.names:
+                yield node.lineno, f"{origin}.{alias.name}"
+                bound[alias.asname or alias.name] = f"{origin}.{alias.name}"
+    for node in ast.walk(tree):
+        parts, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            parts.append(inner.attr)
+            inner = inner.value
+        if isinstance(inner, ast.Name) and inner.id in bound:
+            yield node.lineno, ".".join([bound[inner.id], *reversed(parts)])
+
+
+def rooms_for(name):
+    """The rooms that may use a dotted name, or None if every room may."""
+    fitting = [pattern for pattern in ONLY_IN if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+    return ONLY_IN[max(fitting, key=len)] if fitting else None
+
+
+def is_standard(module):
+    """Whether a top-level module comes with Python (sys.stdlib_module_names is there from 3.10 on only)."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return False
+    if spec.origin in ("built-in", "frozen"):
+        return True
+    origin = Path(spec.origin).resolve()
+    homes = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib")}
+    return not homes.isdisjoint(origin.parents) and {"site-packages", "dist-packages"}.isdisjoint(origin.parts)
+
+
+def wrongs(room, source):
+    """What a module of this name must not do but does, each with the first line where it does."""
+    found = {}
+    for line, name in names_used(ast.parse(source)):
+        top, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if name.endswith(".*"):
+            found.setdefault(f"{name} hides what is imported", line)
+        elif top == "oqc":
+            if target in ROOMS and target != room and target not in ROOMS[room]:
+                found.setdefault(f"{room} may not import {target}", line)
+        elif top != "builtins" and not is_standard(top):
+            found.setdefault(f"{top} is not in the standard library", line)
+        rooms = rooms_for(name)
+        if rooms is not None and room not in rooms:
+            found.setdefault(f"{name} belongs to {' and '.join(sorted(rooms)) or 'no room'}, not to {room}", line)
+    return [f"line {line}: {wrong}" for wrong, line in found.items()]
+
+
+def test_every_module_is_a_room_and_every_room_is_there():
+    assert {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} == {f"{room}.py" for room in ROOMS}
+
+
+def test_arrows_point_down():
+    order = list(ROOMS)
+    arrows = [(room, below) for room, allowed in ROOMS.items() for below in allowed]
+    assert [(room, below) for room, below in arrows if order.index(below) <= order.index(room)] == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_keeps_to_itself(room):
+    assert wrongs(room, (PACKAGE / f"{room}.py").read_text(encoding="utf-8")) == []
+
+
+def test_it_reads_in_an_hour():
+    lines = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: count for name, count in lines.items() if count > MOST_LINES_A_MODULE} == {}
+    assert sum(lines.values()) <= MOST_LINES, lines
+
+
+@pytest.mark.parametrize("room, source, wrong", [
+    ("api", "from oqc import store", "api may not import store"),
+    ("api", "from oqc.store import Store", "api may not import store"),
+    ("api", "import oqc.store", "api may not import store"),
+    ("api", "import oqc\noqc.store.Store()", "api may not import store"),
+    ("api", "import oqc as package\npackage.store.Store()", "api may not import store"),
+    ("api", "from . import store", "api may not import store"),
+    ("api", "from .store import Store as Rows", "api may not import store"),
+    ("jobs", "def late():\n    from oqc import clock", "line 2: jobs may not import clock"),
+    ("clock", "from oqc.cli import main", "clock may not import cli"),
+    ("__init__", "from oqc import jobs", "__init__ may not import jobs"),
+    ("app", "from oqc.cli import main", "app may not import cli"),
+    ("store", "from oqc.jobs import *", "oqc.jobs.* hides"),
+    ("runtimes", "from os import *", "os.* hides"),
+    ("api", "import sqlite3", "sqlite3 belongs to store"),
+    ("api", "if True:\n    import sqlite3.dbapi2 as sql", "sqlite3.dbapi2 belongs to store"),
+    ("workers", "import subprocess", "subprocess belongs to runtimes"),
+    ("workers", "from subprocess import Popen", "subprocess.Popen belongs to runtimes"),
+    ("workers", "from multiprocessing import Pool", "belongs to runtimes"),
+    ("workers", "from concurrent.futures import ProcessPoolExecutor", "belongs to runtimes"),
+    ("app", "import pty", "pty belongs to runtimes"),
+    ("app", "import os\nos.posix_spawnp('ls', [], {})", "os.posix_spawnp belongs to runtimes"),
+    ("app", "import os\nos.fork()", "os.fork belongs to runtimes"),
+    ("app", "import os as o\no.execv('/bin/ls', [])", "os.execv belongs to runtimes"),
+    ("app", "import os.path\nos.system('ls')", "os.system belongs to runtimes"),
+    ("app", "from os import popen as ask", "os.popen belongs to runtimes"),
+    ("app", "import os\nstart = os.spawnv", "os.spawnv belongs to runtimes"),
+    ("workers", "from random import Random", "random.Random belongs to app and qubit"),
+    ("api", "import secrets", "secrets belongs to app and cli"),
+    ("store", "import os\nos.urandom(8)", "os.urandom belongs to app"),
+    ("api", "import socket", "socket belongs to server"),
+    ("app", "import socketserver", "socketserver belongs to server"),
+    ("app", "import ssl", "ssl belongs to cli and server"),
+    ("api", "from http import HTTPStatus", "http.HTTPStatus belongs to server"),
+    ("cli", "from http.server import HTTPServer", "http.server.HTTPServer belongs to server"),
+    ("server", "import http.client", "http.client belongs to cli"),
+    ("api", "from urllib.request import urlopen", "urllib.request.urlopen belongs to cli"),
+    ("workers", "import select", "select belongs to runtimes and server"),
+    ("workers", "import selectors", "selectors belongs to runtimes and server"),
+    ("workers", "import time", "time belongs to clock"),
+    ("workers", "from time import sleep", "time.sleep belongs to clock"),
+    ("store", "from datetime import datetime", "datetime.datetime belongs to clock"),
+    ("server", "from email.utils import formatdate", "email.utils.formatdate belongs to clock"),
+    ("api", "store = __import__('oqc.store')", "builtins.__import__ belongs to no room"),
+    ("api", "import importlib\nimportlib.import_module('oqc.store')", "importlib.import_module belongs to no room"),
+    ("api", "exec('import oqc.store')", "builtins.exec belongs to no room"),
+    ("server", "import pytest", "pytest is not in the standard library"),
+    ("server", "from pylint.lint import Run", "pylint is not in the standard library"),
+    ("server", "import nowhere_to_be_found", "nowhere_to_be_found is not in the standard library"),
+])
+def test_a_wrong_is_found(room, source, wrong):
+    assert wrong in "\n".join(wrongs(room, source))
+
+
+@pytest.mark.parametrize("room, source", [
+    ("cli", "from oqc import __version__\nfrom oqc import app, config\nimport oqc.config"),
+    ("app", "import oqc.store\nfrom oqc.clock import Clock\nimport random"),
+    ("store", "import sqlite3\nsqlite3.connect(':memory:')"),
+    ("runtimes", "import os, select, subprocess\nos.posix_spawn('/bin/ls', [], {})\nos.waitpid(1, 0)"),
+    ("server", "import http.server\nimport socket, ssl\nfrom http.server import ThreadingHTTPServer"),
+    ("cli", "import http.client, secrets, ssl, urllib.request"),
+    ("api", "from urllib.parse import parse_qsl\nimport json"),
+    ("clock", "import time\nfrom datetime import datetime\ntime.sleep(0)"),
+    ("workers", "import re\nre.compile('x').exec\nself.time.sleep(1)\ntime = self.clock.time()"),
+    ("jobs", "from __future__ import annotations\nimport _json, array, math, sys, zlib"),
+])
+def test_what_is_allowed_is_let_through(room, source):
+    assert wrongs(room, source) == []

@@ -1,0 +1,206 @@
+"""The README is the manual: every command in it is run here, in order, and must answer what stands below it.
+
+A block ```sh is what a reader pastes into bash; a block ```text right below it is all that it then writes. One that
+starts a server goes on running, as in a terminal of its own, until the next one starts: then it gets a Ctrl-C. A block
+without a name is a picture or a format, and no command. There is no other kind of block.
+"""
+import ast
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT, Server
+
+from oqc import api, config, jobs
+from oqc.jobs import RuntimeSpec
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN_FOLDER, SHOWN_PORT = "/home/you/oqc", "12021"
+
+# Blocks that cannot be run here, and why. The program they name must be there all the same.
+NOT_RUN = {
+    "./scripts/run_tests_and_linting.sh": "runs this very test",
+    "./scripts/test.sh": "runs this very test",
+    "./scripts/lint.sh": "takes longer than all the tests of the README, and is run beside them anyway",
+    "pip install -r requirements.txt": "needs a network",
+}
+STARTS_A_SERVER = re.compile(r"(\./scripts/start_server\.sh|python3 -m oqc)( --(?!help|version)[^\n]*)?")
+COMMAND = re.compile(r"(\./scripts/|python3? |curl -|pip |bash |sh |sed |cat |chmod |kill )")
+MASKS = (                           # what is another on every run
+    (r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", "TIME"),
+    (r'"seed": \d{10,}', '"seed": SEED'),       # one that the server chose; a chosen 7 is compared
+    (r"(?m)^Date: .*$", "Date: DATE"),
+    # sines and cosines differ in their last digit from one C library to the next
+    (r"-?\b\d+(\.\d+(e-\d+)?|e-\d+)\b", lambda number: f"{round(float(number[0]), 9) + 0.0:g}"),
+)
+
+
+class Block(NamedTuple):
+    """A command of the README and its answer."""
+
+    line: int
+    text: str
+    answer: str
+
+
+def blocks(readme):
+    """The commands in order; an answer that belongs to none fails, as does a block of another kind."""
+    found, end = [], 0
+    for fence in re.finditer(r"(?ms)^```(.*?)\n(.*?)^```$", readme):
+        line, (kind, text) = readme.count("\n", 0, fence.start()) + 1, fence.groups()
+        assert kind in ("sh", "text", ""), f"README line {line}: a block ```{kind} is neither run nor compared"
+        if kind == "text":
+            assert found and not readme[end:fence.start()].strip(), f"README line {line}: an answer without its command"
+            found[-1] = found[-1]._replace(answer=text)
+        end = fence.end() if kind == "sh" else 0
+        if kind == "sh":
+            found.append(Block(line, text.rstrip("\n"), ""))
+    return found
+
+
+def masked(text):
+    """Text without what is another on every run."""
+    for pattern, word in MASKS:
+        text = re.sub(pattern, word, text)
+    return text.replace("\r", "").rstrip("\n")
+
+
+class Reader:
+    """Somebody with a terminal for the server and one for everything else, in a copy of the tree."""
+
+    def __init__(self, folder):
+        self.folder, self.home = folder / "oqc", folder / "home"
+        self.server, self.servers = None, []
+        for name in ("oqc", "scripts"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        self.home.mkdir()
+        (self.home / ".curlrc").write_text("silent\nshow-error\n", encoding="utf-8")    # no progress meter
+        (self.home / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        (self.home / "python3").chmod(0o755)
+        self.environment = {
+            "PATH": f"{self.home}:{os.environ['PATH']}", "HOME": str(self.home), "CURL_HOME": str(self.home),
+            "PYTHON": "", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "OQC_PORT": "0",
+            "no_proxy": "*", "JOURNAL_STREAM": "", "CREDENTIALS_DIRECTORY": ""}
+
+    def run(self, block):
+        """What a block wrote, as the README would show it; and what it shows."""
+        if STARTS_A_SERVER.fullmatch(block.text):
+            written = self._start(block)
+        else:
+            text = block.text
+            if self.server:
+                text = text.replace(f"localhost:{SHOWN_PORT}", f"localhost:{self.server.port}")
+            done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=self.folder, timeout=60, check=False,
+                                  env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            written = done.stdout.decode()
+            assert done.returncode == 0, (f"README line {block.line}: status {done.returncode}", written)
+        if self.server:
+            written = written.replace(f":{self.server.port}", f":{SHOWN_PORT}")
+        return masked(written.replace(str(self.folder), SHOWN_FOLDER)), masked(block.answer)
+
+    def _start(self, block):
+        """Start a server after the one before was stopped; the log's first lines, as many as the README shows."""
+        self.stop()
+        self.server = Server(self.folder, environment=self.environment, command=("bash", "-c", "exec " + block.text))
+        self.servers.append(self.server)
+        shown = block.answer.splitlines()
+        if shown:
+            self.server.line(shown[-1].split(" ", 2)[-1], timeout=5)
+        return "\n".join(self.server.lines[:len(shown)])
+
+    def stop(self):
+        """Ctrl-C in the server's terminal."""
+        if self.server:
+            assert self.server.stop(signal.SIGINT) == 0, self.server.log
+            self.server = None
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A reader who has just unpacked oqc."""
+    somebody = Reader(tmp_path)
+    yield somebody
+    for server in somebody.servers:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.stop()
+
+
+def test_every_command_of_the_readme_answers_what_stands_below_it(reader):
+    for block in blocks(README):
+        if block.text not in NOT_RUN:
+            written, shown = reader.run(block)
+            assert written == shown, f"README line {block.line}: {block.text}"
+    reader.stop()
+
+
+def test_what_cannot_be_run_here_is_in_the_readme_and_is_there():
+    commands = [block.text for block in blocks(README)]
+    for command in NOT_RUN:
+        assert command in commands
+        program = ROOT / command.split()[-1]
+        assert program.is_file()
+        assert program.suffix != ".sh" or program.stat().st_mode & stat.S_IXUSR
+
+
+def test_a_command_within_a_sentence_is_also_in_a_block():
+    in_blocks = "\n".join(block.text for block in blocks(README))
+    prose = re.sub(r"(?ms)^```.*?^```$", "", README)
+    assert not re.findall(r"(?m)^(?: {4}|\t)(?![^\n]*\|)\S.*", prose), "an indented block is not run"
+    for span in re.findall(r"`([^`\n]+)`", prose):
+        assert not COMMAND.match(span) or span in in_blocks, f"{span!r} is not run"
+
+
+def test_every_flag_and_every_variable_is_in_the_readme():
+    for name, default, *_ in [*config.FLAGS, ("runtime", None)]:
+        shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else default
+        assert f"| `--{name}` | `OQC_{name.upper().replace('-', '_')}` | {shown} |" in README, name
+    usage = subprocess.run([sys.executable, "-m", "oqc", "--help"], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    for name in re.findall(rb"--[a-z-]+", usage.stdout):
+        assert f"`{name.decode()}`" in README
+
+
+def test_every_endpoint_is_in_the_readme():
+    for pattern, methods in api.ROUTES:
+        path = pattern.pattern.replace("/?", "/").replace("jobs/([^/]+)", "jobs/{id}").replace("([^/]+)", "{name}")
+        for method in methods:
+            assert f"### {method} {path}\n" in README
+
+
+def test_every_status_that_the_server_can_answer_is_in_the_readme():
+    calls = [node for path in (ROOT / "oqc").glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Problem", "Response") and node.args]
+    statuses = {leaf.value for call in calls for leaf in ast.walk(call.args[0]) if isinstance(leaf, ast.Constant)}
+    assert {200, 201, 204, 400, 401, 404, 405, 409, 413, 500, 503, 507} <= statuses
+    for status in statuses:
+        assert f"| {status} " in README, status
+
+
+def test_every_return_code_with_a_meaning_is_in_the_readme():
+    for code in (0, jobs.TEMPFAIL, jobs.PROTOCOL, jobs.SOFTWARE, jobs.TIMED_OUT, jobs.NOT_EXECUTABLE, jobs.NOT_FOUND,
+                 jobs.CANCELLED, jobs.KILLED):
+        assert f"| {code} " in README, code
+
+
+@pytest.mark.parametrize("names", [jobs.Job._fields, jobs.Submission._fields, jobs.MODES, jobs.STATUSES,
+                                   RuntimeSpec._fields[1:]])
+def test_every_member_mode_status_and_key_is_in_the_readme(names):
+    for name in names:
+        assert f"`{name}`" in README or f"| {name} " in README, name
+
+
+def test_every_module_has_its_line_in_the_layout():
+    for path in Path(ROOT, "oqc").glob("*.py"):
+        assert path.name == "__init__.py" or f"| `{path.name}` |" in README, path.name
+
+
+def test_the_documented_key_is_the_one_in_the_readme():
+    assert README.count(config.DOCUMENTED_KEY.decode()) >= 2
