@@ -1,61 +1,38 @@
-"""The endpoints as functions from a request to a response: routes, keys, paging, JSON, problem details.
+"""The endpoints as functions from a request to a response: routes, keys, paging, waiting.
 
 No sockets and no SQL. What can go wrong is raised as what it is, and becomes an answer in one place, `Api.handle`.
 """
 import functools
 import hashlib
 import json
-import logging
+import pkgutil
 import re
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
-from oqc import jobs
-from oqc.jobs import DiskFull, Ended, Job, Malformed, StoreError, UnknownJob
+from oqc import __version__, jobs
+from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, StoreError, Submission
+from oqc.messages import (
+    Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, metrics_text, number,
+    parameters, problem_response, result_text, table, text_response, wants_text)
 
-log = logging.getLogger("oqc")
-
-PHRASES = {
-    200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
-    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
-    413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 422: "Unprocessable Content",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
-}
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
-QUICK_BODY = 1 << 16             # bytes of a body that is parsed in no time
+MOST_JOBS = 10_000                  # in one array
+QUICK_BODY = 1 << 16                # bytes of a body that is parsed in no time
 MOST_WAIT = 300                     # seconds
 KEY_HEADERS = ("api_key", "x-api-key")
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
 
 
-class Problem(Exception):
-    """A request that is answered with a problem detail (RFC 9457)."""
-
-    def __init__(self, status: int, detail: str, *headers: Tuple[str, str]) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-
-
-class Request(NamedTuple):
-    """What came over the wire, parsed. Header names are in lower case, values are bytes."""
-
-    method: str
-    path: str
-    query: str
-    headers: Dict[str, bytes]
-    body: bytes = b""
-    key_name: str = ""              # of the key that it came with; empty where none is needed
+def _data(name: str) -> bytes:
+    """A file that lies beside this one, also inside the .pyz; read at start, since that may be replaced."""
+    found = pkgutil.get_data("oqc", name)
+    assert found is not None
+    return found
 
 
-class Response(NamedTuple):
-    """What goes back. A body that is not bytes is sent piece by piece."""
-
-    status: int
-    body: Union[bytes, Iterable[bytes]]
-    content_type: str = "application/json"
-    headers: Tuple[Tuple[str, str], ...] = ()
+CHEAT_SHEET, OPENAPI = _data("cheatsheet.txt").decode(), _data("openapi.json")
 
 
 class Keys:
@@ -123,13 +100,14 @@ class Api:
         """(function, what its path says, name of the key); raises Problem."""
         methods, arguments = route(request.path)
         if not methods:
-            raise Problem(404, f"nothing is at {json.dumps(request.path[:80])}")
+            raise Problem(404, f"nothing is at {json.dumps(request.path[:80])}; GET / shows what is there")
         endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
         if request.method == "OPTIONS" and not endpoint:
             return _options, (), ""
         if not endpoint:
             allowed = allow(methods)
-            raise Problem(405, f"{request.method} is not for this path; allowed: {allowed}", ("Allow", allowed))
+            raise Problem(405, f"{request.method} is not for this path; allowed: {allowed}; GET / shows what is there",
+                          ("Allow", allowed))
         name = self.keys.name(request.headers) or ""
         if not name and endpoint not in PUBLIC:
             raise Problem(401, NO_KEY, ("WWW-Authenticate", 'Bearer realm="oqc"'))
@@ -137,70 +115,158 @@ class Api:
 
     # Jobs
 
-    def add(self, request: Request) -> "Later":
-        """POST /jobs/add/: store a job, and have it run; 201 when it is on disk."""
+    def add(self, request: Request) -> Union[Response, Later]:
+        """POST /jobs/add/: store a job, or all of an array or none, and have them run; 201 when they are on disk.
+        `?wait=` seconds for their end."""
+        seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
         value = decode(request.body)
+        many = isinstance(value, list)
+        submissions = self._submissions(value if many else [value], many)
+        key = self._idempotency_key(request)
         if self.workers.draining.is_set():
             raise Problem(503, "the server is stopping; send the job again when it is back", ("Retry-After", "10"))
-        if self.workers.waiting() >= self.most_waiting:
+        if self.workers.waiting() + len(submissions) > self.most_waiting:
             raise Problem(503, f"{self.most_waiting} jobs wait already (--max-waiting); try again later",
                           ("Retry-After", "10"))
-        submission = jobs.parse(value)
-        if submission.seed is None:
-            submission = submission._replace(seed=self.choose_seed())
+
+        def response(added: Addition, wait: float = 0) -> Response:
+            if not added.replayed:
+                for mode in {job.mode for job in added.jobs}:
+                    self.workers.enqueue(mode, [job.id for job in added.jobs if job.mode == mode])
+            found, headers = self._ended(added.jobs, wait) if wait else (added.jobs, ())
+            headers += (("Idempotent-Replayed", "true"),) if added.replayed else ()
+            if many:
+                return Response(201, b"".join(array([found])), headers=headers)
+            return Response(201, job_json(found[0]), headers=(("Location", f"/jobs/{found[0].id}/"), *headers))
+
+        if seconds:
+            return response(self.store.add(submissions, request.key_name, key), seconds)
 
         def later(answer: Callable[[Union[Response, Exception]], None]) -> None:
-            def stored(added: List[Job], error: Optional[Exception]) -> None:
-                if error is None:
-                    self.workers.enqueue(submission.mode, [job.id for job in added])
-                answer(error or Response(201, job_json(added[0]), headers=(("Location", f"/jobs/{added[0].id}/"),)))
-            self.store.add((submission,), request.key_name, stored)
+            self.store.add_later(submissions, request.key_name, key,
+                                 lambda added, error: answer(error or response(added)))
         return later
+
+    def _submissions(self, values: List[Any], many: bool) -> List[Submission]:
+        """The checked submissions, each with a seed; raises Malformed, which names the index in an array."""
+        if not 1 <= len(values) <= MOST_JOBS:
+            raise Malformed(f"expected an array of 1 to {MOST_JOBS} jobs, found {len(values)}")
+        found = []
+        for index, value in enumerate(values):
+            try:
+                submission = jobs.parse(value)
+            except Malformed as error:
+                raise (Malformed(f"[{index}]: {error}") if many else error) from None
+            found.append(submission if submission.seed is not None else submission._replace(seed=self.choose_seed()))
+        return found
+
+    @staticmethod
+    def _idempotency_key(request: Request) -> Optional[IdempotencyKey]:
+        """The request's Idempotency-Key (draft-ietf-httpapi-idempotency-key-header), with or without its quotes."""
+        text = request.headers.get("idempotency-key")
+        if text is None:
+            return None
+        match = re.fullmatch(rb'"?([\x21\x23-\x7e]{1,255})"?', text)
+        if not match:
+            raise Malformed("Idempotency-Key: expected 1 to 255 printable characters without spaces")
+        return IdempotencyKey(match[1].decode(), hashlib.sha256(request.body).hexdigest())
 
     def list(self, request: Request) -> Response:
         """GET /jobs/list/: all jobs, one a line, streamed; or a page of them."""
         query = parameters(request.query, ("limit", "after", "order", "status", "mode"))
-        after = _number(query, "after", 0, 2 ** 63 - 1)
-        limit = _number(query, "limit", 1, MOST_LIMIT)
-        order = _choice(query, "order", ("asc", "desc")) or "asc"
+        after = number(query, "after", 0, 2 ** 63 - 1)
+        limit = number(query, "limit", 1, MOST_LIMIT)
+        order = choice(query, "order", ("asc", "desc")) or "asc"
         select = functools.partial(self.store.page, descending=order == "desc",
-                                   status=_choice(query, "status", jobs.STATUSES),
-                                   mode=_choice(query, "mode", jobs.MODES))
-        if limit is None:
-            return Response(200, array(pages(select, after)))
-        page = select(after, limit + 1)
+                                   status=choice(query, "status", jobs.STATUSES),
+                                   mode=choice(query, "mode", jobs.MODES))
         headers: Tuple[Tuple[str, str], ...] = ()
-        if len(page) > limit:
-            kept = "".join(f"&{name}={value.replace(' ', '%20')}" for name, value in query.items() if name != "after")
-            headers = (("Link", f'</jobs/list/?after={page[limit - 1][0]}{kept}>; rel="next"'),)
-        return Response(200, b"".join(array([page[:limit]])), headers=headers)
+        if limit is None:
+            chunks = pages(select, after)
+        else:
+            page = select(after, limit + 1)
+            chunks = iter([page[:limit]])
+            if len(page) > limit:
+                kept = "".join(f"&{name}={value.replace(' ', '%20')}" for name, value in query.items()
+                               if name != "after")
+                headers = (("Link", f'</jobs/list/?after={page[limit - 1][0]}{kept}>; rel="next"'),)
+        text = wants_text(request)
+        pieces = job_rows(chunks) if text else array(chunks)
+        body: Union[bytes, Iterator[bytes]] = pieces if limit is None else b"".join(pieces)
+        return Response(200, body, "text/plain; charset=utf-8" if text else "application/json", headers)
 
-    def get(self, request: Request, number: str) -> Response:
+    def get(self, request: Request, name: str) -> Response:
         """GET /jobs/{id}/: the job, or 404 and a 0 (documented so). `?wait=` seconds for its end."""
-        return Response(200, job_json(self._job(request, number)))
+        job, headers = self._job(request, name)
+        if wants_text(request):
+            return text_response(b"".join(job_rows([[job]])).decode())
+        return Response(200, job_json(job), headers=headers)
 
-    def result(self, request: Request, number: str) -> Response:
+    def result(self, request: Request, name: str) -> Response:
         """GET /jobs/{id}/result/: what the runtime put out, as JSON where it is that, else as text."""
-        job = self._job(request, number)
+        job, headers = self._job(request, name)
         if job.end_time is None:
-            raise Problem(409, f"job {job.id} has not ended yet: {job.status}")
+            raise Problem(409, f"job {job.id} has not ended yet: {job.status}", *headers)
         _, result, is_json = self.store.result(job.id)
-        if is_json:
-            return Response(200, ((result or "null") + "\n").encode())
-        return Response(200, (result if result.endswith("\n") else result + "\n").encode(), "text/plain; charset=utf-8")
+        result = result or "null"
+        if wants_text(request) or not is_json:
+            return text_response(result_text(result))
+        return Response(200, result.encode() + b"\n")
 
-    def cancel(self, _: Request, number: str) -> Response:
+    def _job(self, request: Request, name: str) -> Tuple[Job, Tuple[Tuple[str, str], ...]]:
+        """The job of this path, after the wait that the query asks for; raises UnknownJob, Malformed."""
+        known = job_id(name)
+        seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
+        job: Job = self.store.get(known)
+        if not seconds or job.end_time is not None:
+            return job, ()
+        found, headers = self._ended([job], seconds)
+        return found[0], headers
+
+    def _ended(self, waited_for: List[Job], seconds: float) -> Tuple[List[Job], Tuple[Tuple[str, str], ...]]:
+        """These jobs as soon as all have ended, or as they are after so many seconds; and as they are now, with a
+        Retry-After, when the server has no room for another request that waits."""
+        found = self.workers.wait([job.id for job in waited_for], seconds)
+        return (found, ()) if found else (waited_for, (("Retry-After", "1"),))
+
+    def cancel(self, _: Request, name: str) -> Response:
         """DELETE /jobs/{id}/: end a job that has not ended; answers when it has."""
-        return Response(200, job_json(self.workers.cancel(job_id(number))))
+        return Response(200, job_json(self.workers.cancel(job_id(name))))
 
-    def _job(self, request: Request, number: str) -> Job:
-        """The job of this path, after the wait that the query asks for; raises UnknownJob, Problem."""
-        known = job_id(number)
-        seconds = _number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
-        job: Job = self.workers.wait(known, seconds) if seconds else self.store.get(known)
-        return job
+    def prune(self, request: Request) -> Response:
+        """DELETE /jobs/list/?older-than=90d: forget the jobs that ended longer ago; {"deleted": how many}."""
+        age = parameters(request.query, ("older-than",)).get("older-than", "")
+        match = re.fullmatch("([0-9]{1,6})([dhms])", age)
+        if not match:
+            raise Malformed("older-than: expected a time such as 90d, 12h, 30m or 0s")
+        seconds = int(match[1]) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[match[2]]
+        return Response(200, json.dumps({"deleted": self.store.prune(seconds)}).encode() + b"\n")
 
     # The server
+
+    def root(self, request: Request) -> Response:
+        """GET /: what can be asked for, with the address that was asked."""
+        host = request.headers.get("host", b"localhost:12021").decode()
+        return text_response(CHEAT_SHEET.replace("HOST", host))
+
+    def openapi(self, _: Request) -> Response:
+        """GET /openapi.json: this API as OpenAPI 3.1 describes it."""
+        return Response(200, OPENAPI)
+
+    def status(self, request: Request) -> Response:
+        """GET /status/: how much waits, runs and has ended, of one moment."""
+        found = {**self.store.status(), "paused": [name for name in self.workers.runtimes
+                                                   if self.workers.describe(name)["state"] == "paused"],
+                 "version": __version__, "uptime": self.workers.uptime()}
+        if wants_text(request):
+            return text_response(table([(name, json.dumps(value)) for name, value in found.items()], ("WHAT", "VALUE")))
+        return Response(200, json.dumps(found).encode() + b"\n")
+
+    def metrics(self, _: Request) -> Response:
+        """GET /metrics/: the same and the durations of jobs, for Prometheus."""
+        return Response(200, metrics_text(
+            self.workers.buckets, self.store.status(), self.workers.durations(), self.workers.states()).encode(),
+                        "text/plain; version=0.0.4; charset=utf-8")
 
     def health(self, _: Request) -> Response:
         """GET /health/: whether the server can take jobs and run them; or 503 with the reasons. Needs no key."""
@@ -219,10 +285,14 @@ class Api:
 
     # Runtimes
 
-    def runtimes(self, _: Request) -> Response:
+    def runtimes(self, request: Request) -> Response:
         """GET /runtimes/: every runtime and how it fares."""
-        return Response(200, b"".join(array([[self.workers.describe(name) for name in self.workers.runtimes]],
-                                            lambda state: json.dumps(state))))  # pylint: disable=unnecessary-lambda
+        found = [self.workers.describe(name) for name in self.workers.runtimes]
+        if wants_text(request):
+            rows = [[", ".join(map(str, value)) if isinstance(value, list) else value for value in one.values()]
+                    for one in found]
+            return text_response(table(rows, [name.upper() for name in found[0]]))
+        return Response(200, b"".join(array([found], json.dumps)))
 
     def pause(self, request: Request, name: str) -> Response:
         """POST /runtimes/{name}/pause/: let what runs on it end and start no other."""
@@ -253,17 +323,19 @@ class Api:
 
 ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/jobs/add/?", {"POST": Api.add}),
-    (r"/jobs/list/?", {"GET": Api.list}),
+    (r"/jobs/list/?", {"GET": Api.list, "DELETE": Api.prune}),
     (r"/jobs/([^/]+)/?", {"GET": Api.get, "DELETE": Api.cancel}),
     (r"/jobs/([^/]+)/result/?", {"GET": Api.result}),
+    (r"/", {"GET": Api.root}),
+    (r"/openapi\.json", {"GET": Api.openapi}),
     (r"/health/?", {"GET": Api.health}),
+    (r"/status/?", {"GET": Api.status}),
+    (r"/metrics/?", {"GET": Api.metrics}),
     (r"/runtimes/?", {"GET": Api.runtimes}),
     (r"/runtimes/([^/]+)/pause/?", {"POST": Api.pause}),
     (r"/runtimes/([^/]+)/resume/?", {"POST": Api.resume}),
 ))
-
-
-PUBLIC = (Api.health,)              # what needs no key
+PUBLIC = (Api.root, Api.openapi, Api.health)    # what needs no key
 
 
 @functools.lru_cache(maxsize=256)
@@ -285,130 +357,6 @@ def _options(_: Api, request: Request) -> Response:
     return Response(204, b"", headers=(("Allow", allow(route(request.path)[0])),))
 
 
-# What comes in
-
-def _members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise Malformed("a member is there twice")
-    return members
-
-
-def _constant(name: str) -> Any:
-    raise Malformed(f"{name} is not JSON")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_members, parse_constant=_constant)
-LAST_COMMA = re.compile(r",(?=\s*\}\s*\Z)")
-
-
-def decode(body: bytes) -> Any:
-    """The JSON value in a body: strict UTF-8, no member twice, no NaN; raises Malformed.
-
-    The documented example of a body has a comma before its last brace, so that one is let through.
-    """
-    try:
-        text = body.decode("utf-8")
-        try:
-            return DECODER.decode(text)
-        except json.JSONDecodeError:
-            without = LAST_COMMA.sub("", text)
-            if without == text:
-                raise
-            return DECODER.decode(without)
-    except UnicodeDecodeError as error:
-        raise Malformed(f"body: not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise Malformed(f"body: not JSON: {error}") from None
-    except RecursionError:
-        raise Malformed("body: nested too deeply") from None
-    except Malformed:
-        raise
-    except ValueError:              # a number of more digits than Python reads
-        raise Malformed("body: a number is too long") from None
-
-
-def job_id(number: str) -> int:
-    """The id in a path, in its one spelling; raises UnknownJob for 07, ٣ and 2**63, as for an id never given out."""
-    if not re.fullmatch("[1-9][0-9]{0,18}", number) or int(number) >= 2 ** 63:
-        raise UnknownJob(number)
-    return int(number)
-
-
-def parameters(query: str, allowed: Sequence[str]) -> Dict[str, str]:
-    """The parameters of a query string; raises Malformed for one that is not allowed, or there twice."""
-    found: Dict[str, str] = {}
-    for part in filter(None, query.split("&")):
-        name, _, value = part.partition("=")
-        if name not in allowed or name in found:
-            raise Malformed(f"unknown or repeated parameter {json.dumps(name[:40])}: allowed, once each, are "
-                            f"{', '.join(allowed)}")
-        found[name] = re.sub("%20|[+]", " ", value)
-    return found
-
-
-def _number(query: Dict[str, str], name: str, least: int, most: int) -> Optional[int]:
-    value = query.get(name)
-    if value is None:
-        return None
-    if not re.fullmatch("[0-9]{1,19}", value) or not least <= int(value) <= most:
-        raise Malformed(f"{name}: expected a whole number from {least} to {most}, found {json.dumps(value[:40])}")
-    return int(value)
-
-
-def _choice(query: Dict[str, str], name: str, allowed: Sequence[str]) -> Optional[str]:
-    value = query.get(name)
-    if value is not None and value not in allowed:
-        raise Malformed(f"{name}: expected {' or '.join(allowed)}, found {json.dumps(value[:40])}")
-    return value
-
-
-# What goes out
-
-def failure(error: Exception, request: Request) -> Response:
-    """The answer to a request that led to this error."""
-    problem = error if isinstance(error, Problem) else None
-    if isinstance(error, UnknownJob):       # documented so: on error a 0 is returned
-        return Response(404, b"0\n")
-    if isinstance(error, Malformed):
-        problem = Problem(400, str(error))
-    elif isinstance(error, Ended):
-        problem = Problem(409, str(error))
-    elif isinstance(error, StoreError):
-        problem = Problem(507 if isinstance(error, DiskFull) else 503, str(error), ("Retry-After", "10"))
-    elif problem is None:
-        log.error("%s %r", request.method, request.path, exc_info=error)
-        problem = Problem(500, "a defect of the server; its log has it")
-    return problem_response(problem)
-
-
-def problem_response(problem: Problem) -> Response:
-    """A problem as RFC 9457 has it."""
-    body = {"type": "about:blank", "title": PHRASES[problem.status], "status": problem.status, "detail": problem.detail}
-    return Response(problem.status, json.dumps(body).encode() + b"\n", "application/problem+json", problem.headers)
-
-
-def job_line(job: Sequence[Any]) -> str:
-    """A job as a JSON object in a line. Written out: json.dumps takes four times as long, and a listing of a million
-    jobs is made of nothing else. Only runtime_error can hold what JSON has to escape."""
-    number, text, mode, status, runtime, code, error, created, start, end = job
-    return (f'{{"id": {number}, "job": "{text}", "mode": "{mode}", "status": "{status}", '
-            f'"runtime": {"null" if runtime is None else _quote(runtime)}, '
-            f'"return_code": {"null" if code is None else code}, '
-            f'"runtime_error": {"null" if error is None else json.dumps(error)}, "created_time": "{created}", '
-            f'"start_time": {"null" if start is None else _quote(start)}, '
-            f'"end_time": {"null" if end is None else _quote(end)}}}')
-
-
-def _quote(text: str) -> str:
-    return f'"{text}"'
-
-
-def job_json(job: Job) -> bytes:
-    """A job as the body of an answer."""
-    return job_line(job).encode() + b"\n"
-
-
 def pages(select: Callable[[Optional[int], int], List[Job]], after: Optional[int]) -> Iterator[List[Job]]:
     """All that `select(after, limit)` gives, a page at a time. The first is read at once, so that a database that
     cannot be read is found before the answer begins."""
@@ -420,13 +368,3 @@ def pages(select: Callable[[Optional[int], int], List[Job]], after: Optional[int
             yield page
             page = select(page[-1][0], PAGE) if len(page) == PAGE else []
     return rest()
-
-
-def array(chunks: Iterable[Sequence[Any]], line: Callable[[Any], str] = job_line) -> Iterator[bytes]:
-    """A JSON array with one element a line, in pieces."""
-    begin = "["
-    for chunk in chunks:
-        if chunk:
-            yield (begin + "\n" + ",\n".join(map(line, chunk))).encode()
-            begin = ","
-    yield b"[]\n" if begin == "[" else b"\n]\n"

@@ -10,16 +10,18 @@ from typing import Any, Optional
 from oqc import runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
+from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
 from oqc.config import ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
 from oqc.server import Limits, Server, tls_context
-from oqc.store import SQLITE_VERSION, Store  # pylint: disable=unused-import # cli shows it
+from oqc.store import Store
 from oqc.workers import Workers
 
 log = logging.getLogger("oqc")
 
 MOST_LINES = 10_000                 # log lines that wait for a standard error that nobody reads
+PRUNE_EVERY = 3600.0                # seconds, with --keep-days
 GATHER = 0.05                       # seconds in which access lines are gathered into one write
 
 
@@ -90,11 +92,16 @@ class LogLines(logging.Handler):
 class Signals:
     """What the outside asked for. The handlers set events and do nothing else."""
 
+    NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
     def __init__(self) -> None:
         self.any, self.stop, self.hurry, self.reload = (threading.Event() for _ in range(4))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGHUP, self._on_reload)
+        # For the threads that start from here on: the kernel gives the second of two signals to any thread that takes
+        # it, and the main thread, which alone runs handlers, sleeps on. serve unblocks them for itself.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.NUMBERS)
 
     def _on_stop(self, *_: Any) -> None:
         (self.hurry if self.stop.is_set() else self.stop).set()
@@ -115,6 +122,8 @@ def serve(settings: Settings) -> int:
     try:
         _serve(settings, signals, clock, lines)
         return 0
+    except StoreError as error:
+        raise StartError(str(error)) from None
     finally:
         lines.close()
 
@@ -123,18 +132,20 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
     """Build, start, wait, stop."""
     dice = random.SystemRandom()
     try:
-        store = Store(settings.db, clock)
-    except StoreError as error:
-        raise StartError(str(error)) from None
+        tls = tls_context(settings.tls_cert, settings.tls_key)
+    except OSError as error:
+        files = ", ".join(filter(None, (settings.tls_cert, settings.tls_key)))
+        raise StartError(f"{files}: {error.strerror or error}") from None
+    store = Store(settings.db, clock)
     common = runtimes.Settings(clock, settings.kill_grace)
     workers = Workers(store, [(spec, _slot_maker(spec, common)) for spec in settings.runtimes], RetryPolicy(), clock,
-                      dice.random)
+                      dice.random, max(1, settings.max_connections // 2))
     api = Api(store, workers, Keys(dict(settings.keys)), lambda: dice.getrandbits(MOST_SEED.bit_length()),
               settings.max_waiting)
     try:
         server = Server((settings.host, settings.port), api, clock,
                         limits=Limits(body=settings.max_body, connections=settings.max_connections),
-                        tls=tls_context(settings.tls_cert, settings.tls_key),
+                        tls=tls,
                         access=lines.access if log.isEnabledFor(logging.INFO) else lambda line: None)
     except OSError as error:
         store.close()
@@ -144,8 +155,11 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
     _say_what_there_is(settings, server)
     listener = threading.Thread(target=server.serve_forever, args=(0.25,), name="listener", daemon=True)
     listener.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
     while not signals.stop.is_set():
-        signals.any.wait()
+        if settings.keep_days:
+            _forget_old_jobs(settings, store)
+        clock.wait(signals.any, PRUNE_EVERY if settings.keep_days else None)
         signals.any.clear()
         if signals.reload.is_set():
             signals.reload.clear()
@@ -183,6 +197,15 @@ def _slot_maker(spec: RuntimeSpec, common: runtimes.Settings) -> Any:
     if spec.command is None and spec.protocol == "lines":
         spec = spec._replace(command=runtimes.builtin_command(spec.name))
     return lambda: runtimes.slot(spec, common)
+
+
+def _forget_old_jobs(settings: Settings, store: Store) -> None:
+    try:
+        deleted = store.prune(settings.keep_days * 86400)
+        if deleted:
+            log.info("%d jobs that ended more than %d days ago are deleted", deleted, settings.keep_days)
+    except StoreError as error:
+        log.error("old jobs not deleted: %s", error)
 
 
 def _read_keys_again(settings: Settings, api: Api) -> None:

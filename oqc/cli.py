@@ -27,6 +27,7 @@ other commands:
 
 def main(arguments: List[str]) -> int:
     """Run the command line; the exit status."""
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")     # closed: before 3.10 argparse fails on None
     try:
         from oqc import app     # pylint: disable=import-outside-toplevel # may miss sqlite3, which gets a line of its own
     except ImportError as error:

@@ -27,6 +27,11 @@ class Clock:
         return moment.isoformat(timespec="microseconds")[:26] + "Z"
 
     @staticmethod
+    def parse(text: str) -> float:
+        """What `now` wrote, in seconds since 1970."""
+        return datetime.strptime(text + "+0000", "%Y-%m-%dT%H:%M:%S.%fZ%z").timestamp()
+
+    @staticmethod
     def date() -> str:
         """The UTC time as an HTTP date (RFC 9110, section 5.6.7)."""
         return datetime.now(timezone.utc).strftime("%a, %d %b %Y %H:%M:%S GMT")

@@ -43,6 +43,7 @@ class Settings(NamedTuple):
     keys_file: Optional[str]
     tls_cert: Optional[str]
     tls_key: Optional[str]
+    keep_days: int
     log_level: str
     runtimes: Tuple[RuntimeSpec, ...] = ()
     keys: Mapping[str, bytes] = {}      # pylint: disable=dangerous-default-value # nobody changes a Mapping
@@ -93,6 +94,7 @@ FLAGS = (
     Flag("keys-file", None, "FILE", "API keys, one name:key a line, mode 0600"),
     Flag("tls-cert", None, "FILE", "certificate (PEM), to serve HTTPS"),
     Flag("tls-key", None, "FILE", "its private key (PEM), if it is not in the same file"),
+    Flag("keep-days", 0, "DAYS", "that a job is kept after its end; 0 keeps it for ever", number(0, 100_000)),
     Flag("log-level", "info", "LEVEL", "least severe lines to log: " + ", ".join(LEVELS), level),
 )
 

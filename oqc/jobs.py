@@ -1,7 +1,7 @@
 """The job as data: its pattern, modes and statuses, who may become what, and what becomes of it after an attempt."""
 import json
 import re
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 MODES = ("verbatim", "simulation", "echo")
 STARTING, RETRYING, SUCCESS, RUNTIME_ERROR = STATUSES = ("Starting", "Retrying", "Success", "Runtime Error")
@@ -55,6 +55,14 @@ class StoreError(Exception):
     """The database cannot be opened, or cannot be used now; the text says why and what to do."""
 
 
+class Refused(Exception):
+    """A write that found something wrong before it changed anything."""
+
+
+class KeyReused(Refused):
+    """An Idempotency-Key came again with another body."""
+
+
 class DiskFull(StoreError):
     """There is no room for what was to be written; nothing of it was."""
 
@@ -82,6 +90,20 @@ class Submission(NamedTuple):
     shots: int = DEFAULT_SHOTS
     seed: Optional[int] = None      # None: to be chosen and stored, so that every run can be repeated
     return_code: int = 0            # of an echo
+
+
+class Addition(NamedTuple):
+    """What came of adding jobs: them, or those of the first time that the same Idempotency-Key came."""
+
+    jobs: List[Job]
+    replayed: bool = False
+
+
+class IdempotencyKey(NamedTuple):
+    """What makes a request that comes twice count once."""
+
+    key: str
+    digest: str                     # of the body
 
 
 class Task(NamedTuple):
@@ -127,6 +149,7 @@ class Ending(NamedTuple):
     event: str                      # "retry", "succeeded" or "failed"; or "release": a retry that costs no attempt
     outcome: Outcome
     delay: float = 0.0              # seconds until it is due again
+    seconds: float = 0.0            # that the attempt took
 
 
 class RetryPolicy(NamedTuple):

@@ -12,8 +12,10 @@ import json
 import os
 import select
 import signal
+import struct
 import sys
 import tempfile
+import termios
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
@@ -68,7 +70,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], environment: Dict[str, str], feed: Optional[int], clock: Any) -> None:
         """Start it with the open file `feed` as its standard input, or with a pipe if that is None."""
-        self.clock, self.answered = clock, False
+        self.clock, self.answered, self.sent = clock, False, 0
         self.output, self.error = bytearray(), bytearray()
         out, out_child = os.pipe()
         error, error_child = os.pipe()
@@ -145,6 +147,17 @@ class Process:
             sink += data[:OUTPUT_MOST + 1 - len(sink)]
         return True
 
+    def read_on(self) -> None:
+        """Read what it has written; no more than a pipe holds, since it may never stop."""
+        for descriptor in list(self.sinks):
+            for _ in range(OUTPUT_MOST // PIPE_READ + 1):
+                if not self._read(descriptor):
+                    break
+
+    def took(self) -> bool:
+        """Whether it has read anything of what it was sent: FIONREAD says how much of that the pipe still holds."""
+        return self.sent > struct.unpack("i", fcntl.ioctl(self.input, termios.FIONREAD, bytes(4)))[0]
+
     def send(self, data: bytes, deadline: float, wake: int, is_over: Callable[[], bool]) -> bool:
         """Write `data` to its standard input while listening, until `is_over`; False at the deadline."""
         rest = memoryview(data)
@@ -153,7 +166,9 @@ class Process:
             nonlocal rest
             try:
                 while rest:
-                    rest = rest[os.write(self.input, rest):]
+                    written = os.write(self.input, rest)
+                    self.sent += written
+                    rest = rest[written:]
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -178,10 +193,7 @@ class Process:
         if not self.exited():
             self._signal(signal.SIGTERM)
             self.listen(self.clock.monotonic() + grace)
-        for descriptor in list(self.sinks):     # what it wrote last; no more than a pipe holds, or a child never stops
-            for _ in range(OUTPUT_MOST // PIPE_READ + 1):
-                if not self._read(descriptor):
-                    break
+        self.read_on()                          # what it wrote last
         self._signal(signal.SIGKILL)            # before it is reaped: until then nobody else can get its group's number
         _, status = os.waitpid(self.pid, 0)
         with contextlib.suppress(ChildProcessError):
@@ -290,7 +302,8 @@ class LinesSlot(Slot):
             except OSError as error:
                 return _unstartable(error)
         process = self.process
-        process.output.clear()      # said without being asked
+        process.read_on()
+        process.output.clear()      # said without being asked: not the answer to this question
         process.error.clear()
         question = {name: getattr(task, name) for name in ("id", "job", "mode", "attempt", "shots", "seed")}
         in_time = process.send(json.dumps(question).encode() + b"\n", deadline, self.wake_end, lambda: (
@@ -301,7 +314,8 @@ class LinesSlot(Slot):
             if outcome.return_code == jobs.PROTOCOL and outcome.transient:
                 self._end()
             return outcome
-        started, ended, code = process.answered, process.exited(), self._end()
+        # one that ends before it takes a job has not started; after that, the job may be what it dies of
+        started, ended, code = process.answered or process.took(), process.exited(), self._end()
         if ended:
             return self._outcome(code, process, started) if code else Outcome(
                 jobs.PROTOCOL, process.last_words() or "ended without an answer", transient=True, started=started)
@@ -374,13 +388,13 @@ def _answer(output: bytes, retry_codes: Sequence[int]) -> Outcome:
             raise ValueError("return_code")
         if not isinstance(error, (str, type(None))):
             raise ValueError("runtime_error")
+        text = None if result is None else json.dumps(result, allow_nan=False)      # 1e999 is read as infinity
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         shown = line[:80].decode("utf-8", "replace")
         return Outcome(jobs.PROTOCOL, f"not an answer: {json.dumps(shown)}", transient=True)
     if code:
         error = (error or f"return code {code}").encode("utf-8", "replace")[:ERROR_MOST].decode("utf-8", "ignore")
-    return Outcome(code, error if code else None, None if result is None else json.dumps(result), True,
-                   transient=code in retry_codes)
+    return Outcome(code, error if code else None, text, True, transient=code in retry_codes)
 
 
 # The built-in runtimes, each a program over `lines`

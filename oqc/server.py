@@ -12,7 +12,8 @@ import threading
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
 
-from oqc.api import Api, Problem, Request, Response, problem_response
+from oqc.api import Api
+from oqc.messages import Problem, Request, Response, problem_response
 from oqc.wire import Connection, Head, Limits, answer_head
 
 log = logging.getLogger("oqc")

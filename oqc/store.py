@@ -1,72 +1,29 @@
-"""The only room that says SQL: one SQLite file, one thread that writes it in groups, and connections that only read.
+"""The jobs in SQL: one thread that writes them in groups, and connections that only read.
 
 One connection writes and checkpoints, because SQLite 3.7.0 to 3.51.2 can corrupt a WAL that two of them do
 (https://sqlite.org/wal.html, "the WAL-reset bug"); it belongs to the writer thread. Every other one is `query_only`.
 """
-import fcntl
 import logging
 import os
 import queue
 import sqlite3
-import struct
 import threading
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs
-from oqc.jobs import DiskFull, Ending, Job, StoreError, Submission, Task, UnknownJob
+from oqc.database import VERSION, among, connected, explained, inspect, locked, prepared
+from oqc.jobs import (
+    Addition, Ending, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
-SQLITE_VERSION = sqlite3.sqlite_version
-APPLICATION_ID = 0x6F716331         # "oqc1", where file(1) looks for it
 MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
-CHECKED_AT_START = 256 << 20        # bytes of database up to which every start reads all of it
+PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
+KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
 
 
-def _among(values: Sequence[str]) -> str:
-    """The values as an SQL list."""
-    return "(" + ", ".join(f"'{value}'" for value in values) + ")"
-
-
-MIGRATIONS = (                      # the n-th brings a database from version n to n + 1
-    f"""
-    CREATE TABLE jobs (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,       -- or the id of a deleted last job is given out again
-        job TEXT NOT NULL,
-        mode TEXT NOT NULL CHECK (mode IN {_among(jobs.MODES)}),
-        status TEXT NOT NULL CHECK (status IN {_among(jobs.STATUSES)}),
-        runtime TEXT,
-        return_code INTEGER,
-        runtime_error TEXT,
-        created_time TEXT NOT NULL,
-        start_time TEXT CHECK (start_time >= created_time),
-        end_time TEXT CHECK (end_time >= coalesce(start_time, created_time)),
-        attempts INTEGER NOT NULL DEFAULT 0,        -- counted before each start
-        due REAL,                                   -- seconds since 1970: not before this is it tried again
-        shots INTEGER NOT NULL,
-        seed INTEGER NOT NULL,
-        echo_code INTEGER NOT NULL,
-        submitter TEXT NOT NULL,                    -- the name of the key it came with
-        CHECK ((end_time IS NULL) = (status IN {_among(jobs.OPEN)})),
-        CHECK ((end_time IS NULL) = (return_code IS NULL)),
-        CHECK ((runtime IS NULL) = (start_time IS NULL)),
-        CHECK (end_time IS NULL OR (status = '{jobs.SUCCESS}') = (return_code = 0))
-    );
-    CREATE INDEX jobs_end_time ON jobs (end_time);  -- NULL first, in id order: what has not ended
-    CREATE INDEX jobs_failed ON jobs (id) WHERE status = '{jobs.RUNTIME_ERROR}';
-    CREATE TABLE results (
-        id INTEGER PRIMARY KEY REFERENCES jobs (id) ON DELETE CASCADE,
-        result TEXT NOT NULL,
-        is_json INTEGER NOT NULL
-    );
-    CREATE TABLE pauses (runtime TEXT PRIMARY KEY, reason TEXT NOT NULL, since TEXT NOT NULL);
-    """,
-)
-VERSION = len(MIGRATIONS)
-
-
-class IllegalTransition(RuntimeError):
+class IllegalTransition(Refused):
     """A job was not where its transition starts: a defect, and nothing was changed."""
 
 
@@ -82,7 +39,7 @@ def _transition(event: str) -> Tuple[str, str]:
     """(`status = …`, `status IN (…)`) of an event, from the one table."""
     moves = {start: end for (start, name), end in jobs.TRANSITIONS.items() if name == event}
     cases = " ".join(f"WHEN '{start}' THEN '{end}'" for start, end in moves.items())
-    return f"status = CASE status {cases} END", f"status IN {_among(tuple(moves))}"
+    return f"status = CASE status {cases} END", f"status IN {among(tuple(moves))}"
 
 
 def _claim_sql() -> str:
@@ -121,14 +78,14 @@ class Store:
     def __init__(self, path: str, clock: Any) -> None:
         """Open `path`, creating it where there is none; raises StoreError and leaves the file as it was."""
         self.path, self.clock = path, clock
-        self._lock_file = _locked(path)
+        self._lock_file = locked(path)
         try:
-            _inspect(path)
-            self._writer = _prepared(path)
+            inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
+            self._writer = prepared(path)
             self._readers: List[sqlite3.Connection] = []
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
-            raise (error if isinstance(error, StoreError) else _explained(path, error)) from None
+            raise (error if isinstance(error, StoreError) else explained(path, error)) from None
         os.pwrite(self._lock_file, b"in use\n", 0)
         self._closed = False
         self.trouble: Optional[StoreError] = None       # why the last write, or a read since, did not succeed
@@ -188,13 +145,47 @@ class Store:
         """{runtime: (reason, since)} of the paused ones."""
         return {name: (reason, since) for name, reason, since in self._read("SELECT * FROM pauses")}
 
+    def status(self) -> Dict[str, Any]:
+        """How much waits, runs and has ended, all of one moment: one statement is one snapshot."""
+        minute, hour, now = self.clock.ago(60), self.clock.ago(3600), self.clock.unix()
+        rows = self._read("""
+            SELECT CASE WHEN start_time IS NOT NULL THEN 'running' WHEN status = ? THEN 'retrying' ELSE 'waiting' END,
+                   mode, count(*), min(created_time) FROM jobs WHERE end_time IS NULL GROUP BY 1, 2
+            UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time >= ?
+            UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time >= ?""", (jobs.RETRYING, minute, hour))
+        found: Dict[str, Any] = {what: {mode: 0 for mode in jobs.MODES} for what in ("waiting", "running", "retrying")}
+        for what, mode, count, _ in rows:
+            if what in found:
+                found[what][mode] = count
+        oldest = min((created for what, _, _, created in rows if what == "waiting"), default=None)
+        return {"idle": not any(what in found for what, *_ in rows), **found,
+                "oldest_waiting_seconds": oldest and max(0.0, round(now - self.clock.parse(oldest), 3)),
+                "ended_last_minute": next(count for what, _, count, _ in rows if what == "minute"),
+                "ended_last_hour": next(count for what, _, count, _ in rows if what == "hour"),
+                "database_bytes": sum(os.path.getsize(path) for path in (self.path, self.path + "-wal")
+                                      if os.path.exists(path))}
+
     # What writes
 
-    def add(self, submissions: Sequence[Submission], submitter: str,
-            then: Callable[[Any, Optional[Exception]], None]) -> None:
-        """Store new jobs, all of them or none; when they are on disk, the writer thread calls `then(jobs, None)`, or
-        else `then(None, error)`. The only write that does not wait: a thread for each would be most of its cost."""
-        self._write_later(then, self._add, submissions, submitter)
+    def add(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey] = None) -> Addition:
+        """Store new jobs, all of them or none; with a key that came before, give back the jobs of that time. Raises
+        KeyReused if it came with another body."""
+        return self._write(self._add, submissions, submitter, key)
+
+    def add_later(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey],
+                  then: Callable[[Any, Optional[Exception]], None]) -> None:
+        """add, but without waiting: when it is on disk the writer thread calls `then(addition, None)`, or else
+        `then(None, error)`. A thread that waits for each would be most of its cost."""
+        self._write_later(then, self._add, submissions, submitter, key)
+
+    def prune(self, seconds: float) -> int:
+        """Delete the jobs that ended longer ago than that, some at a time, so that others can write; how many."""
+        cutoff, deleted = self.clock.ago(seconds), 0
+        while True:
+            batch: int = self._write(self._prune, cutoff)
+            deleted += batch
+            if batch < PRUNED_AT_ONCE:
+                return deleted
 
     def claim(self, numbers: Sequence[int], runtime: str) -> List[Task]:
         """Start an attempt at each of these jobs that still waits, and count it."""
@@ -222,12 +213,36 @@ class Store:
 
     # What the writer thread does
 
-    def _add(self, submissions: Sequence[Submission], submitter: str) -> List[Job]:
+    def _add(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey]) -> Addition:
         now, execute, added = self.clock.now(), self._writer.execute, []
+        if key:
+            replay = self._replay(submitter, key)
+            if replay:
+                return replay
         for job, mode, shots, seed, echo_code in submissions:
             number = execute(INSERT, (job, mode, now, shots, seed, echo_code, submitter)).lastrowid
             added.append(Job(number, job, mode, jobs.STARTING, None, None, None, now, None, None))
-        return added
+        if key:
+            execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
+                    (submitter, *key, self.clock.unix(), added[0].id, added[-1].id))
+        return Addition(added)
+
+    def _replay(self, submitter: str, key: IdempotencyKey) -> Optional[Addition]:
+        """The jobs that were added when this key came before, if it did; raises KeyReused."""
+        execute = self._writer.execute
+        execute("DELETE FROM idempotency WHERE created < ?", (self.clock.unix() - KEYS_KEPT,))
+        before = execute("SELECT digest, first, last FROM idempotency WHERE submitter = ? AND key = ?",
+                         (submitter, key.key)).fetchone()
+        if not before:
+            return None
+        if before[0] != key.digest:
+            raise KeyReused("this Idempotency-Key came before, with another body; take a new one for a new request")
+        rows = execute(f"SELECT {MEMBERS} FROM jobs WHERE id BETWEEN ? AND ? ORDER BY id", before[1:]).fetchall()
+        return Addition([Job._make(row) for row in rows], replayed=True) if rows else None
+
+    def _prune(self, cutoff: str) -> int:
+        return self._writer.execute("DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)",
+                                    (cutoff, PRUNED_AT_ONCE)).rowcount
 
     def _claim(self, numbers: Sequence[int], runtime: str) -> List[Task]:
         now, execute = self.clock.now(), self._writer.execute
@@ -236,7 +251,7 @@ class Store:
 
     def _settle(self, endings: Sequence[Ending]) -> None:
         now, execute, illegal = self.clock.now(), self._writer.execute, []
-        for task, event, outcome, delay in endings:
+        for task, event, outcome, delay, _ in endings:
             if event in END:
                 changed = execute(END[event], (outcome.return_code, outcome.runtime_error, now, task.id, task.attempt))
             else:
@@ -306,7 +321,7 @@ class Store:
             for write in group:
                 try:
                     came.append((write.work(*write.arguments) if write.work else None, None))
-                except IllegalTransition as error:              # what it did not find, it did not change
+                except Refused as error:
                     came.append((None, error))
             self._writer.execute("COMMIT")
             if self.trouble:
@@ -323,9 +338,9 @@ class Store:
     def _read(self, statement: str, values: Sequence[Any] = ()) -> List[Any]:
         """All rows of one SELECT, on a connection that nobody else uses meanwhile."""
         try:
-            reader = self._readers.pop() if self._readers else _connected(self.path)
+            reader = self._readers.pop() if self._readers else connected(self.path)
         except IndexError:          # another thread took the last one
-            reader = _connected(self.path)
+            reader = connected(self.path)
         try:
             return reader.execute(statement, values).fetchall()
         except sqlite3.Error as error:
@@ -335,12 +350,12 @@ class Store:
 
     def _noted(self, error: Exception) -> Exception:
         """What an error means; an error of the database is remembered, and said once."""
-        explained = _explained(self.path, error)
-        if isinstance(explained, StoreError):
+        meaning = explained(self.path, error)
+        if isinstance(meaning, StoreError):
             if not self.trouble:
-                log.error("database: %s", explained)
-            self.trouble = explained
-        return explained
+                log.error("database: %s", meaning)
+            self.trouble = meaning
+        return meaning
 
     def _open_pages(self, columns: str, condition: str) -> Iterator[List[Any]]:
         """Pages of these columns (the id first) of the jobs that have not ended."""
@@ -350,103 +365,3 @@ class Store:
                               "ORDER BY id LIMIT 1000", (page[-1][0],))
             if page:
                 yield page
-
-
-def _connected(path: str, read_only: bool = True) -> sqlite3.Connection:
-    """A connection in autocommit mode, for one thread at a time; raises StoreError."""
-    try:
-        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
-        connection.execute(f"PRAGMA query_only = {int(read_only)}")
-        return connection
-    except sqlite3.Error as error:
-        raise _explained(path, error) from error
-
-
-def _locked(path: str) -> int:
-    """The descriptor of the lock file beside the database, held until it is closed or this process dies."""
-    if os.path.isdir(path):
-        raise StoreError(f"{path}: is a directory; --db names a file")
-    try:
-        lock_file = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StoreError(f"{path}.lock: {error.strerror}; the database needs a directory that oqc may write") from error
-    try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock_file)
-        raise StoreError(f"{path}: another oqc uses this database; stop it, or name another file with --db") from error
-    except OSError as error:
-        os.close(lock_file)
-        raise StoreError(f"{path}: its file system has no locks ({error.strerror}); "
-                         "name a file on a local disk with --db") from error
-    return lock_file
-
-
-def _inspect(path: str) -> None:
-    """Raise StoreError for a file that is not oqc's to open, before SQLite touches it.
-
-    The offsets are those of https://sqlite.org/fileformat2.html, section 1.3.
-    """
-    in_use = os.path.getsize(path + ".lock") > 0
-    try:
-        with open(path, "rb") as file:
-            header = file.read(100)
-            size = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        header = b""
-        if in_use or os.path.exists(path + "-wal"):
-            raise StoreError(f"{path}: is missing, but a server used it; put the file back, or remove {path}.lock "
-                             f"and {path}-wal to begin with no jobs") from None
-    except OSError as error:
-        raise StoreError(f"{path}: {error.strerror}") from error
-    if not header:
-        return
-    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
-        raise StoreError(f"{path}: is not a database; name another file with --db")
-    version, application = struct.unpack_from(">I", header, 60)[0], struct.unpack_from(">I", header, 68)[0]
-    if application != APPLICATION_ID:
-        raise StoreError(f"{path}: is another program's database; name another file with --db")
-    if version > VERSION:
-        raise StoreError(f"{path}: was written by a newer oqc (version {version} of the database, this one knows "
-                         f"{VERSION}); run that one")
-    wal = os.path.exists(path + "-wal")
-    page_size, pages = struct.unpack_from(">H", header, 16)[0], struct.unpack_from(">I", header, 28)[0]
-    if not wal and size < (65536 if page_size == 1 else page_size) * pages:
-        raise StoreError(f"{path}: is truncated, {size} bytes of {page_size * pages}; put a backup in its place")
-    if in_use and not wal:
-        raise StoreError(f"{path}-wal: is missing, and the jobs accepted last were in it; put it back, or remove "
-                         f"{path}.lock to go on without them")
-
-
-def _prepared(path: str) -> sqlite3.Connection:
-    """The writer's connection to a database that has this version's tables; raises StoreError, sqlite3.Error."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    writer = _connected(path, read_only=False)
-    version = writer.execute("PRAGMA user_version").fetchone()[0]
-    for number in range(version, VERSION):
-        # before the WAL is there, so that the header names the program even after a kill in the middle of this
-        writer.executescript(f"BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA application_id = {APPLICATION_ID}; "
-                             f"PRAGMA user_version = {number + 1}; COMMIT;")
-    writer.execute("PRAGMA journal_mode = WAL")
-    writer.execute("PRAGMA synchronous = FULL")
-    writer.execute("PRAGMA foreign_keys = 1")
-    if os.path.getsize(path) <= CHECKED_AT_START:
-        found = writer.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            writer.close()
-            raise StoreError(f"{path}: is damaged ({found.splitlines()[-1]}); put a backup in its place")
-    return writer
-
-
-def _explained(path: str, error: Exception) -> Exception:
-    """What an error of SQLite means to an operator; any other is given back as it is."""
-    if not isinstance(error, sqlite3.Error):
-        return error
-    text = str(error)
-    if "full" in text:
-        return DiskFull(f"{path}: no room on the disk")
-    if "readonly" in text or "unable to open" in text:
-        return StoreError(f"{path}: cannot be written now ({text})")
-    if "malformed" in text or "not a database" in text:
-        return StoreError(f"{path}: is damaged ({text}); stop the server and put a backup in its place")
-    return StoreError(f"{path}: {text}")

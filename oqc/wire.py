@@ -8,7 +8,7 @@ import functools
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
-from oqc.api import PHRASES, Problem, Request, Response
+from oqc.messages import PHRASES, Problem, Request, Response
 
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % TOKEN)      # RFC 9112, section 3

@@ -2,6 +2,7 @@
 
 The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after it.
 """
+import bisect
 import heapq
 import logging
 import queue
@@ -15,6 +16,7 @@ from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, Stor
 log = logging.getLogger("oqc")
 
 ECHO_BATCH = 500                    # echoes run at once by their one worker, since nothing of theirs takes time
+BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)      # seconds, of the durations that are counted
 SET_ASIDE_AFTER = 3                 # failures to start, in a row
 FIRST_PAUSE, MOST_PAUSE = 1.0, 60.0     # seconds a failing runtime is left alone, doubling
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
@@ -78,9 +80,14 @@ class _Runtime:
 class Workers:                      # pylint: disable=too-many-instance-attributes # each has a line that says why
     """The worker threads of all runtimes, and what concerns jobs that wait or run."""
 
+    buckets = BUCKETS
+
     def __init__(self, store: Any, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]], policy: RetryPolicy,
-                 clock: Any, dice: Callable[[], float]) -> None:
-        """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the retry delays."""
+                 clock: Any, dice: Callable[[], float], most_waits: int = 256) -> None:
+        """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the retry delays.
+        `most_waits`: how many may be in `wait` at once, each of which holds a thread."""
+        self.most_waits, self._waits, self._began = most_waits, 0, clock.monotonic()
+        self._durations: Dict[Tuple[str, str], List[float]] = {}
         self.store, self.policy, self.clock, self.dice = store, policy, clock, dice
         self.runtimes = {spec.name: _Runtime(spec, clock.now()) for spec, _ in runtimes}
         self._slot_makers = {spec.name: make for spec, make in runtimes}
@@ -247,13 +254,14 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         endings = []
         for task in self._insist(self.store.claim, numbers, runtime.spec.name) or ():
             attempt = runtime.running[task.id]
-            begun = not attempt.interrupted()
+            begun, began = not attempt.interrupted(), self.clock.monotonic()
             try:
                 outcome = slot.run(task, attempt.interrupted) if begun else None
             except Exception:       # pylint: disable=broad-exception-caught # as above: the job must not stay "running"
                 log.exception("%s: job %d", runtime.spec.name, task.id)
                 outcome = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
-            endings.append(self._decide(runtime, task, attempt, outcome, begun))
+            ending = self._decide(runtime, task, attempt, outcome, begun)
+            endings.append(ending._replace(seconds=self.clock.monotonic() - began))
         self._insist(self.store.settle, endings)
         self._announce(runtime, endings)
 
@@ -297,12 +305,15 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def _announce(self, runtime: _Runtime, endings: Sequence[Ending]) -> None:
         """Tell those who wait, and set the alarm for what is tried again; after it is on disk."""
         over = []
-        for task, event, outcome, delay in endings:
+        for task, event, outcome, delay, seconds in endings:
             if event in ("retry", "release"):
                 self._enqueue_in(delay, task.mode, task.id)
                 continue
             over.append(task.id)
             runtime.ended += 1
+            found = self._durations.setdefault((task.mode, event), [0.0] * (len(BUCKETS) + 2))
+            found[bisect.bisect_left(BUCKETS, seconds)] += 1
+            found[-1] += seconds
             if event == "failed":
                 runtime.failures += 1
                 log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
@@ -327,14 +338,28 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     # What people ask for
 
-    def wait(self, number: int, seconds: float) -> Job:
-        """The job as soon as it has ended, or as it is after `seconds`; raises UnknownJob."""
+    def wait(self, numbers: Sequence[int], seconds: float) -> List[Job]:
+        """These jobs as soon as all have ended, or as they are after `seconds`; none at all, and at once, when as many
+        wait already as may. Raises UnknownJob."""
+        deadline = self.clock.monotonic() + seconds
+        with self.lock:
+            if self._waits >= self.most_waits:
+                return []
+            self._waits += 1
+        try:
+            return [self._wait(number, deadline) for number in numbers]
+        finally:
+            with self.lock:
+                self._waits -= 1
+
+    def _wait(self, number: int, deadline: float) -> Job:
         ended = threading.Event()
         with self.lock:
             self._waiters.setdefault(number, []).append(ended)
         try:
-            job: Job = self.store.get(number)
-            if job.end_time is None and not self._stopped.is_set() and self.clock.wait(ended, seconds):
+            job: Job = self.store.get(number)       # only now: it cannot end unnoticed any more
+            left = deadline - self.clock.monotonic()
+            if job.end_time is None and left > 0 and not self._stopped.is_set() and self.clock.wait(ended, left):
                 job = self.store.get(number)
             return job
         finally:
@@ -363,7 +388,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 if attempt:
                     attempt.cancelled = True
                     attempt.slot.wake()
-            job = self.wait(number, 1.0)
+            job = self._wait(number, self.clock.monotonic() + 1.0)
             if job.end_time is not None:
                 if job.return_code == jobs.CANCELLED and job.runtime_error == "cancelled":
                     return job
@@ -405,6 +430,15 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     "slots": runtime.spec.slots, "state": runtime.state(), "reason": runtime.paused,
                     "running": sorted(runtime.running), "ended": runtime.ended, "failures": runtime.failures,
                     "since": runtime.since}
+
+    def uptime(self) -> float:
+        """Seconds since the server began."""
+        return round(float(self.clock.monotonic() - self._began), 3)
+
+    def durations(self) -> Dict[Tuple[str, str], List[float]]:
+        """{(mode, outcome): how many last attempts took up to each of BUCKETS, how many longer, and all seconds}."""
+        with self.lock:
+            return {key: list(values) for key, values in self._durations.items()}
 
     def states(self) -> Counter:
         """How many runtimes of each mode are in each state: {(mode, state): n}."""

@@ -161,15 +161,16 @@ def test_the_digits_of_another_script_are_no_id_even_unencoded(server):
 
 # Problem details
 
-@pytest.mark.parametrize("path", ["/", "/jobs", "/jobs/", "/jobs//", "/nothing", "/jobs/1/other/", "/jobs/add/1/",
+@pytest.mark.parametrize("path", ["//", "/jobs", "/jobs/", "/jobs//", "/nothing", "/jobs/1/other/", "/jobs/add/1/",
                                   "/jobs/1//", "//jobs/list/", "/JOBS/LIST/", "/jobs/1/result//"])
 def test_a_path_where_nothing_is_gets_a_problem_detail(server, path):
     assert json.dumps(path) in is_problem(server.request("GET", path), 404)
 
 
 @pytest.mark.parametrize("path, allowed", [
-    ("/jobs/add/", "OPTIONS, POST"), ("/jobs/list/", "GET, HEAD, OPTIONS"), ("/jobs/1/", "DELETE, GET, HEAD, OPTIONS"),
-    ("/jobs/1/result/", "GET, HEAD, OPTIONS"), ("/jobs/abc/", "DELETE, GET, HEAD, OPTIONS")])
+    ("/jobs/add/", "OPTIONS, POST"), ("/jobs/list/", "DELETE, GET, HEAD, OPTIONS"),
+    ("/jobs/1/", "DELETE, GET, HEAD, OPTIONS"), ("/jobs/1/result/", "GET, HEAD, OPTIONS"),
+    ("/jobs/abc/", "DELETE, GET, HEAD, OPTIONS")])
 @pytest.mark.parametrize("slash", ["/", ""])
 def test_a_path_says_which_methods_it_allows(server, path, allowed, slash):
     path = path.rstrip("/") + slash
@@ -180,7 +181,7 @@ def test_a_path_says_which_methods_it_allows(server, path, allowed, slash):
             answer = server.request(method, path)
             assert (answer.status, answer.headers["Allow"]) == (405, allowed)
             if method != "HEAD":
-                is_problem(answer, 405, f"{method} is not for this path; allowed: {allowed}")
+                is_problem(answer, 405, f"{method} is not for this path; allowed: {allowed}; GET / shows what is there")
 
 
 def test_every_get_works_as_head_with_the_same_head_and_no_body(server):
@@ -274,7 +275,7 @@ REFUSED = {
     "4,000 digits": (b'{"job": "X(1)", "mode": "echo", "seed": ' + b"9" * 4000 + b"}", "seed: expected a whole "),
     "an unknown member": (b'{"job": "X(1)", "mode": "echo", "priority": 1}', 'unknown member "priority": allowed are '),
     "an empty name": (b'{"job": "X(1)", "mode": "echo", "": 1}', 'unknown member "": allowed are '),
-    "a list": (b'["X(1)", "echo"]', "expected an object with job and mode, found an array"),
+    "a list of text": (b'["X(1)", "echo"]', "[0]: expected an object with job and mode, found text"),
     "null": (b"null", "expected an object with job and mode, found null"),
     "a number": (b"1", "expected an object with job and mode, found a number"),
     "no member": (b"{}", "job: missing; "),
@@ -448,7 +449,7 @@ def a_server_with_more_jobs_than_two_pages(tmp_path_factory):
     echoes = [Submission("X(0)", "echo", seed=0, return_code=9 if n % 5 == 0 else 0) for n in range(JOBS - 5)]
     modes = [Submission("Y(0)", mode, seed=0) for mode in ("simulation", "simulation", "echo", "verbatim", "verbatim")]
     store.pause("emulator", "for this test")
-    store.add(echoes + modes, "test", lambda jobs, error: None)
+    store.add(echoes + modes, "test")
     store.close()
     server = Server(folder)
     for number in range(JOBS - 4, JOBS - 1):        # the echo and simulation jobs are run in order, each by one worker

@@ -128,9 +128,9 @@ def application_of_oqc(folder):
     server = Server(folder, "--db", "real.db")
     assert server.stop() == 0
     connection = sqlite3.connect(folder / "real.db")
-    number, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    found = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
     connection.close()
-    return number, version
+    return found
 
 
 @pytest.mark.parametrize("content, reason", [
@@ -163,6 +163,14 @@ def test_a_database_of_a_newer_version_is_one_line_that_says_so_and_stays_as_it_
     assert path.read_bytes() == content
 
 
+def test_a_database_without_the_tables_of_its_version_is_named_and_no_traceback(tmp_path):
+    application, version = application_of_oqc(tmp_path)
+    database(tmp_path / "hollow.db", application, version)
+    ended = run(tmp_path, "--db", "hollow.db", "--port", 0)
+    assert (ended.returncode, ended.stdout, "Traceback" in ended.stderr) == (1, "", False), ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("oqc: hollow.db: no such table: ")
+
+
 def test_a_database_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling.db").symlink_to(tmp_path / "none" / "oqc.db")
@@ -184,7 +192,8 @@ def test_a_database_by_the_name_of_sqlites_memory_is_a_file_all_the_same(tmp_pat
 def test_a_database_that_lost_its_end_is_one_line(tmp_path):
     application_of_oqc(tmp_path)
     os.truncate(tmp_path / "real.db", 4096)
-    assert one_line(run(tmp_path, "--db", "real.db", "--port", 0), 1).startswith("real.db: is truncated, 4096 bytes of ")
+    line = one_line(run(tmp_path, "--db", "real.db", "--port", 0), 1)
+    assert line.startswith("real.db: is truncated, 4096 bytes of ")
 
 
 def test_an_empty_file_becomes_a_database(tmp_path, serve):
@@ -248,7 +257,7 @@ def test_what_an_old_python_reads_before_that_line_is_in_a_syntax_that_it_knows(
 
 def test_a_python_without_sqlite3_gets_one_line(tmp_path):
     for missing in ("sqlite3", "_sqlite3"):
-        (tmp_path / "sqlite3.py").write_text(f"raise ImportError('No module named {missing!r}', name={missing!r})\n",
+        (tmp_path / "sqlite3.py").write_text(f"raise ImportError('none', name={missing!r})\n",
                                              encoding="utf-8")
         for arguments in ([], ["--help"], ["--version"]):
             ended = run(tmp_path, *arguments, PYTHONPATH=f"{tmp_path}:{ROOT}", PYTHONDONTWRITEBYTECODE="1")

@@ -13,13 +13,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 ROOMS = {
     "__main__": {"cli"},
     "cli": {"app", "config"},
-    "app": {"config", "server", "api", "workers", "store", "runtimes", "qubit", "clock", "jobs"},
+    "app": {"config", "server", "api", "workers", "store", "database", "runtimes", "qubit", "clock", "jobs"},
     "config": {"jobs"},
-    "server": {"api", "wire"},
-    "wire": {"api"},        # the parser of what comes over the sockets, kept apart from them
-    "api": {"jobs"},
+    "server": {"api", "wire", "messages"},
+    "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
+    "api": {"messages", "jobs"},
+    "messages": {"jobs"},       # requests, responses and their bodies, kept apart from what they lead to
     "workers": {"jobs"},
-    "store": {"jobs"},
+    "store": {"database", "jobs"},
+    "database": {"jobs"},       # the file, kept apart from the jobs in it
     "runtimes": {"jobs", "qubit"},
     "qubit": set(),
     "clock": set(),
@@ -30,7 +32,7 @@ ROOMS = {
 # What only some rooms may use, as patterns; the longest that fits decides. What is not named here, every room may use.
 ONLY_IN = {
     # SQL
-    "sqlite3": {"store"},
+    "sqlite3": {"store", "database"},
     # processes
     "subprocess": {"runtimes"},
     "multiprocessing": {"runtimes"},
@@ -73,7 +75,7 @@ ONLY_IN = {
     "runpy": set(),
 }
 
-MOST_LINES, MOST_LINES_A_MODULE = 3000, 450     # all of it reads in an hour
+MOST_LINES, MOST_LINES_A_MODULE = 4200, 450     # all of it reads in an hour
 
 
 def names_used(tree):
@@ -172,8 +174,8 @@ def test_it_reads_in_an_hour():
     ("app", "from oqc.cli import main", "app may not import cli"),
     ("store", "from oqc.jobs import *", "oqc.jobs.* hides"),
     ("runtimes", "from os import *", "os.* hides"),
-    ("api", "import sqlite3", "sqlite3 belongs to store"),
-    ("api", "if True:\n    import sqlite3.dbapi2 as sql", "sqlite3.dbapi2 belongs to store"),
+    ("api", "import sqlite3", "sqlite3 belongs to database and store"),
+    ("api", "if True:\n    import sqlite3.dbapi2 as sql", "sqlite3.dbapi2 belongs to database and store"),
     ("workers", "import subprocess", "subprocess belongs to runtimes"),
     ("workers", "from subprocess import Popen", "subprocess.Popen belongs to runtimes"),
     ("workers", "from multiprocessing import Pool", "belongs to runtimes"),

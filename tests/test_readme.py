@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT, Server
 
-from oqc import api, config, jobs
+from oqc import api, config, jobs, qubit
 from oqc.jobs import RuntimeSpec
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -163,6 +163,8 @@ def test_every_flag_and_every_variable_is_in_the_readme():
     for name, default, *_ in [*config.FLAGS, ("runtime", None)]:
         shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else default
         assert f"| `--{name}` | `OQC_{name.upper().replace('-', '_')}` | {shown} |" in README, name
+    for name, default in qubit.Device()._asdict().items():
+        assert f"| `--{name.replace('_', '-')}` | {default:g} |" in README, name
     usage = subprocess.run([sys.executable, "-m", "oqc", "--help"], cwd=ROOT, check=True, stdout=subprocess.PIPE)
     for name in re.findall(rb"--[a-z-]+", usage.stdout):
         assert f"`{name.decode()}`" in README
@@ -171,6 +173,7 @@ def test_every_flag_and_every_variable_is_in_the_readme():
 def test_every_endpoint_is_in_the_readme():
     for pattern, methods in api.ROUTES:
         path = pattern.pattern.replace("/?", "/").replace("jobs/([^/]+)", "jobs/{id}").replace("([^/]+)", "{name}")
+        path = path.replace("\\", "")
         for method in methods:
             assert f"### {method} {path}\n" in README
 

@@ -1,0 +1,285 @@
+"""What makes the server pleasant in a lab: waiting, arrays, keys that make a request count once, tables, numbers."""
+import contextlib
+import json
+import re
+import sqlite3
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import KEY
+
+from oqc import api
+
+PACKAGE = Path(api.__file__).parent
+TEXT = {"Accept": "text/plain"}
+
+
+def test_a_get_with_wait_answers_when_the_job_has_ended(serve, script, tmp_path):
+    gate = tmp_path / "gate"
+    subprocess.run(["mkfifo", str(gate)], check=True)
+    server = serve("--runtime", "q=" + script(f'cat >/dev/null; read line <"{gate}"'))
+    job, found = server.add(mode="verbatim"), []
+    waiting = threading.Thread(target=lambda: found.append(server.wait(job)))
+    waiting.start()
+    gate.write_text("go\n", encoding="utf-8")       # blocks until the runtime reads
+    waiting.join(20)
+    assert found[0]["status"] == "Success"
+
+
+def test_a_get_with_wait_answers_with_the_job_as_it_is_after_that_time(serve, script):
+    server = serve("--runtime", "q=" + script("exec sleep 60"), "--drain", "0", "--kill-grace", "0")
+    assert server.request("GET", f"/jobs/{server.add(mode='verbatim')['id']}/?wait=1").json["end_time"] is None
+
+
+def test_submit_and_wait_is_one_request(server):
+    answer = server.request("POST", "/jobs/add/?wait=20", {"job": "X(90)", "mode": "simulation"})
+    assert (answer.status, answer.json["status"]) == (201, "Success")
+    assert answer.headers["Location"] == f"/jobs/{answer.json['id']}/"
+
+
+def test_a_result_can_be_waited_for(server):
+    job = server.add("Y(180)", mode="simulation", shots=0)
+    assert server.request("GET", f"/jobs/{job['id']}/result/?wait=20").json["probabilities"] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("wait", ["301", "-1", "x", "", "1.5", "%31"])
+def test_a_wait_that_cannot_be_meant_is_400(server, wait):
+    job = server.add()
+    answer = server.request("GET", f"/jobs/{job['id']}/?wait={wait}")
+    assert (answer.status, "0 to 300" in answer.detail) == (400, True)
+
+
+def test_waits_beyond_half_of_the_connections_are_answered_at_once(serve, script):
+    server = serve("--runtime", "q=" + script("exec sleep 60"), "--max-connections", "4", "--drain", "0",
+                   "--kill-grace", "0")
+    job = server.add(mode="verbatim")
+
+    def wait():
+        while "Retry-After" in server.request("GET", f"/jobs/{job['id']}/?wait=300").headers:
+            pass                    # the one below was quicker
+    waiting = [threading.Thread(target=wait) for _ in range(2)]
+    for thread in waiting:
+        thread.start()
+    while True:                     # until the two are waiting, a third one waits as well: for a second
+        answer = server.request("GET", f"/jobs/{job['id']}/?wait=1")
+        assert answer.json["end_time"] is None
+        if "Retry-After" in answer.headers:
+            break
+    assert answer.headers["Retry-After"] == "1"
+    server.request("DELETE", f"/jobs/{job['id']}/")
+    for thread in waiting:
+        thread.join(20)
+
+
+# Arrays
+
+def test_an_array_adds_all_jobs_in_order_and_runs_them(server):
+    wanted = [{"job": f"X({angle})", "mode": "echo"} for angle in range(100)]
+    answer = server.request("POST", "/jobs/add/?wait=20", wanted)
+    assert answer.status == 201 and [job["job"] for job in answer.json] == [job["job"] for job in wanted]
+    numbers = [job["id"] for job in answer.json]
+    assert numbers == list(range(numbers[0], numbers[0] + 100))
+    assert {job["status"] for job in answer.json} == {"Success"}
+
+
+def test_an_array_with_one_wrong_job_adds_none_and_names_its_index(server):
+    before = server.add()["id"]
+    values = [{"job": "X(1)", "mode": "echo"}] * 3 + [{"job": "X(1", "mode": "echo"}]
+    answer = server.request("POST", "/jobs/add/", values)
+    assert (answer.status, answer.detail[:25]) == (400, "[3]: job: at character 4:"), answer.body
+    assert server.add()["id"] == before + 1
+
+
+@pytest.mark.parametrize("count", [0, 10_001])
+def test_an_array_has_from_one_to_ten_thousand_jobs(server, count):
+    answer = server.request("POST", "/jobs/add/", [{"job": "X(1)", "mode": "echo"}] * count)
+    assert answer.status == 400 and f"found {count}" in answer.detail
+
+
+# Idempotency-Key
+
+def test_the_same_key_and_body_again_answers_the_first_job_after_a_restart_too(serve):
+    server, headers = serve(), {"Idempotency-Key": '"4711"'}
+    first = server.request("POST", "/jobs/add/", {"job": "X(1)", "mode": "echo"}, headers=headers)
+    assert first.status == 201 and "Idempotent-Replayed" not in first.headers
+    assert server.stop() == 0
+    server = serve()
+    again = server.request("POST", "/jobs/add/", {"job": "X(1)", "mode": "echo"}, headers=headers)
+    assert (again.status, again.headers["Idempotent-Replayed"], again.json["id"]) == (201, "true", first.json["id"])
+    assert len(server.request("GET", "/jobs/list/").json) == 1
+
+
+def test_the_same_key_with_another_body_is_422_and_adds_nothing(server):
+    headers = {"Idempotency-Key": "once"}
+    first = server.request("POST", "/jobs/add/", {"job": "X(1)", "mode": "echo"}, headers=headers).json["id"]
+    assert server.request("POST", "/jobs/add/", {"job": "X(2)", "mode": "echo"}, headers=headers).status == 422
+    assert server.add()["id"] == first + 1
+
+
+def test_a_key_that_comes_many_times_at_once_adds_one_job(server):
+    found = []
+
+    def add():
+        found.append(server.request("POST", "/jobs/add/", [{"job": "X(1)", "mode": "echo"}] * 2,
+                                    headers={"Idempotency-Key": "all-at-once"}).json[1]["id"])
+    threads = [threading.Thread(target=add) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 12 and len(set(found)) == 1
+
+
+@pytest.mark.parametrize("key", ["", "two words", "x" * 256])
+def test_a_key_that_cannot_be_one_is_400(server, key):
+    assert server.request("POST", "/jobs/add/", {"job": "X(1)", "mode": "echo"},
+                          headers={"Idempotency-Key": key}).status == 400
+
+
+# Tables
+
+def test_a_listing_as_text_is_an_aligned_table(server):
+    failed = server.wait(server.add("X(90), " * 20 + "X(1)", return_code=3))
+    text = server.request("GET", f"/jobs/list/?after={failed['id'] - 1}", headers=TEXT)
+    assert text.headers["Content-Type"].startswith("text/plain")
+    header, row = text.body.decode().splitlines()[:2]
+    place = header.index("STATUS")
+    assert row[place:].startswith("Runtime Error") and row[header.index("CODE"):].split()[0] == "3"
+    assert row.startswith(f"{failed['id']} ") and row.endswith(" ...")
+
+
+def test_a_job_and_the_runtimes_and_the_status_as_text_are_tables(server):
+    job = server.wait(server.add())
+    assert server.request("GET", f"/jobs/{job['id']}/", headers=TEXT).body.split()[:2] == [b"ID", b"STATUS"]
+    names = [line.split()[0] for line in server.request("GET", "/runtimes/", headers=TEXT).body.decode().splitlines()]
+    assert names == ["NAME", "emulator", "simulator", "echo"]
+    assert b"\nidle " in server.request("GET", "/status/", headers=TEXT).body
+
+
+def test_a_simulation_as_text_shows_its_vector_and_p1_with_a_bar(server):
+    job = server.wait(server.add("X(90)", mode="simulation", seed=1))
+    text = server.request("GET", f"/jobs/{job['id']}/result/", headers=TEXT).body.decode().splitlines()
+    assert text[:4] == ["x       0.000000", "y      -1.000000", "z       0.000000",
+                        "P(1)    0.500000  ##########.........."]
+    assert [line.split()[0] for line in text[4:]] == ["count0", "count1"]
+
+
+def test_json_is_what_a_client_gets_that_does_not_ask(server):
+    assert isinstance(server.request("GET", "/jobs/list/", headers={"Accept": "*/*"}).json, list)
+
+
+# The sheet, and the API for programs
+
+def test_the_sheet_shows_the_address_that_was_asked_and_every_path(server):
+    answer = server.request("GET", "/", key=None)
+    text = answer.body.decode()
+    assert answer.status == 200 and f"http://127.0.0.1:{server.port}/jobs/add/" in text
+    for pattern, methods in api.ROUTES:
+        path = pattern.pattern.replace("/?", "/").replace("\\", "")
+        path = path.replace("/jobs/([^/]+)", "/jobs/7").replace("([^/]+)", "NAME")
+        for method in methods:
+            assert path == "/" or re.search(rf"(?m)^{method} +{re.escape(path)}", text), (method, path)
+
+
+def test_what_is_wrong_points_to_the_sheet(server):
+    assert "GET / shows" in server.request("GET", "/nothing/").detail
+    assert "GET / shows" in server.request("PUT", "/jobs/list/").detail
+
+
+def test_openapi_is_served_as_written_and_describes_every_route_and_no_other(server):
+    answer = server.request("GET", "/openapi.json", key=None)
+    assert answer.body == (PACKAGE / "openapi.json").read_bytes()
+    described = {(method.upper(), re.sub("{[^}]*}", "x", path)) for path, methods in answer.json["paths"].items()
+                 for method in methods if method != "parameters"}
+    there = {(method, re.sub(r"\(\[\^/\]\+\)", "x", pattern.pattern).replace("/?", "/").replace("\\", ""))
+             for pattern, methods in api.ROUTES for method in methods}
+    assert described == there
+
+
+def test_openapi_describes_the_members_of_a_job_and_of_a_submission(server):
+    schemas = server.request("GET", "/openapi.json").json["components"]["schemas"]
+    job = server.wait(server.add())
+    assert list(schemas["Job"]["properties"]) == list(job)
+    assert set(schemas["Submission"]["properties"]) == {"job", "mode", "shots", "seed", "return_code"}
+    assert list(schemas["Runtime"]["properties"]) == list(server.runtime("echo"))
+    assert list(schemas["ServerStatus"]["properties"]) == list(server.request("GET", "/status/").json)
+
+
+# Numbers
+
+def test_the_status_counts_what_waits_runs_and_ended(serve, script):
+    server = serve("--runtime", "q=" + script("exec sleep 60"), "--drain", "0", "--kill-grace", "0")
+    assert server.request("GET", "/status/").json["idle"] is True
+    server.wait(server.add(mode="echo"))
+    running = server.add(mode="verbatim")
+    server.add(mode="verbatim")
+    while not server.get(running)["start_time"]:
+        pass
+    server.request("POST", "/runtimes/echo/pause/")
+    status = server.request("GET", "/status/").json
+    assert (status["running"]["verbatim"], status["waiting"]["verbatim"], status["idle"]) == (1, 1, False)
+    assert (status["ended_last_minute"], status["ended_last_hour"], status["paused"]) == (1, 1, ["echo"])
+    assert status["oldest_waiting_seconds"] >= 0 and status["database_bytes"] > 0 and status["uptime"] > 0
+
+
+LINE = re.compile(r'[a-z_]+(?:\{[a-z]+="[^"\\\n]*"(?:,[a-z]+="[^"\\\n]*")*\})? [0-9.+eE-]+')
+
+
+def test_the_metrics_keep_to_prometheus_s_format(server):
+    server.wait(server.add(return_code=3))
+    answer = server.request("GET", "/metrics/", headers={"Authorization": f"Bearer {KEY}"}, key=None)
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    family, families, buckets = None, [], {}
+    for line in answer.body.decode().splitlines():
+        if line.startswith("# HELP "):
+            family = line.split()[2]
+            assert family not in families       # a family stands once, all its lines together
+            families.append(family)
+        elif line.startswith("# TYPE "):
+            assert line.split()[2] == family and line.split()[3] in ("counter", "gauge", "histogram")
+        else:
+            assert LINE.fullmatch(line) and line.startswith(family), line
+            labels = re.search(r'mode="(\w+)",outcome="(\w+)",le="([^"]+)"', line)
+            if labels:
+                buckets.setdefault(labels.groups()[:2], []).append((labels[3], int(line.split()[-1])))
+    assert answer.body.endswith(b"\n") and ("echo", "failed") in buckets
+    for counts in buckets.values():
+        assert counts[-1][0] == "+Inf" and [count for _, count in counts] == sorted(count for _, count in counts)
+
+
+def test_health_needs_no_key(server):
+    answer = server.request("GET", "/health/", key=None)
+    assert (answer.status, answer.json) == (200, {"status": "ok"})
+
+
+# Forgetting
+
+def test_pruning_deletes_what_ended_longer_ago_with_its_result_and_nothing_else(serve):
+    server = serve()
+    server.request("POST", "/runtimes/emulator/pause/")
+    waits, ended = server.add(mode="verbatim"), server.wait(server.add("X(90)", mode="simulation"))
+    assert server.request("DELETE", "/jobs/list/?older-than=1h").json == {"deleted": 0}
+    assert server.request("DELETE", "/jobs/list/?older-than=0s").json == {"deleted": 1}
+    assert [job["id"] for job in server.request("GET", "/jobs/list/").json] == [waits["id"]]
+    assert server.result(ended).status == 404
+    assert server.add()["id"] > ended["id"]         # an id is never given out again
+
+
+def test_keep_days_deletes_by_itself_what_ended_longer_ago(serve, tmp_path):
+    server = serve()
+    old, new = server.wait(server.add())["id"], server.wait(server.add())["id"]
+    assert server.stop() == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "oqc.db")) as database, database:
+        database.execute("UPDATE jobs SET created_time = '2020', start_time = '2020', end_time = '2020' WHERE id = ?",
+                         (old,))
+    server = serve("--keep-days", "30")
+    server.line("1 jobs that ended more than 30 days ago are deleted")
+    assert [job["id"] for job in server.request("GET", "/jobs/list/").json] == [new]
+
+
+@pytest.mark.parametrize("query", ["", "?older-than=", "?older-than=90", "?older-than=-1d", "?older-than=1y", "?x=1"])
+def test_pruning_needs_an_age(server, query):
+    answer = server.request("DELETE", "/jobs/list/" + query)
+    assert answer.status == 400 and json.loads(answer.body)["detail"]

@@ -1,0 +1,490 @@
+"""The room that starts processes, against real hostile ones: whatever a runtime does, its attempt ends as it should."""
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, RUNTIMES, descendants
+
+from oqc import jobs, runtimes
+from oqc.clock import Clock
+from oqc.jobs import RuntimeSpec, Task
+
+TASK = Task(7, "X(90)", "verbatim", 2, 100, 42, 0)
+TRUE = '{"return_code": 0}\n'
+
+
+class Impatient(Clock):
+    """A clock on which the timeout comes with the first thing that the runtime says, and no sooner."""
+
+    def __init__(self):
+        super().__init__()
+        self.ahead, self.asked = 0.0, 0
+
+    def monotonic(self):
+        return super().monotonic() + self.ahead
+
+    def heard(self):
+        """What to give a slot as `interrupted`: it asks at the beginning, and then after whatever it has read."""
+        self.asked += 1
+        self.ahead = 1000.0 if self.asked > 1 else 0.0
+        return False
+
+
+def slot_for(command, kill_grace=20.0, clock=None, **spec):
+    if isinstance(command, str):
+        command = [command]
+    return runtimes.slot(RuntimeSpec("qpu", tuple(map(str, command)), **{"timeout": 30.0, **spec}),
+                         runtimes.Settings(clock or Clock(), kill_grace))
+
+
+def run(*command, task=TASK, interrupted=lambda: False, **more):
+    """The outcome of one attempt at a command in a slot of its own."""
+    with contextlib.closing(slot_for(command, **more)) as slot:
+        return slot.run(task, interrupted)
+
+
+def time_out(*command, kill_grace=20.0, **more):
+    """The outcome of an attempt whose timeout comes as soon as the command has said something."""
+    clock = Impatient()
+    return run(*command, clock=clock, interrupted=clock.heard, timeout=900.0, kill_grace=kill_grace, **more)
+
+
+def hostile(name):
+    return RUNTIMES / name
+
+
+def group(number):
+    """The ids of all processes of a process group, zombies included."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == number:
+                found.append(int(folder.name))
+    return found
+
+
+def possessions():
+    """What must not pile up: children, open descriptors and threads of this process."""
+    return (descendants(os.getpid()), sorted(os.listdir("/proc/self/fd")),
+            sorted(thread.name for thread in threading.enumerate()))
+
+
+def passed_on():
+    """The descriptors that whoever started these tests left open for all; a server closes them to its runtimes."""
+    found = set()
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):      # the one that listdir itself had
+            if number > 2 and os.get_inheritable(number):
+                found.add(number)
+    return found
+
+
+@pytest.fixture(scope="module")
+def first():
+    """What is made once a process at its first runtime is there."""
+    run("true")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(first):     # pylint: disable=unused-argument
+    """After each of these tests no process, not even a zombie, no descriptor and no thread is there that was not."""
+    before = possessions()
+    yield
+    assert possessions() == before
+
+
+# Protocol exec
+
+def test_exec_gives_the_job_and_a_newline_on_standard_input_byte_for_byte():
+    outcome = run("cat", task=TASK._replace(job="X(90), Y(000), X(0)"))
+    assert (outcome.return_code, outcome.result) == (0, "X(90), Y(000), X(0)\n")
+
+
+def test_exec_gives_the_documented_environment_and_nothing_of_oqc_besides(monkeypatch):
+    for name in ("OQC_API_KEY", "OQC_KEYS_FILE", "OQC_DB", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("LAB", "kept")
+    environment = json.loads(run(hostile("tells")).result)["environment"]
+    ours = {name: value for name, value in environment.items() if name.startswith(("OQC_", "QRMI_"))}
+    assert ours == {"OQC_JOB_ID": "7", "OQC_MODE": "verbatim", "OQC_RUNTIME": "qpu", "OQC_ATTEMPT": "2",
+                    "OQC_SHOTS": "100", "OQC_SEED": "42", "QRMI_JOB_QPU_RESOURCES": "qpu"}
+    assert environment["LAB"] == "kept"
+    assert "secret" not in environment.values()
+
+
+def test_exec_inherits_no_descriptor_of_this_process_but_the_standard_ones():
+    told = json.loads(run(hostile("tells")).result)
+    assert set(told["descriptors"]) - passed_on() == {0, 1, 2}
+
+
+def test_lines_inherits_no_descriptor_of_this_process_but_the_standard_ones():
+    look = ("import os, sys; sys.stdin.readline(); open_ones = [number for number in map(int, os.listdir('/proc/self/fd'"
+            ")) if os.path.exists(f'/proc/self/fd/{number}')]; print('{\"return_code\": 0, \"result\": %s}' % open_ones)")
+    outcome = run(sys.executable, "-c", look, protocol="lines")
+    assert set(json.loads(outcome.result)) - passed_on() == {0, 1, 2}
+
+
+def test_a_runtime_is_started_without_a_shell_in_a_group_of_its_own_with_no_signal_blocked():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        told = json.loads(run(hostile("tells"), "$HOME; `id` *", "a 'b'").result)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+    assert told["arguments"] == ["$HOME; `id` *", "a 'b'"]
+    assert told["group"] == told["pid"]
+    assert told["blocked"] == []
+
+
+def test_a_runtime_has_no_child_that_it_did_not_start(script):
+    outcome = run(script('read -r children <"/proc/$$/task/$$/children"; echo "[$children]"'))
+    assert outcome.result == "[]"
+
+
+@pytest.mark.parametrize("code", [1, 3, 74, 76, 123, 124, 125, 128, 130, 137, 255])
+def test_the_exit_status_of_exec_is_the_return_code_and_an_answer(code, script):
+    outcome = run(script(f"exit {code}"))
+    assert (outcome.return_code, outcome.runtime_error) == (code, f"exit status {code}")
+    assert (outcome.transient, outcome.started) == (False, True)
+
+
+def test_exit_status_75_is_worth_another_attempt_unless_retry_codes_say_otherwise(script):
+    busy = script('echo "busy" >&2; exit 75')
+    assert run(busy)[:5] == (75, "busy", None, False, True)
+    assert run(busy, retry_codes=(3, 4)).transient is False
+    assert run(script("exit 4"), retry_codes=(3, 4)).transient is True
+
+
+@pytest.mark.parametrize("name", ["KILL", "TERM", "SEGV", "HUP"])
+def test_dying_of_a_signal_is_128_and_its_number_and_worth_another_attempt(name):
+    outcome = run(hostile("dies"), name)
+    assert outcome.return_code == 128 + signal.Signals["SIG" + name]
+    assert outcome.runtime_error == f"died of SIG{name}; last words"
+    assert (outcome.transient, outcome.started) == (True, True)
+
+
+def test_a_program_that_is_gone_is_127_and_one_that_cannot_be_executed_126(tmp_path):
+    gone = run(tmp_path / "gone")
+    assert (gone.return_code, gone.transient, gone.started) == (127, True, False)
+    assert "not found" in gone.runtime_error
+    unfit = tmp_path / "unfit"
+    unfit.write_text("#!/bin/sh\n")
+    refused = run(unfit)
+    assert (refused.return_code, refused.transient, refused.started) == (126, True, False)
+
+
+def test_the_last_line_of_standard_error_that_is_not_blank_is_the_runtime_error(script):
+    outcome = run(script(r"printf 'first\n\tthe \303\251 \377 \000 last \n\n  \n' >&2; exit 1"))
+    assert outcome.runtime_error == "the \u00e9 \ufffd \ufffd last"
+    assert run(script("echo warning >&2")).runtime_error is None
+
+
+def test_of_a_runtime_error_the_last_2_kib_are_kept(script):
+    outcome = run(script("head -c 5000 /dev/zero | tr '\\0' a >&2; printf b >&2; exit 1"))
+    assert outcome.runtime_error == "a" * 2047 + "b"
+
+
+def test_a_result_is_json_where_it_parses_and_else_text(script):
+    for text, kind in (('{"counts": {"0": 1}}', True), ("[1, 2]", True), ("5", True), ("null", True),
+                       ("five", False), ("NaN", False), ('{"a": Infinity}', False), ("9" * 5000, False),
+                       ("[" * 100_000, False)):
+        put_out = Path(script("")).with_name("put-out")
+        put_out.write_text(text)
+        outcome = run("cat", put_out)
+        if kind or not text.startswith("9"):    # before Python 3.10.7 a number may have any length
+            assert (outcome.result, outcome.is_json) == (text, kind), text[:40]
+    assert run("true")[2:4] == (None, False)
+    assert run("printf", r"\377\303\251")[2:4] == ("\ufffd\u00e9", False)
+
+
+def test_of_a_result_the_first_mib_is_kept_and_the_rest_is_read_and_dropped(script):
+    outcome = run(script("head -c 1048576 /dev/zero | tr '\\0' a; head -c 3000000 /dev/zero; echo done >&2; exit 5"))
+    assert (outcome.return_code, outcome.runtime_error) == (5, "done")
+    assert outcome.result == "a" * (1 << 20)
+
+
+def test_a_result_that_fails_is_kept_too(script):
+    assert run(script("echo half; exit 3")).result == "half\n"
+
+
+def test_a_job_of_3_mib_reaches_both_protocols_whole():
+    job = ", ".join(["X(90)"] * 450_000)
+    assert len(job) > 3 << 20
+    task, digest = TASK._replace(job=job), hashlib.sha256(job.encode() + b"\n").hexdigest()
+    assert json.loads(run(hostile("tells"), task=task).result)["digest"] == digest
+    count = "import json, sys; n = len(json.loads(sys.stdin.readline())['job']); " \
+            "print(json.dumps({'return_code': 0, 'result': n}), flush=True)"
+    assert run(sys.executable, "-c", count, task=task, protocol="lines").result == str(len(job))
+
+
+def test_a_runtime_that_does_not_read_its_big_job_ends_as_it_likes(script):
+    task = TASK._replace(job=", ".join(["X(90)"] * 450_000))
+    assert run(script("exit 3"), task=task).return_code == 3
+    assert run(script("exit 3"), task=task, protocol="lines").return_code == 3
+
+
+# Protocol lines
+
+def lines(*answers, tasks=1, **more):
+    """The outcomes of so many attempts at a runtime over lines that says this, one answer a job."""
+    with contextlib.closing(slot_for([hostile("says"), *answers], protocol="lines", **more)) as slot:
+        return [slot.run(TASK._replace(id=number), lambda: False) for number in range(1, tasks + 1)]
+
+
+def test_lines_gives_a_job_as_a_json_line_with_the_documented_members():
+    outcome, = lines('{"return_code": 0, "result": {}}\n')
+    assert json.loads(outcome.result) == {"id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 2, "shots": 100,
+                                          "seed": 42}
+    assert (outcome.return_code, outcome.is_json, outcome.started) == (0, True, True)
+
+
+def test_lines_keeps_one_process_for_all_jobs():
+    pid = "import os, sys\nfor line in sys.stdin: print('{\"return_code\": 0, \"result\": %d}' % os.getpid(), flush=True)"
+    with contextlib.closing(slot_for([sys.executable, "-c", pid], protocol="lines")) as slot:
+        assert len({slot.run(TASK, lambda: False).result for _ in range(3)}) == 1
+
+
+def test_lines_passes_return_code_and_error_on():
+    failed, busy, unnamed, ignored = lines(
+        '{"return_code": 3, "runtime_error": "too warm", "result": [1]}\n', '{"return_code": 75}\n',
+        '{"return_code": 9, "runtime_error": null, "more": 1}\n', '{"return_code": 0, "runtime_error": "x"}\n', tasks=4)
+    assert failed[:5] == (3, "too warm", "[1]", True, False)
+    assert (busy.return_code, busy.transient) == (75, True)
+    assert (unnamed.return_code, unnamed.runtime_error, unnamed.result) == (9, "return code 9", None)
+    assert (ignored.return_code, ignored.runtime_error) == (0, None)
+
+
+def test_of_a_runtime_error_over_lines_2_kib_are_kept():
+    outcome, = lines('{"return_code": 1, "runtime_error": "' + "\u00e9" * 3000 + '"}\n')
+    assert outcome.runtime_error == "\u00e9" * 1024
+
+
+@pytest.mark.parametrize("said", [
+    "ready\n", "\n", "[]\n", "0\n", "null\n", "{}\n", '{"return_code": "0"}\n', '{"return_code": true}\n',
+    '{"return_code": 256}\n', '{"return_code": -1}\n', '{"return_code": 0.0}\n', '{"return_code": null}\n',
+    '{"return_code": 1, "runtime_error": 5}\n', '{"return_code": 0, "result": NaN}\n',
+    '{"return_code": 0, "result": 1e999}\n', '{"return_code": 0} {"return_code": 0}\n', "[" * 100_000 + "\n",
+], ids=lambda said: said[:40].strip() or "nothing")
+def test_a_line_that_is_no_answer_is_76_and_worth_another_attempt_by_a_new_process(said):
+    first, second = lines(said, TRUE, tasks=2)
+    assert (first.return_code, first.transient) == (76, True)
+    assert first.runtime_error.startswith("not an answer: ")
+    # the new process begins again with its first answer
+    assert second.return_code == 76
+
+
+def test_bytes_that_are_not_utf_8_are_no_answer(script):
+    outcome = run(script(r"""printf '{"return_code": 0, "result": "\377"}\n'; cat"""), protocol="lines")
+    assert (outcome.return_code, outcome.transient) == (76, True)
+
+
+def test_a_line_of_more_than_a_mib_is_no_answer(script):
+    outcome = run(script("cat /dev/zero"), protocol="lines")
+    assert (outcome.return_code, outcome.transient) == (76, True)
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_ending_without_an_answer_over_lines_is_worth_another_attempt(status):
+    answered, ended = lines(TRUE, f"={status}", tasks=2)
+    assert answered.return_code == 0
+    assert (ended.return_code, ended.transient, ended.started) == (status or 76, True, True)
+
+
+def test_a_lines_runtime_that_has_ended_between_two_jobs_is_started_again(script):
+    once = script("""read -r line; echo '{"return_code": 0}'""")
+    with contextlib.closing(slot_for([once], protocol="lines")) as slot:
+        for _ in range(2):
+            assert slot.run(TASK, lambda: False).return_code == 0
+            pid = slot.process.pid
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_lines_runtime_that_ends_before_it_took_a_job_has_not_started(script):
+    outcome = run(script("echo 'no device' >&2; exit 1"), protocol="lines")
+    assert (outcome.return_code, outcome.runtime_error) == (1, "no device")
+    assert (outcome.transient, outcome.started) == (True, False)
+
+
+def test_a_lines_runtime_that_dies_of_its_job_has_started():
+    """Or else such a job would be tried for ever, and others behind it not at all."""
+    outcome = run(hostile("dies"), "KILL", protocol="lines")
+    assert (outcome.return_code, outcome.runtime_error) == (137, "died of SIGKILL; last words")
+    assert (outcome.transient, outcome.started) == (True, True)
+
+
+def test_what_a_lines_runtime_says_too_much_is_not_the_answer_to_the_next_job(tmp_path):
+    go, said = tmp_path / "go", tmp_path / "said"
+    os.mkfifo(go)
+    os.mkfifo(said)
+    chatty = ("import json, sys\nfor line in sys.stdin:\n"
+              "    print(json.dumps({'return_code': 0, 'result': json.loads(line)['id']}), flush=True)\n"
+              f"    open({str(go)!r}).close()\n"
+              "    print(json.dumps({'return_code': 0, 'result': 'debug'}), flush=True)\n"
+              f"    open({str(said)!r}, 'w').close()\n")
+    with contextlib.closing(slot_for([sys.executable, "-c", chatty], protocol="lines")) as slot:
+        for number in (1, 2, 3):
+            assert slot.run(TASK._replace(id=number), lambda: False).result == str(number)
+            go.write_bytes(b"")
+            said.read_bytes()       # until it has said the other line
+
+
+# Timeouts and interruptions
+
+def test_at_a_timeout_the_whole_group_gets_term_and_may_end_in_good_order():
+    outcome = time_out(hostile("hears-term"))
+    assert (outcome.return_code, outcome.transient, outcome.started) == (124, False, True)
+    assert outcome.runtime_error == "took longer than its timeout of 900 s"
+    pid, *heard = outcome.result.split("\n")
+    assert sorted(heard) == ["", "child heard", "runtime heard"]
+    assert group(int(pid)) == []
+
+
+@pytest.mark.parametrize("command", [
+    ["ignores-term"], ["never-reads"], ["leaves-children", "sleep", "60"], ["closes-output", "sleep", "60"],
+    ["leaves-children", str(RUNTIMES / "ignores-term")],
+], ids=" ".join)
+def test_a_hostile_runtime_is_ended_at_its_timeout_with_all_its_children(command):
+    name, *arguments = command
+    outcome = time_out(hostile(name), *arguments, kill_grace=0.05)
+    assert outcome.return_code == 124
+    assert group(int(outcome.result.split()[0])) == []
+
+
+@pytest.mark.parametrize("flood", ["cat /dev/zero", "cat /dev/zero >&2", "cat /dev/zero & exec cat /dev/zero >&2",
+                                   "trap '' TERM; cat /dev/zero & cat /dev/zero >&2"])
+def test_a_runtime_that_floods_for_ever_is_ended_at_its_timeout(flood, script):
+    outcome = time_out(script(flood), kill_grace=0.05)
+    assert outcome.return_code == 124
+    assert len(outcome.result or "") <= 1 << 20
+
+
+def test_a_lines_runtime_that_is_silent_is_ended_at_its_timeout_and_started_again_for_the_next_job(script, tmp_path):
+    silent = script(f"""read -r line; [ -e {tmp_path}/again ] || {{ >{tmp_path}/again; echo asked >&2; sleep 60; }}
+                        echo '{{"return_code": 0}}'""")
+    clock = Impatient()
+    with contextlib.closing(slot_for([silent], protocol="lines", clock=clock, timeout=900.0)) as slot:
+        assert slot.run(TASK, clock.heard)[:2] == (124, "took longer than its timeout of 900 s")
+        assert slot.run(TASK, lambda: False).return_code == 0
+
+
+def test_a_lines_runtime_that_never_reads_its_big_job_is_ended_at_its_timeout():
+    big = TASK._replace(job=", ".join(["X(90)"] * 450_000))
+    outcome = time_out("sh", "-c", "echo asleep >&2; exec sleep 60", protocol="lines", task=big)
+    assert outcome.return_code == 124
+
+
+def test_a_timeout_needs_no_wall_clock():
+    class NoWall(Impatient):        # pylint: disable=missing-class-docstring
+        now = unix = None           # a call is a TypeError
+    clock = NoWall()
+    assert run(hostile("never-reads"), clock=clock, interrupted=clock.heard, timeout=900.0).return_code == 124
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_the_real_clock_ends_a_runtime_too(protocol):
+    assert run("sleep", "60", protocol=protocol, timeout=0.05).return_code == 124
+
+
+def test_grandchildren_that_hold_the_pipes_do_not_delay_an_end():
+    outcome = run(hostile("leaves-children"), "sh", "-c", "echo done >&2; exit 3")
+    assert (outcome.return_code, outcome.runtime_error) == (3, "done")
+    assert group(int(outcome.result)) == []
+
+
+def test_a_runtime_that_closes_its_output_ends_when_it_ends():
+    assert run(hostile("closes-output"), "sh", "-c", "cat; exit 3").return_code == 3
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_an_attempt_ends_when_it_is_woken_because_somebody_wants_it_to(protocol, tmp_path):
+    started, stop = tmp_path / "started", threading.Event()
+    os.mkfifo(started)
+    (tmp_path / "waits").write_text(f"#!/bin/sh\necho $$ >{started}\nexec sleep 60\n")
+    (tmp_path / "waits").chmod(0o755)
+    with contextlib.closing(slot_for([tmp_path / "waits"], protocol=protocol)) as slot:
+        outcomes = []
+        worker = threading.Thread(target=lambda: outcomes.append(slot.run(TASK, stop.is_set)))
+        worker.start()
+        pid = int(started.read_text())
+        slot.wake()             # asked, and not wanted: it goes on
+        stop.set()
+        slot.wake()
+        worker.join(20)
+        assert outcomes == [None]
+        assert group(pid) == []
+
+
+def test_a_slot_that_is_woken_again_and_again_does_not_block():
+    with contextlib.closing(slot_for("true")) as slot:
+        for _ in range(70_000):
+            slot.wake()
+        assert slot.run(TASK, lambda: False).return_code == 0
+
+
+# Where there is less than Linux has today
+
+def test_without_pidfd_an_end_is_seen_too(monkeypatch, script):
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    assert run(hostile("closes-output"), "sh", "-c", "exit 3").return_code == 3
+    assert run(script("exit 4"), protocol="lines").return_code == 4
+    assert time_out(hostile("ignores-term"), kill_grace=0.05).return_code == 124
+
+
+def test_what_cannot_be_started_for_want_of_descriptors_is_tried_again(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(24, "Too many open files")
+    monkeypatch.setattr(os, "posix_spawn", refuse)
+    for protocol in ("exec", "lines"):
+        outcome = run("true", protocol=protocol)
+        assert (outcome.return_code, outcome.transient, outcome.started) == (126, True, False)
+        assert outcome.runtime_error == "could not be started: Too many open files"
+
+
+# The echo
+
+def test_echo_gives_the_return_code_that_was_asked_for():
+    echo = runtimes.slot(RuntimeSpec("echo", None, ("echo",), "echo"), runtimes.Settings(Clock()))
+    with contextlib.closing(echo) as slot:
+        for code in (0, 1, 75, 124, 255):
+            outcome = slot.run(TASK._replace(return_code=code), lambda: False)
+            assert outcome[:3] == (code, f"echo of return code {code}" if code else None, None)
+            assert outcome.transient == (code == jobs.TEMPFAIL)
+
+
+# The built-in runtimes, from the command line
+
+def oqc(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "oqc", *arguments], cwd=ROOT, capture_output=True, text=True,
+                          check=False, timeout=60, **options)
+
+
+@pytest.mark.parametrize("name", ["emulator", "simulator"])
+def test_a_built_in_runtime_answers_lines_on_the_command_line(name):
+    question = {"id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 1, "shots": 10, "seed": 1}
+    ran = oqc(name, input=2 * (json.dumps(question) + "\n"))
+    first, second = (json.loads(line) for line in ran.stdout.splitlines())
+    assert (first["return_code"], first["runtime_error"], first["result"]["shots"]) == (0, None, 10)
+    assert first == second
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_the_emulator_says_which_parameters_it_has_and_refuses_others():
+    told = oqc("emulator", "--help")
+    assert told.returncode == 0
+    assert "--t1-us" in told.stdout
+    refused = oqc("emulator", "--no-such-parameter", "1")
+    assert (refused.returncode, refused.stdout) == (2, "")
+
+
+@pytest.mark.parametrize("name", ["emulator", "simulator"])
+def test_a_built_in_runtime_runs_in_a_slot(name):
+    outcome = run(*runtimes.builtin_command(name), protocol="lines")
+    assert outcome.return_code == 0
+    assert json.loads(outcome.result)["shots"] == 100
