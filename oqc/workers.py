@@ -3,6 +3,7 @@
 The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after it.
 """
 import bisect
+import functools
 import heapq
 import logging
 import queue
@@ -240,7 +241,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             taken: List[int] = []
             if waiting:
                 oldest = min(waiting, key=lambda one: one.queue[0])
-                for _ in range(ECHO_BATCH if runtime.spec.command is None else 1):
+                for _ in range(ECHO_BATCH if runtime.spec.protocol == "echo" else 1):
                     try:
                         taken.append(oldest.get_nowait())
                     except queue.Empty:
@@ -251,25 +252,32 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def _run(self, runtime: _Runtime, slot: Slot, numbers: List[int]) -> None:
         """One attempt at each of these jobs, from the claim in the store to whoever waits for its end."""
-        endings = []
-        for task in self._insist(self.store.claim, numbers, runtime.spec.name) or ():
-            attempt = runtime.running[task.id]
-            begun, began = not attempt.interrupted(), self.clock.monotonic()
-            try:
-                outcome = slot.run(task, attempt.interrupted) if begun else None
-            except Exception:       # pylint: disable=broad-exception-caught # as above: the job must not stay "running"
-                log.exception("%s: job %d", runtime.spec.name, task.id)
-                outcome = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
-            ending = self._decide(runtime, task, attempt, outcome, begun)
-            endings.append(ending._replace(seconds=self.clock.monotonic() - began))
-        self._insist(self.store.settle, endings)
+        if runtime.spec.protocol == "echo":
+            endings = self._insist(self.store.run, numbers, runtime.spec.name, functools.partial(
+                self._attempt, runtime, slot)) or ()
+        else:
+            endings = [self._attempt(runtime, slot, task) for task in
+                       self._insist(self.store.claim, numbers, runtime.spec.name) or ()]
+            self._insist(self.store.settle, endings)
         self._announce(runtime, endings)
+
+    def _attempt(self, runtime: _Runtime, slot: Slot, task: Task) -> Ending:
+        """Run a job that is claimed; what becomes of it."""
+        attempt = runtime.running.get(task.id) or _Attempt(slot)
+        begun, began = not attempt.interrupted(), self.clock.monotonic()
+        try:
+            outcome = slot.run(task, attempt.interrupted) if begun else None
+        except Exception:           # pylint: disable=broad-exception-caught # as above: the job must not stay "running"
+            log.exception("%s: job %d", runtime.spec.name, task.id)
+            outcome = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
+        ending = self._decide(runtime, task, attempt, outcome, begun)
+        return ending._replace(seconds=self.clock.monotonic() - began)
 
     def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt, outcome: Optional[Outcome],
                 begun: bool) -> Ending:
         """What becomes of a job after this outcome; after None it was cancelled, or the server stops."""
         with self.lock:
-            runtime.running.pop(task.id)        # from here on nobody can interrupt it: exactly one of the two wins
+            runtime.running.pop(task.id, None)  # from here on nobody can interrupt it: exactly one of the two wins
             if attempt.cancelled and (outcome is None or jobs.decide(outcome, task.attempt, self.policy) == "retry"):
                 return Ending(task, "failed", Outcome(jobs.CANCELLED, "cancelled"))
             if outcome is None:

@@ -14,7 +14,8 @@ from oqc.jobs import RuntimeSpec
 
 DEFAULTS = {
     "host": "127.0.0.1", "port": 12021, "db": "oqc.db", "config": None, "kill_grace": 5.0, "drain": 30.0,
-    "max_body": 4 << 20, "max_connections": 512, "max_waiting": 1_000_000, "keep_days": 0, "keys_file": None, "tls_cert": None,
+    "max_body": 4 << 20, "max_connections": 512, "max_waiting": 1_000_000, "keep_days": 0, "keys_file": None,
+    "tls_cert": None,
     "tls_key": None, "log_level": "info", "runtime": ()}
 
 

@@ -283,3 +283,8 @@ def test_keep_days_deletes_by_itself_what_ended_longer_ago(serve, tmp_path):
 def test_pruning_needs_an_age(server, query):
     answer = server.request("DELETE", "/jobs/list/" + query)
     assert answer.status == 400 and json.loads(answer.body)["detail"]
+
+
+def test_a_runtime_of_one_slot_runs_one_job_at_a_time_also_a_built_in_one(server):
+    jobs = server.request("POST", "/jobs/add/?wait=20", [{"job": "X(90)", "mode": "simulation"}] * 5).json
+    assert all(first["end_time"] <= second["start_time"] for first, second in zip(jobs, jobs[1:]))
