@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from oqc import jobs
 from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Task
@@ -24,23 +24,10 @@ INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
 STORE_AGAIN = 1.0                   # seconds until a write that the store could not take is tried again
 
 
-class Slot(Protocol):
-    """What a worker needs of runtimes.Slot."""
-
-    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
-        """One attempt; None if it was ended because of `interrupted()`."""
-
-    def wake(self) -> None:
-        """Have a running attempt ask `interrupted()` again."""
-
-    def close(self) -> None:
-        """End what is left between attempts."""
-
-
 class _Attempt:
     """A job that a worker has in its hands. Its flags are set under Workers.lock."""
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, slot: Any) -> None:
         self.slot, self.cancelled, self.stopped = slot, False, False
 
     def interrupted(self) -> bool:
@@ -83,9 +70,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     buckets = BUCKETS
 
-    def __init__(self, store: Any, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]], policy: RetryPolicy,
+    def __init__(self, store: Any, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Any]]], policy: RetryPolicy,
                  clock: Any, dice: Callable[[], float], most_waits: int = 256) -> None:
-        """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the retry delays.
+        """`runtimes`: each with what makes a runtimes.Slot of it. `dice` gives numbers from 0 to 1, for the delays.
         `most_waits`: how many may be in `wait` at once, each of which holds a thread."""
         self.most_waits, self._waits, self._began = most_waits, 0, clock.monotonic()
         self._durations: Dict[Tuple[str, str], List[float]] = {}
@@ -211,7 +198,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     # Work
 
-    def _work(self, runtime: _Runtime, slot: Slot) -> None:
+    def _work(self, runtime: _Runtime, slot: Any) -> None:
         """A worker thread: take the oldest job that is due, run it, settle it."""
         while not self.draining.is_set():
             taken = self._take(runtime, slot)
@@ -230,7 +217,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     self._idle.set()
         slot.close()
 
-    def _take(self, runtime: _Runtime, slot: Slot) -> List[int]:
+    def _take(self, runtime: _Runtime, slot: Any) -> List[int]:
         """The ids to run next on this slot, already entered as running; none if there is nothing or it may not."""
         with self.lock:
             if self.draining.is_set() or runtime.paused is not None:
@@ -250,7 +237,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 runtime.running[number] = _Attempt(slot)
             return taken
 
-    def _run(self, runtime: _Runtime, slot: Slot, numbers: List[int]) -> None:
+    def _run(self, runtime: _Runtime, slot: Any, numbers: List[int]) -> None:
         """One attempt at each of these jobs, from the claim in the store to whoever waits for its end."""
         if runtime.spec.protocol == "echo":
             endings = self._insist(self.store.run, numbers, runtime.spec.name, functools.partial(
@@ -261,7 +248,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             self._insist(self.store.settle, endings)
         self._announce(runtime, endings)
 
-    def _attempt(self, runtime: _Runtime, slot: Slot, task: Task) -> Ending:
+    def _attempt(self, runtime: _Runtime, slot: Any, task: Task) -> Ending:
         """Run a job that is claimed; what becomes of it."""
         attempt = runtime.running.get(task.id) or _Attempt(slot)
         begun, began = not attempt.interrupted(), self.clock.monotonic()

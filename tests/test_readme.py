@@ -35,6 +35,7 @@ STARTS_A_SERVER = re.compile(r"(\./scripts/start_server\.sh|python3 -m oqc)( --(
 COMMAND = re.compile(r"(\./scripts/|python3? |curl -|pip |bash |sh |sed |cat |chmod |kill )")
 MASKS = (                           # what is another on every run
     (r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", "TIME"),
+    (r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b", "TIME"),
     (r'"seed": \d{10,}', '"seed": SEED'),       # one that the server chose; a chosen 7 is compared
     (r"(?m)^Date: .*$", "Date: DATE"),
     # sines and cosines differ in their last digit from one C library to the next
