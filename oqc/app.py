@@ -90,26 +90,27 @@ class LogLines(logging.Handler):
 
 
 class Signals:
-    """What the outside asked for. The handlers set events and do nothing else."""
+    """What the outside asked for, as events that a thread of its own sets.
+
+    No handlers: they run only when the main thread happens to, so that a signal that comes just before it waits is not
+    heard, and one that comes while it holds an event's lock waits for that lock for ever. Every thread that starts
+    after this one has the signals blocked as well.
+    """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.any, self.stop, self.hurry, self.reload = (threading.Event() for _ in range(4))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_stop)
-        signal.signal(signal.SIGHUP, self._on_reload)
-        # For the threads that start from here on: the kernel gives the second of two signals to any thread that takes
-        # it, and the main thread, which alone runs handlers, sleeps on. serve unblocks them for itself.
         signal.pthread_sigmask(signal.SIG_BLOCK, self.NUMBERS)
+        threading.Thread(target=self._wait, name="signals", daemon=True).start()
 
-    def _on_stop(self, *_: Any) -> None:
-        (self.hurry if self.stop.is_set() else self.stop).set()
-        self.any.set()
-
-    def _on_reload(self, *_: Any) -> None:
-        self.reload.set()
-        self.any.set()
+    def _wait(self) -> None:
+        while True:
+            if signal.sigwait(self.NUMBERS) == signal.SIGHUP:
+                self.reload.set()
+            else:
+                (self.hurry if self.stop.is_set() else self.stop).set()
+            self.any.set()
 
 
 def serve(settings: Settings) -> int:
@@ -155,7 +156,6 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
     _say_what_there_is(settings, server)
     listener = threading.Thread(target=server.serve_forever, args=(0.25,), name="listener", daemon=True)
     listener.start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
     while not signals.stop.is_set():
         if settings.keep_days:
             _forget_old_jobs(settings, store)

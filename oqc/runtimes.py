@@ -5,7 +5,6 @@ an attempt ends when it should. What keeps that promise when the server itself i
 """
 import argparse
 import contextlib
-import ctypes
 import errno
 import fcntl
 import json
@@ -56,7 +55,8 @@ class _Lifeline:
             read_end, _write_end = os.pipe()    # the write end is never closed: the kernel does it when we die
             cls.read_end = fcntl.fcntl(read_end, fcntl.F_DUPFD_CLOEXEC, 10)
             os.close(read_end)
-            with contextlib.suppress(AttributeError, OSError):
+            with contextlib.suppress(ImportError, AttributeError, OSError):
+                import ctypes       # pylint: disable=import-outside-toplevel # memory that a server at rest can spare
                 # Linux: orphans of a group become our children, so that waiting for them is exact and they are reaped
                 ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         return cls.read_end

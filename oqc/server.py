@@ -404,7 +404,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         """Stop listening, let what is being answered be answered for so long, and end all connections."""
         self._close_at = self.clock.monotonic() + seconds
         self._wake()
-        self._stopped.wait()
+        self._stopped.wait(seconds + 1)
         self.server_close()
         for sock in (self._wake_end, self._wake_write_end):
             sock.close()

@@ -19,6 +19,7 @@ log = logging.getLogger("oqc")
 
 MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
+PATIENCE = 0.002                    # seconds that an echo's end waits for another write to share its commit
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
 
@@ -33,6 +34,7 @@ class _Write(NamedTuple):
     then: Callable[[Any, Optional[Exception]], None]
     work: Optional[Callable[..., Any]]          # None: the last one
     arguments: Tuple[Any, ...]
+    patient: bool               # nobody waits for it, so it may wait for others to share their commit
 
 
 def _transition(event: str) -> Tuple[str, str]:
@@ -198,7 +200,7 @@ class Store:
     def run(self, numbers: Sequence[int], runtime: str, attempt: Callable[[Task], Ending]) -> List[Ending]:
         """claim, `attempt` each, and settle, all in one transaction: for attempts that take no time and cannot be cut
         off, of which a claim of its own would tell nobody anything."""
-        return self._write(self._run, numbers, runtime, attempt)
+        return self._write(self._run, numbers, runtime, attempt, patient=True)
 
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; False if it does not wait."""
@@ -286,7 +288,7 @@ class Store:
     def _resume(self, runtime: str) -> None:
         self._writer.execute("DELETE FROM pauses WHERE runtime = ?", (runtime,))
 
-    def _write(self, work: Optional[Callable[..., Any]], *arguments: Any) -> Any:
+    def _write(self, work: Optional[Callable[..., Any]], *arguments: Any, patient: bool = False) -> Any:
         """Have the writer thread do `work` in its next transaction; return or raise what came of it, committed."""
         done, came = threading.Lock(), []
         done.acquire()              # pylint: disable=consider-using-with # `tell` releases it
@@ -294,7 +296,7 @@ class Store:
         def tell(value: Any, error: Optional[Exception]) -> None:
             came.append((value, error))
             done.release()
-        self._write_later(tell, work, *arguments)
+        self._write_later(tell, work, *arguments, patient=patient)
         done.acquire()              # pylint: disable=consider-using-with # waits
         value, error = came[0]
         if error is not None:
@@ -302,17 +304,19 @@ class Store:
         return value
 
     def _write_later(self, then: Callable[[Any, Optional[Exception]], None], work: Optional[Callable[..., Any]],
-                     *arguments: Any) -> None:
+                     *arguments: Any, patient: bool = False) -> None:
         if self._closed:
             then(None, StoreError(f"{self.path}: is closed, the server is stopping"))
         else:
-            self._writes.put(_Write(then, work, arguments))
+            self._writes.put(_Write(then, work, arguments, patient))
 
     def _write_groups(self) -> None:
         """The writer thread: whatever waits goes into one transaction, since the disk, not SQL, is what takes time."""
         running = True
         while running:
             group = [self._writes.get()]
+            if group[0].patient:
+                self._share_commit(group)
             while len(group) < GROUP and not self._writes.empty():
                 group.append(self._writes.get())
             running = all(write.work for write in group)
@@ -321,6 +325,14 @@ class Store:
                     write.then(value, error)
                 except Exception:   # pylint: disable=broad-exception-caught # not the store's: the thread goes on
                     log.exception("after a write")
+
+    def _share_commit(self, group: List[_Write]) -> None:
+        """Wait a moment for a write that somebody waits for: it takes this one along in its own commit. A client that
+        adds echo jobs one after the other waits for one commit a job, not two."""
+        try:
+            group.append(self._writes.get(timeout=PATIENCE))
+        except queue.Empty:
+            pass
 
     def _commit(self, group: List[_Write]) -> List[Tuple[Any, Optional[Exception]]]:
         """Do all of a group and commit it, or undo it all; a (value, error) each. What one work alone did wrong is not

@@ -1,6 +1,7 @@
 """The whole life of a job, from outside: a real server, hostile runtimes, signals, and what GET /jobs/{id}/ says."""
 import contextlib
 import os
+import queue
 import select
 import signal
 import subprocess
@@ -114,7 +115,7 @@ def all_gone(watched, seconds=0):
 
 def memory(pid, what):
     """A line of /proc/PID/status in KiB."""
-    return int(Path(f"/proc/{pid}/status").read_text().split(f"{what}:")[1].split()[0])
+    return int(Path(f"/proc/{pid}/status").read_text(encoding="ascii").split(f"{what}:")[1].split()[0])
 
 
 # Which runtime gets a job, over which protocol
@@ -141,7 +142,8 @@ def test_runtimes_come_from_the_flag_and_from_the_ini_file_over_both_protocols(s
 def test_a_runtime_over_lines_from_the_ini_file_runs_jobs(serve, ini, tmp_path):
     answer = tmp_path / "answer.py"
     answer.write_text("import json, sys\nfor line in sys.stdin:\n    job = json.loads(line)\n    print(json.dumps("
-                      "{'return_code': len(job['job']) % 2, 'runtime_error': 'odd', 'result': job}), flush=True)\n")
+                      "{'return_code': len(job['job']) % 2, 'runtime_error': 'odd', 'result': job}), flush=True)\n",
+                      encoding="utf-8")
     server = serve("--config", ini(f"[runtime qpu]\ncommand = {sys.executable} {answer}\nprotocol = lines\n"))
     even, odd = server.add("X(90), Y(9)", "verbatim", shots=7, seed=9), server.add("X(1)", "verbatim")
     assert told(server.wait(even)) == ("Runtime Error", 1, "odd")
@@ -237,7 +239,8 @@ def pipes(pid):
 def test_hostile_runtimes_end_on_time_and_leave_no_process_no_thread_and_no_pipe(serve, ini):
     names = [f"r{place}" for place in range(len(HOSTILE))]
     server = serve("--kill-grace", "0.1", "--config", ini("".join(
-        f"[runtime {name}]\ncommand = {command}\ntimeout = 0.2\n" for name, (command, _) in zip(names, HOSTILE.values()))))
+        f"[runtime {name}]\ncommand = {command}\ntimeout = 0.2\n"
+        for name, (command, _) in zip(names, HOSTILE.values()))))
     pid = server.process.pid
     for name in names:
         server.request("POST", f"/runtimes/{name}/pause/")
@@ -429,24 +432,24 @@ def test_of_a_job_that_ends_while_it_is_cancelled_exactly_one_wins_and_the_job_s
     qpu = gate()
     server = serve("--runtime", f"qpu={qpu.command}")
     for number in range(1, 41):
-        job, answers, both = server.add(mode="verbatim"), [], threading.Barrier(2)
+        job, answers, both = server.add(mode="verbatim"), queue.SimpleQueue(), threading.Barrier(2)
         assert qpu.wait()[0] == number
 
         def cancel(number=number, answers=answers, both=both):
             both.wait(20)
-            answers.append(server.request("DELETE", f"/jobs/{number}/"))
+            answers.put(server.request("DELETE", f"/jobs/{number}/"))
         canceller = threading.Thread(target=cancel)
         canceller.start()
         both.wait(20)
         time.sleep(number % 8 / 4000)   # now before it, now after it
         qpu.give()
+        answer, ended = answers.get(timeout=20), server.wait(job)
         canceller.join(20)
-        ended = server.wait(job)
-        if answers[0].status == 200:
-            assert (answers[0].json, told(ended)) == (ended, CANCELLED)
+        if answer.status == 200:
+            assert (answer.json, told(ended)) == (ended, CANCELLED)
         else:
-            assert (answers[0].status, told(ended)) == (409, ("Success", 0, None))
-        qpu.take_back()
+            assert (answer.status, told(ended)) == (409, ("Success", 0, None))
+        qpu.take_back()                 # what it did not take
 
 
 # Maintenance

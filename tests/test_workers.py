@@ -106,11 +106,13 @@ class Lab:
         return self.scripts[name]
 
     def start(self):
+        """Have new workers take up what the store says."""
         self.workers = Workers(self.store, [(spec, self.scripts[spec.name].make) for spec in self.specs], self.policy,
                                self.clock, lambda: self.dice)
         self.workers.start()
 
     def stop(self):
+        """Stop the workers, if there are some, and close the store."""
         if self.workers:
             self.workers.stop()
         self.workers = None
@@ -135,6 +137,7 @@ class Lab:
 
 @pytest.fixture
 def lab(tmp_path, clock):
+    """Workers that have not begun, with a clock whose waits move it."""
     made = Lab(str(tmp_path / "oqc.db"), clock)
     yield made
     made.stop()
@@ -249,7 +252,7 @@ def test_what_the_store_cannot_take_now_is_written_later_and_said_once(lab, capl
         def __getattr__(self, name):
             return getattr(lab.store, name)
 
-        def settle(self, endings):
+        def settle(self, endings):  # pylint: disable=missing-function-docstring
             if next(refusals, None) is not None:
                 raise StoreError("no room on the disk")
             lab.store.settle(endings)
@@ -339,7 +342,7 @@ def test_a_slow_job_delays_no_other_mode(lab):
 def test_a_runtime_that_does_not_start_is_set_aside_and_says_so_once_until_it_starts_again(lab, caplog):
     states = []
 
-    def play(task, _):
+    def play(*_):
         states.append(lab.workers.describe("qpu")["state"])
         return GONE if len(states) < 12 else DONE
     qpu = lab.runtime(play)
@@ -627,14 +630,14 @@ def test_of_many_that_cancel_while_a_job_starts_and_ends_all_hear_the_same(lab):
     lab.start()
     ends = set()
     for _ in range(60):
-        gate, came = threading.Barrier(4), []
+        gate, came = threading.Barrier(4), queue.SimpleQueue()
 
         def cancel(number, gate=gate, came=came):
             gate.wait(20)
             try:
-                came.append(told(lab.workers.cancel(number)))
+                came.put(told(lab.workers.cancel(number)))
             except Ended as refusal:
-                came.append(told(refusal.job))
+                came.put(told(refusal.job))
         number = lab.add()
         cancellers = [threading.Thread(target=cancel, args=(number,)) for _ in range(3)]
         for canceller in cancellers:
@@ -643,7 +646,7 @@ def test_of_many_that_cancel_while_a_job_starts_and_ends_all_hear_the_same(lab):
         for canceller in cancellers:
             canceller.join(20)
         end = told(lab.end(number))
-        assert set(came) == {end} and len(came) == 3
+        assert [came.get(timeout=20) for _ in cancellers] == [end] * 3
         ends.add(end)
     assert ends <= {CANCELLED, ("Success", 0, None)}
 
