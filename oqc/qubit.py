@@ -9,13 +9,49 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 
 Vector = Tuple[float, float, float]     # x, y, z of a Bloch vector
 DECIMALS = 15                           # of what is shown: the sixteenth is rounding noise, and -0.0
+ONE = 10 ** 39                          # the unit of whole numbers that stand for fractions
+PI = 3141592653589793238462643383279502884197
+RATIO_MOST = 2 ** 36                    # the most that the sum of a ratio's two whole numbers may be
+
+
+class _HalfAngles(Dict[int, Tuple[float, float]]):
+    """{degrees from 0 to 179: (cos, sin) of half of them, both scaled by one factor}, worked out when first asked for.
+
+    cos and sin rounded each to the nearest float would turn by up to 1.4e-16 rad too far or too little, which is
+    1.4e-11 after 100,000 equal pulses. A factor that both share does no harm, since the state is normalised at its
+    end. So they are multiples of two whole numbers q and p with p / q = tan to 1e-19, which floats hold exactly. The
+    factor is at most 1 and lacks 5e-6 at most: a state shrinks by e in 200,000 pulses, and a float has room for e**708.
+    """
+
+    def __missing__(self, degrees: int) -> Tuple[float, float]:
+        angle = degrees * PI // 360
+        below = 41 * ONE                            # tan x = x / (1 - x² / (3 - x² / (5 - …))) (DLMF 4.25.1)
+        for odd in range(39, 0, -2):
+            below = odd * ONE - angle * angle // below
+        # Convergents of the continued fraction of angle / below, by Euclid's algorithm; p / q misses its value by less
+        # than 1 / (q times the next q) (Hardy and Wright, An Introduction to the Theory of Numbers, chapter X)
+        before, (p, q) = (0, 1), (1, 0)
+        while below:
+            whole, rest = divmod(angle, below)
+            following = whole * p + before[0], whole * q + before[1]
+            if sum(following) > RATIO_MOST:
+                break
+            before, (p, q), angle, below = (p, q), following, below, rest
+        factor = math.isqrt(2 ** 106 // (p * p + q * q))
+        self[degrees] = factor * q / 2 ** 53, factor * p / 2 ** 53      # products of 53 bits: nothing is rounded
+        return self[degrees]
 
 
 class _Matrices(Dict[str, Tuple[complex, complex, complex, complex]]):
-    """{"X(90)": the four entries of its matrix, row by row}, each worked out when it is first asked for."""
+    """{"X(90)": the four entries of its matrix, row by row, scaled as in _HalfAngles}, made when first asked for.
+
+    It keeps all it made: one for each spelling (7, 07, 007) of an axis and an angle, 3,330 at most.
+    """
 
     def __missing__(self, pulse: str) -> Tuple[complex, complex, complex, complex]:
-        cosine, sine = _half_angle(int(pulse[2:-1]))
+        turns, rest = divmod(int(pulse[2:-1]), 180)     # a turn by 180 degrees swaps cos and sin of the half: exact
+        cosine, sine = HALF_ANGLES[rest]
+        cosine, sine = ((cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine))[turns % 4]
         entries = {"X": (complex(cosine), complex(0, -sine), complex(0, -sine), complex(cosine)),
                    "Y": (complex(cosine), complex(-sine), complex(sine), complex(cosine)),
                    "Z": (complex(cosine, -sine), 0j, 0j, complex(cosine, sine))}[pulse[0]]
@@ -23,35 +59,31 @@ class _Matrices(Dict[str, Tuple[complex, complex, complex, complex]]):
         return entries
 
 
+HALF_ANGLES = _HalfAngles()
 MATRICES = _Matrices()
 
 
-def _half_angle(degrees: int) -> Tuple[float, float]:
-    """(cos, sin) of half an angle in whole degrees, exact for the multiples of 180."""
-    quarters, rest = divmod(degrees, 180)
-    cosine, sine = math.cos(math.radians(rest / 2)), math.sin(math.radians(rest / 2))
-    return ((cosine, sine), (-sine, cosine), (-cosine, -sine), (sine, -cosine))[quarters % 4]
-
-
 def amplitudes(job: str) -> Tuple[complex, complex]:
-    """The amplitudes of |0> and |1> after all pulses of a job."""
+    """The amplitudes of |0> and |1> after all pulses of a job, normalised; within 1e-12 after 100,000 pulses."""
     a, b = 1 + 0j, 0j
     matrices = MATRICES
     for pulse in job.split(", "):
         m00, m01, m10, m11 = matrices[pulse]
         a, b = m00 * a + m01 * b, m10 * a + m11 * b
-    norm = math.sqrt(abs(a) ** 2 + abs(b) ** 2)     # rounding moves it by about 1e-16 a pulse
+    norm = math.hypot(abs(a), abs(b))
     return a / norm, b / norm
 
 
 def bloch(a: complex, b: complex) -> Vector:
-    """The Bloch vector of a state: (<X>, <Y>, <Z>) (Nielsen and Chuang, section 1.2)."""
-    product = a.conjugate() * b
-    return 2 * product.real, 2 * product.imag, abs(a) ** 2 - abs(b) ** 2
+    """The Bloch vector (<X>, <Y>, <Z>), of length 1, of a state that need not be normalised (Nielsen and Chuang,
+    section 1.2)."""
+    product, p0, p1 = a.conjugate() * b, abs(a) ** 2, abs(b) ** 2
+    norm = p0 + p1
+    return 2 * product.real / norm, 2 * product.imag / norm, (p0 - p1) / norm
 
 
 def path(job: str) -> List[Vector]:
-    """The Bloch vectors before the first pulse of a job and after each."""
+    """The Bloch vectors before the first pulse of a job and after each: one more than there are pulses."""
     a, b = 1 + 0j, 0j
     vectors = [bloch(a, b)]
     for pulse in job.split(", "):
@@ -74,7 +106,10 @@ def _counts(shots: int, seed: int, p1: float) -> Dict[str, Dict[str, int]]:
 
 
 def simulation(job: str, shots: int, seed: int) -> Dict[str, Any]:
-    """The result of a simulation job: the exact state, and counts of `shots` readings of it."""
+    """The result of a simulation job: the exact state, and counts of `shots` readings of it (none for no shots).
+
+    Probabilities are of reading 0 and 1, the state vector's members [real, imaginary].
+    """
     a, b = amplitudes(job)
     p1 = abs(b) ** 2
     return {"shots": shots, "seed": seed, **_counts(shots, seed, p1),
@@ -94,29 +129,29 @@ class Device(NamedTuple):
     readout_1: float = 0.02         # probability to read 0 where it is 1
 
     def check(self) -> None:
-        """Raise ValueError, with one line that says which value cannot be and what can."""
-        for name, value in zip(Device._fields, self):
-            if math.isnan(value):
-                raise ValueError(f"{name}: is not a number")
-        if self.t1_us <= 0:
-            raise ValueError("t1_us: expected more than 0 microseconds")
-        if not 0 < self.t2_us <= 2 * self.t1_us:
-            raise ValueError("t2_us: expected more than 0 microseconds, and at most twice t1_us")
-        if not 0 <= self.pulse_ns < math.inf:
-            raise ValueError("pulse_ns: expected 0 nanoseconds or more")
-        if not -1 <= self.over_rotation <= 1:
-            raise ValueError("over_rotation: expected a share from -1 to 1")
-        for name in ("readout_0", "readout_1"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a probability from 0 to 1")
+        """Raise ValueError, with one line that says which value cannot be and what can.
+
+        T2 is at most twice T1: what decays loses its phase, too (Krantz et al., Appl. Phys. Rev. 6, 021318, 2019,
+        section III.B). Nothing but the times to decay may be infinite. No comparison holds for a NaN.
+        """
+        for name, holds, expected in (
+                ("t1_us", 0 < self.t1_us <= math.inf, "more than 0 microseconds, inf for no decay"),
+                ("t2_us", 0 < self.t2_us <= 2 * self.t1_us, "more than 0 microseconds, and at most twice t1_us"),
+                ("pulse_ns", 0 <= self.pulse_ns < math.inf, "0 nanoseconds or more, and finite"),
+                ("over_rotation", -1 <= self.over_rotation <= 1, "a share from -1 to 1"),
+                ("readout_0", 0 <= self.readout_0 <= 1, "a probability from 0 to 1"),
+                ("readout_1", 0 <= self.readout_1 <= 1, "a probability from 0 to 1")):
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, not {getattr(self, name):g}")
 
 
 def emulation(job: str, shots: int, seed: int, device: Device) -> Dict[str, Any]:
-    """The result of a job on a device: counts of `shots` readings, and the device.
+    """The result of a job on a device that has passed its check: counts of `shots` readings (none for no shots), the
+    probabilities of reading 0 and 1, and the device, where null is an infinite time, for which JSON has no word.
 
     X and Y turn the Bloch vector by their angle and relax it for the length of a pulse: x and y by exp(-t / T2), z
-    towards |0> by exp(-t / T1) (the Bloch equations; Nielsen and Chuang, section 8.4.1 on T1 and T2). A Z is a change
-    of frame that takes no time and has no error (McKay et al., Phys. Rev. A 96, 022330, 2017).
+    towards |0> by exp(-t / T1) (F. Bloch, Phys. Rev. 70, 460, 1946; Nielsen and Chuang, equation 7.144). A Z is a
+    change of frame that takes no time and has no error (McKay et al., Phys. Rev. A 96, 022330, 2017; arXiv:1612.00858).
     """
     keep_z, keep_xy = (math.exp(-device.pulse_ns / 1000 / time) for time in (device.t1_us, device.t2_us))
     x, y, z = 0.0, 0.0, 1.0
@@ -132,6 +167,7 @@ def emulation(job: str, shots: int, seed: int, device: Device) -> Dict[str, Any]
             x, y = cosine * x - sine * y, sine * x + cosine * y
         if axis != "Z":
             x, y, z = x * keep_xy, y * keep_xy, 1 + (z - 1) * keep_z
+    z = max(-1.0, min(z, 1.0))          # rounding makes the vector of a perfect device a little longer than 1
     p1 = (1 - z) / 2 * (1 - device.readout_1) + (1 + z) / 2 * device.readout_0
     parameters = {name: value if math.isfinite(value) else None for name, value in device._asdict().items()}
     return {"shots": shots, "seed": seed, **_counts(shots, seed, p1),

@@ -1,6 +1,8 @@
 """The physics of oqc.qubit against 2x2 complex matrices multiplied out here, closed formulas, and statistics."""
+import json
 import math
 import random
+from decimal import Decimal, localcontext
 
 import pytest
 
@@ -24,6 +26,31 @@ def multiplied_out(job):
                    for column in (0, 1)] for row in (0, 1)]
         state = [sum(matrix[row][column] * state[column] for column in (0, 1)) for row in (0, 1)]
     return state
+
+
+def turned(after, before):
+    """The product of two quaternions (w, x, y, z), which are the rotations w 1 - i (x X + y Y + z Z)."""
+    (w, x, y, z), (v, i, j, k) = after, before
+    return (w * v - x * i - y * j - z * k, w * i + x * v + y * k - z * j,
+            w * j - x * k + y * v + z * i, w * k + x * j - y * i + z * v)
+
+
+def to_50_digits(pattern, times):
+    """The state after a list of pulses, so many times over: quaternions of decimals, raised to a power by squaring."""
+    with localcontext() as context:
+        context.prec = 50
+        whole = power = (Decimal(1), Decimal(0), Decimal(0), Decimal(0))
+        for pulse in pattern:
+            half = int(pulse[2:-1]) * Decimal("3.14159265358979323846264338327950288419716939937510582") / 360
+            term, cosine, sine = Decimal(1), Decimal(0), Decimal(0)
+            for power_of_half in range(0, 100, 2):          # Taylor's series, of angles up to 500 degrees
+                cosine, term = cosine + term, term * half / (power_of_half + 1)
+                sine, term = sine + term, -term * half / (power_of_half + 2)
+            power = turned((cosine, *(sine * (axis == pulse[0]) for axis in "XYZ")), power)
+        while times:
+            whole, power, times = turned(power, whole) if times % 2 else whole, turned(power, power), times // 2
+        w, x, y, z = (float(part) for part in whole)
+        return complex(w, -z), complex(y, -x)
 
 
 @pytest.mark.parametrize("job, p1, vector", [
@@ -63,17 +90,50 @@ def test_a_hundred_thousand_pulses_lose_no_exactness(axis):
     assert abs(a) ** 2 + abs(b) ** 2 == pytest.approx(1, abs=1e-15)
 
 
+@pytest.mark.parametrize("pattern", [
+    ["Z(120)"], ["X(300)"], ["Y(894)"], ["Z(842)", "Z(409)"], ["X(404)", "Y(10)"],
+    random_job(random.Random(4), 1000).split(", ")], ids=lambda pattern: pattern[0])
+def test_a_pattern_repeated_to_a_hundred_thousand_pulses_adds_up_no_error(pattern):
+    """An error of a table's entry is the same each time it is used: 1e-16 would be 1e-11 here."""
+    times = 100_000 // len(pattern)
+    assert qubit.amplitudes(", ".join(pattern * times)) == pytest.approx(to_50_digits(pattern, times), abs=1e-12)
+
+
+def test_half_turns_are_exact_and_nothing_is_shown_as_a_negative_zero():
+    for turns, (a, b) in enumerate([((1, 0), (0, 0)), ((0, 0), (0, -1)), ((-1, 0), (0, 0)), ((0, 0), (0, 1))]):
+        shown = qubit.simulation(f"X({180 * turns})", 0, 1)
+        assert shown["statevector"] == [list(a), list(b)]
+        assert shown["probabilities"] == [1 - turns % 2, turns % 2]
+        assert "-0.0" not in json.dumps(shown)
+
+
+def test_leading_zeros_do_not_change_a_pulse():
+    assert qubit.amplitudes("Y(7), X(07), Z(007)") == qubit.amplitudes("Y(007), X(7), Z(07)")
+
+
+def test_a_state_has_its_bloch_vector_whatever_its_norm():
+    assert qubit.bloch(3, 3j) == pytest.approx((0, 1, 0), abs=1e-15)
+    assert qubit.bloch(0, 0.001) == pytest.approx((0, 0, -1), abs=1e-15)
+
+
 def test_the_path_goes_from_north_to_where_the_state_is():
     job = random_job(random.Random(3), 40)
     path = qubit.path(job)
     assert len(path) == 41 and path[0] == (0, 0, 1)
-    assert path[-1] == pytest.approx(qubit.bloch(*qubit.amplitudes(job)), abs=1e-12)
+    pulses = job.split(", ")
+    for number in range(1, 41):
+        state = qubit.amplitudes(", ".join(pulses[:number]))
+        assert path[number] == pytest.approx(qubit.bloch(*state), abs=1e-12)
     assert all(math.hypot(*vector) == pytest.approx(1, abs=1e-12) for vector in path)
 
 
 def test_a_seed_gives_the_same_counts_on_every_python():
     assert qubit.simulation("X(90)", 1000, 5)["counts"] == {"0": 479, "1": 521}
     assert qubit.simulation("X(90)", 1000, 6)["counts"] != {"0": 479, "1": 521}
+    device = PERFECT._replace(readout_1=0.5)        # counts are of what is read, not of what is there
+    assert qubit.emulation("X(180)", 1000, 5, device)["counts"] == {"0": 479, "1": 521}
+    assert qubit.simulation("X(0)", 1000, 5)["counts"] == {"0": 1000, "1": 0}
+    assert qubit.simulation("X(180)", 1000, 5)["counts"] == {"0": 0, "1": 1000}
 
 
 def test_the_members_of_a_simulation():
@@ -108,10 +168,11 @@ def test_an_excited_qubit_decays_with_t1():
     assert found["probabilities"][1] == pytest.approx(math.exp(-50 * 0.1 / 10), abs=1e-12)
 
 
-def test_a_phase_decays_with_t2():
+@pytest.mark.parametrize("axis", "XY")
+def test_a_phase_decays_with_t2(axis):
     device = PERFECT._replace(t2_us=10.0, pulse_ns=100.0)
-    found = qubit.emulation("Y(90)" + ", X(0)" * 48 + ", Y(90)", 0, 1, device)      # x turns into -z, then is read
-    length = math.exp(-50 * 0.1 / 10) / math.exp(-0.1 / 10)                         # the last pulse moves it out of x
+    found = qubit.emulation(f"{axis}(90)" + ", X(0)" * 48 + f", {axis}(90)", 0, 1, device)  # x, or -y, turns into -z
+    length = math.exp(-49 * 0.1 / 10)       # the last pulse has moved it away from x and y before it relaxes
     assert found["probabilities"][1] == pytest.approx((1 + length) / 2, abs=1e-12)
 
 
@@ -126,10 +187,9 @@ def test_an_over_rotation_turns_x_and_y_too_far_and_z_not():
     for axis in "XY":
         assert qubit.emulation(f"{axis}(100)", 0, 1, device)["probabilities"][1] == pytest.approx(
             math.sin(math.radians(55)) ** 2, abs=1e-12)
-    plain = qubit.emulation("X(50), Z(100), X(50)", 0, 1, device._replace(over_rotation=0.0))
-    assert qubit.emulation("X(50), Z(100)", 0, 1, PERFECT)["probabilities"] == qubit.emulation(
-        "X(50)", 0, 1, PERFECT)["probabilities"]
-    assert plain["probabilities"] == pytest.approx(qubit.simulation("X(50), Z(100), X(50)", 0, 1)["probabilities"])
+    for axis in "XY":           # Z(180) turns the second pulse around, so that it undoes the first; Z(198) would not
+        assert qubit.emulation(f"{axis}(50), Z(180), {axis}(50)", 0, 1, device)["probabilities"][1] == pytest.approx(
+            0, abs=1e-12)
 
 
 def test_a_virtual_z_takes_no_time():
@@ -142,17 +202,44 @@ def test_an_emulation_tells_the_device_and_an_infinite_time_as_null():
     found = qubit.emulation("X(90)", 10, 5, PERFECT)
     assert list(found) == ["shots", "seed", "counts", "probabilities", "device"]
     assert found["device"] == {**PERFECT._asdict(), "t1_us": None, "t2_us": None}
+    assert list(found["device"]) == list(Device._fields)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert list(qubit.emulation("X(90)", 0, 5, PERFECT)) == ["shots", "seed", "probabilities", "device"]
 
 
-@pytest.mark.parametrize("changed", [
-    {"t1_us": 0.0}, {"t1_us": -1.0}, {"t2_us": 0.0}, {"t1_us": 1.0, "t2_us": 2.1}, {"pulse_ns": -1.0},
-    {"pulse_ns": math.inf}, {"over_rotation": 1.1}, {"over_rotation": math.nan}, {"readout_0": -0.1},
-    {"readout_1": 1.1}])
-def test_a_device_that_cannot_be_is_refused_with_the_name_of_what_is_wrong(changed):
-    with pytest.raises(ValueError, match=list(changed)[-1]):
+def test_a_probability_is_from_0_to_1_after_many_pulses_on_a_perfect_device():
+    for angle in range(0, 1000, 20):
+        for p in qubit.emulation(", ".join([f"X({angle})"] * 720), 0, 1, PERFECT)["probabilities"]:
+            assert 0 <= p <= 1
+
+
+@pytest.mark.parametrize("changed, expected", [
+    ({"t1_us": 0.0}, "more than 0 microseconds, inf for no decay, not 0"),
+    ({"t1_us": -1.0}, "more than 0 microseconds, inf for no decay, not -1"),
+    ({"t2_us": 0.0}, "more than 0 microseconds, and at most twice t1_us, not 0"),
+    ({"t1_us": 1.0, "t2_us": 2.1}, "more than 0 microseconds, and at most twice t1_us, not 2.1"),
+    ({"t1_us": 1.0, "t2_us": math.inf}, "more than 0 microseconds, and at most twice t1_us, not inf"),
+    ({"pulse_ns": -1.0}, "0 nanoseconds or more, and finite, not -1"),
+    ({"pulse_ns": math.inf}, "0 nanoseconds or more, and finite, not inf"),
+    ({"over_rotation": 1.1}, "a share from -1 to 1, not 1.1"),
+    ({"over_rotation": -math.inf}, "a share from -1 to 1, not -inf"),
+    ({"readout_0": -0.1}, "a probability from 0 to 1, not -0.1"),
+    ({"readout_0": math.inf}, "a probability from 0 to 1, not inf"),
+    ({"readout_1": 1.1}, "a probability from 0 to 1, not 1.1"),
+    ({"readout_1": -0.1}, "a probability from 0 to 1, not -0.1")], ids=str)
+def test_a_device_that_cannot_be_is_refused_with_the_name_of_what_is_wrong(changed, expected):
+    with pytest.raises(ValueError) as refused:
         Device(**{**Device()._asdict(), **changed}).check()
+    assert str(refused.value) == f"{list(changed)[-1]}: expected {expected}"
+
+
+@pytest.mark.parametrize("name", Device._fields)
+def test_what_is_no_number_is_refused_in_every_parameter(name):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, not nan$"):
+        Device()._replace(**{name: math.nan}).check()
 
 
 def test_the_default_device_can_be():
     Device().check()
     PERFECT.check()
+    Device(t1_us=10.0, t2_us=20.0, pulse_ns=0.0, over_rotation=-1.0, readout_0=1.0, readout_1=1.0).check()
