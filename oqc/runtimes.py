@@ -301,13 +301,16 @@ class LinesSlot(Slot):
                 self.process = self._start({}, None)
             except OSError as error:
                 return _unstartable(error)
+        else:
+            self.process.read_on()
+            self.process.output.clear()     # said without being asked: not the answer to this question
+            self.process.error.clear()
         process = self.process
-        process.read_on()
-        process.output.clear()      # said without being asked: not the answer to this question
-        process.error.clear()
         question = {name: getattr(task, name) for name in ("id", "job", "mode", "attempt", "shots", "seed")}
         in_time = process.send(json.dumps(question).encode() + b"\n", deadline, self.wake_end, lambda: (
             b"\n" in process.output or len(process.output) > OUTPUT_MOST or interrupted()))
+        if b"\n" not in process.output:
+            process.read_on()       # it may have answered and ended at once
         if b"\n" in process.output or len(process.output) > OUTPUT_MOST:
             outcome = _answer(bytes(process.output), self.spec.retry_codes)
             process.answered = True

@@ -135,7 +135,8 @@ def application_of_oqc(folder):
 
 @pytest.mark.parametrize("content, reason", [
     (b"hello, world\n", "is not a database"), (b"x" * 5000, "is not a database"), (b"SQLite format 3\0", "is not a"),
-    (b"\0" * 100, "is not a database"), (b"SQLite format 3\0" + b"\0" * 4080, "is another program's database")])
+    (b"\0" * 100, "is not a database"), (b"SQLite format 3\0" + b"\0" * 4080, "is another program's database")],
+    ids=["text", "long", "magic", "zeros", "empty header"])
 def test_a_file_that_is_no_database_is_one_line_and_stays_as_it_is(tmp_path, content, reason):
     path = tmp_path / "file"
     path.write_bytes(content)

@@ -271,7 +271,7 @@ def test_keep_days_deletes_by_itself_what_ended_longer_ago(serve, tmp_path):
     server = serve()
     old, new = server.wait(server.add())["id"], server.wait(server.add())["id"]
     assert server.stop() == 0
-    with contextlib.closing(sqlite3.connect(tmp_path / "oqc.db")) as database, database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "oqc.db", isolation_level=None)) as database:
         database.execute("UPDATE jobs SET created_time = '2020', start_time = '2020', end_time = '2020' WHERE id = ?",
                          (old,))
     server = serve("--keep-days", "30")

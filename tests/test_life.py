@@ -54,7 +54,7 @@ class Gate:
 
     def give(self, code=0):
         """Have one attempt end with this code."""
-        os.write(self._go, b"%d\n" % code)
+        os.write(self._go, b"%-3d\n" % code)
 
     def take_back(self):
         """What was given and not taken."""
@@ -255,7 +255,8 @@ def test_hostile_runtimes_end_on_time_and_leave_no_process_no_thread_and_no_pipe
         assert server.children() == []
         server.request("POST", f"/runtimes/{name}/pause/")
         before = before or (memory(pid, "Threads"), pipes(pid))     # some are made at the first runtime
-    assert (memory(pid, "Threads"), pipes(pid)) <= before
+    assert pipes(pid) == before[1]
+    assert memory(pid, "Threads") < before[0] + len(names) - 1      # a request may take a new thread of the pool
 
 
 @pytest.mark.parametrize("size", [100_000_000, pytest.param(1_000_000_000, marks=pytest.mark.slow)], ids=str)

@@ -309,6 +309,27 @@ def test_a_lines_runtime_that_has_ended_between_two_jobs_is_started_again(script
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
+def test_an_answer_counts_though_its_runtime_has_ended_by_the_time_it_is_read(script):
+    once = script("""read -r line; echo '{"return_code": 0, "result": "done"}'""")
+    with contextlib.closing(slot_for([once], protocol="lines")) as slot:
+        def wait_for_its_end():
+            os.waitid(os.P_PID, slot.process.pid, os.WEXITED | os.WNOWAIT)
+            return False
+        assert slot.run(TASK, wait_for_its_end)[:3] == (0, None, '"done"')
+
+
+def test_what_a_lines_runtime_says_while_it_fails_to_start_is_the_error(script, monkeypatch):
+    """Even if all of it was there before the first job was sent."""
+    start = runtimes.LinesSlot._start       # pylint: disable=protected-access
+
+    def start_and_wait(*arguments):
+        process = start(*arguments)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        return process
+    monkeypatch.setattr(runtimes.LinesSlot, "_start", start_and_wait)
+    assert run(script("echo 'no device' >&2; exit 1"), protocol="lines")[:2] == (1, "no device")
+
+
 def test_a_lines_runtime_that_ends_before_it_took_a_job_has_not_started(script):
     outcome = run(script("echo 'no device' >&2; exit 1"), protocol="lines")
     assert (outcome.return_code, outcome.runtime_error) == (1, "no device")

@@ -1,0 +1,703 @@
+"""The jobs in SQL: real SQLite in a folder of its own, every transition and every other one, threads, pages, files."""
+# pylint: disable=protected-access # what a connection of the store is set to, and what it runs, shows nowhere else
+import ast
+import contextlib
+import os
+import re
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from oqc import jobs
+from oqc.clock import Clock
+from oqc.database import INVARIANTS, backup, check
+from oqc.jobs import Ending, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob
+from oqc.store import IllegalTransition, Store
+
+ECHO = Submission("X(90)", "echo", seed=7)
+GOOD, BAD, BUSY = Outcome(0, None, "[1]", True), Outcome(3, "cold"), Outcome(75, "busy", transient=True)
+OUTCOMES = {"succeeded": GOOD, "failed": BAD, "retry": BUSY, "release": BUSY}
+
+
+@pytest.fixture
+def opened(tmp_path, clock):
+    """opened(): the store on tmp_path/oqc.db, closed at the end."""
+    stores = []
+
+    def make(path="oqc.db", clock=clock):
+        stores.append(Store(str(tmp_path / path), clock))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        with contextlib.suppress(StoreError):       # closed by the test
+            store.close()
+
+
+@pytest.fixture
+def store(opened):
+    return opened()
+
+
+@contextlib.contextmanager
+def raw(tmp_path):
+    """Another program's connection to the same file, which commits what it did."""
+    connection = sqlite3.connect(tmp_path / "oqc.db")
+    with contextlib.closing(connection), connection:
+        yield connection
+
+
+def rows(tmp_path, number=None):
+    """All jobs with all their columns as they are on disk, or one of them."""
+    with raw(tmp_path) as connection:
+        found = connection.execute("SELECT * FROM jobs ORDER BY id").fetchall()
+    return found if number is None else next(row for row in found if row[0] == number)
+
+
+def added(store, *submissions):
+    return [job.id for job in store.add(submissions or [ECHO], "alice").jobs]
+
+
+def ending(task, event, outcome=None, delay=0.0):
+    return Ending(task, event, outcome or OUTCOMES[event], delay)
+
+
+class Held:
+    """The writer thread, held inside a write until `go`, so that what is asked of it meanwhile makes one group."""
+
+    def __init__(self, store):
+        self.store, self.reached, self.may_go, self.statements = store, threading.Event(), threading.Event(), []
+        self.threads, self.came = [], {}
+        store._write_later(lambda value, error: None, self._hold)
+        assert self.reached.wait(20)
+
+    def _hold(self):
+        self.reached.set()
+        assert self.may_go.wait(20)
+        self.store._writer.set_trace_callback(self.statements.append)
+
+    def ask(self, name, write, *arguments):
+        """Have a thread do a write, and keep what it returned or raised; in the order of the calls."""
+        def run():
+            try:
+                self.came[name] = write(*arguments)
+            except Exception as error:      # pylint: disable=broad-exception-caught # the test looks at it
+                self.came[name] = error
+        waiting = self.store._writes.qsize()
+        self.threads.append(threading.Thread(target=run))
+        self.threads[-1].start()
+        while self.store._writes.qsize() == waiting:
+            self.threads[-1].join(0.0005)
+
+    def go(self):
+        """Let the writer go on; what came of each, after all have ended."""
+        self.may_go.set()
+        for thread in self.threads:
+            thread.join(20)
+        self.store._write(lambda: self.store._writer.set_trace_callback(None))
+        return self.came
+
+    def commits(self):
+        """How many of the writes that were asked for ended a transaction on disk; the first is the one that held."""
+        return self.statements.count("COMMIT") - 1
+
+
+# Every transition, and every other one
+
+def waiting(store):
+    return added(store)[0]
+
+
+def running(store):
+    number = waiting(store)
+    store.claim([number], "qpu")
+    return number
+
+
+def retrying(store):
+    number = waiting(store)
+    store.settle([ending(store.claim([number], "qpu")[0], "retry", delay=5.0)])
+    return number
+
+
+def running_again(store):
+    number = retrying(store)
+    store.claim([number], "qpu")
+    return number
+
+
+def succeeded(store):
+    number = waiting(store)
+    store.settle([ending(store.claim([number], "qpu")[0], "succeeded")])
+    return number
+
+
+def failed(store):
+    number = waiting(store)
+    store.settle([ending(store.claim([number], "qpu")[0], "failed")])
+    return number
+
+
+def cancelled(store):
+    number = waiting(store)
+    assert store.cancel(number)
+    return number
+
+
+STARTS = (waiting, running, retrying, running_again, succeeded, failed, cancelled)
+EVENTS = ("claim", "cancel", "retry", "release", "succeeded", "failed")
+NEXT = {                            # the status, and whether it then runs, after what may happen
+    (waiting, "claim"): ("Starting", True), (retrying, "claim"): ("Retrying", True),
+    (waiting, "cancel"): ("Runtime Error", False), (retrying, "cancel"): ("Runtime Error", False),
+    **{(start, event): found for start in (running, running_again) for event, found in (
+        ("retry", ("Retrying", False)), ("release", ("Retrying", False)), ("succeeded", ("Success", True)),
+        ("failed", ("Runtime Error", True)))},
+}
+
+
+def happen(store, number, event):
+    """Have an event happen to a job; whether the store said that it did."""
+    if event == "claim":
+        return [task.id for task in store.claim([number], "qpu")] == [number]
+    if event == "cancel":
+        return store.cancel(number)
+    attempts = store._read("SELECT attempts FROM jobs WHERE id = ?", (number,))[0][0]
+    task = jobs.Task(number, "X(90)", "echo", attempts, 1000, 7, 0)
+    try:
+        store.settle([ending(task, event)])
+        return True
+    except IllegalTransition as error:
+        assert str(error) == f"job {number}, attempt {attempts}: {event}"
+        return False
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_may_happen_to_a_job_happens_and_nothing_else_changes_a_byte_of_it(store, tmp_path, event):
+    others = [start(store) for start in STARTS]
+    numbers = [start(store) for start in STARTS]
+    before = rows(tmp_path)
+    for start, number in zip(STARTS, numbers):
+        came = happen(store, number, event)
+        assert came == ((start, event) in NEXT), (start.__name__, event)
+        if came:
+            job = store.get(number)
+            assert (job.status, job.start_time is not None) == NEXT[start, event], (start.__name__, event)
+            assert (job.end_time is not None) == (event in ("cancel", "succeeded", "failed"))
+    legal = {number for start, number in zip(STARTS, numbers) if (start, event) in NEXT}
+    assert [row for row in rows(tmp_path) if row[0] not in legal] == [row for row in before if row[0] not in legal]
+    assert not legal & set(others)
+
+
+def test_the_store_takes_the_moves_of_the_one_table_and_no_others():
+    names = {"claim": "claimed", "cancel": "failed", "release": "retry"}
+    taken = {("Retrying" if start in (retrying, running_again) else "Starting", names.get(event, event), status)
+             for (start, event), (status, _) in NEXT.items()}
+    assert taken == {(*start, end) for start, end in jobs.TRANSITIONS.items()}
+
+
+def test_the_members_of_a_job_tell_its_story(store, clock):
+    number, = added(store)
+    assert store.get(number) == Job(number, "X(90)", "echo", "Starting", None, None, None, clock.now(), None, None)
+    created = clock.now()
+    clock.seconds += 1
+    task, = store.claim([number], "qpu")
+    assert task == jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
+    began = clock.now()
+    assert store.get(number) == Job(number, "X(90)", "echo", "Starting", "qpu", None, None, created, began, None)
+    clock.seconds += 1
+    store.settle([ending(task, "retry", delay=9.0)])
+    assert store.get(number) == Job(number, "X(90)", "echo", "Retrying", None, None, None, created, None, None)
+    assert list(store.waiting()) == [[(number, "echo", clock.wall + 9.0)]] and not list(store.running())
+    task, = store.claim([number], "other")
+    assert task.attempt == 2 and list(store.running()) == [[(number, 2, "echo", "other")]]
+    clock.seconds += 1
+    store.settle([ending(task, "failed")])
+    assert store.get(number) == Job(
+        number, "X(90)", "echo", "Runtime Error", "other", 3, "cold", created, began[:-10] + "42.000000Z", clock.now())
+    assert not list(store.waiting()) and not list(store.running())
+
+
+def test_a_release_costs_no_attempt_and_a_retry_does(store):
+    number = running(store)
+    task = jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
+    store.settle([ending(task, "release")])
+    assert store.claim([number], "qpu")[0].attempt == 1
+    store.settle([ending(task, "retry")])
+    assert store.claim([number], "qpu")[0].attempt == 2
+
+
+def test_what_an_attempt_says_that_is_over_is_illegal_while_the_next_one_runs(store, tmp_path):
+    number = running_again(store)
+    before = rows(tmp_path)
+    with pytest.raises(IllegalTransition, match=f"job {number}, attempt 1: succeeded"):
+        store.settle([ending(jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0), "succeeded")])
+    assert rows(tmp_path) == before and store.result(number)[1:] == (None, True)
+
+
+def test_a_job_that_there_is_not_can_be_neither_read_nor_changed(store):
+    assert (store.claim([1], "qpu"), store.cancel(1)) == ([], False)
+    with pytest.raises(IllegalTransition):
+        store.settle([ending(jobs.Task(1, "X(90)", "echo", 1, 1000, 7, 0), "succeeded")])
+    for read in (store.get, store.result):
+        with pytest.raises(UnknownJob):
+            read(1)
+
+
+def test_an_ending_that_is_illegal_leaves_the_others_of_its_call_ended(store, tmp_path):
+    good, ended = running(store), succeeded(store)
+    before = rows(tmp_path, ended)
+    tasks = [jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0) for number in (ended, good)]
+    with pytest.raises(IllegalTransition, match=f"^job {ended}, attempt 1: failed$"):
+        store.settle([ending(task, "failed") for task in tasks])
+    assert store.get(good).status == "Runtime Error" and rows(tmp_path, ended) == before
+
+
+def test_a_result_is_kept_as_text_or_json_and_is_none_without_one(store):
+    numbers = added(store, *[ECHO] * 3)
+    outcomes = [Outcome(0, None, '{"a": 1}', True), Outcome(3, "cold", "caf\u00e9\n"), Outcome(0)]
+    endings = store.run(numbers, "echo", lambda task: ending(
+        task, "failed" if task.id == numbers[1] else "succeeded", outcomes[numbers.index(task.id)]))
+    assert [one.task.id for one in endings] == numbers
+    assert [store.result(number)[1:] for number in numbers] == [
+        ('{"a": 1}', True), ("caf\u00e9\n", False), (None, True)]
+    assert [store.get(number).status for number in numbers] == ["Success", "Runtime Error", "Success"]
+
+
+def test_what_waits_and_what_runs_comes_back_in_id_order_after_the_store_is_opened_again(opened):
+    first = opened()
+    numbers = {start: [start(first) for _ in range(2)] for start in STARTS}
+    first.close()
+    store = opened()
+    assert [row[0] for page in store.waiting() for row in page] == sorted(numbers[waiting] + numbers[retrying])
+    assert [row[:2] for page in store.running() for row in page] == sorted(
+        [(number, 1) for number in numbers[running]] + [(number, 2) for number in numbers[running_again]])
+
+
+def test_pauses_are_kept_until_they_are_resumed(opened, clock):
+    first = opened()
+    since = first.pause("qpu", "cable")
+    first.pause("other", "")
+    first.close()
+    store = opened()
+    assert store.pauses() == {"qpu": ("cable", since), "other": ("", since)} and since == clock.now()
+    clock.seconds += 1
+    store.pause("qpu", "warm")
+    store.resume("other")
+    store.resume("nobody")
+    assert store.pauses() == {"qpu": ("warm", clock.now())}
+
+
+# Ids
+
+def test_an_id_is_never_given_out_again_not_even_that_of_a_deleted_last_job(opened, tmp_path):
+    store = opened(clock=Clock())
+    numbers = added(store, *[ECHO] * 3)
+    for number in numbers:
+        store.cancel(number)
+    assert store.prune(-1) == 3 and not rows(tmp_path)
+    assert added(store) == [4]
+    store.cancel(4)
+    assert store.prune(-1) == 1
+    store.close()
+    assert added(opened(clock=Clock())) == [5]
+
+
+def test_an_addition_that_fails_stores_none_of_its_jobs(store, tmp_path):
+    with pytest.raises(sqlite3.IntegrityError):
+        store.add([ECHO, ECHO._replace(mode="other")], "alice")
+    with pytest.raises(UnicodeEncodeError):
+        store.add([ECHO, ECHO._replace(job="\ud800")], "alice")
+    assert not rows(tmp_path)
+    assert len(added(store, *[ECHO] * 3)) == len(rows(tmp_path)) == 3
+
+
+def test_a_key_counts_once_for_each_name_for_a_day(store, clock, tmp_path):
+    first = store.add([ECHO, ECHO], "alice", IdempotencyKey("k", "digest"))
+    again = store.add([ECHO, ECHO], "alice", IdempotencyKey("k", "digest"))
+    assert (first.replayed, again.replayed, again.jobs) == (False, True, first.jobs)
+    with pytest.raises(KeyReused):
+        store.add([ECHO], "alice", IdempotencyKey("k", "another"))
+    assert not store.add([ECHO], "bob", IdempotencyKey("k", "another")).replayed
+    clock.wall += 86401
+    assert not store.add([ECHO], "alice", IdempotencyKey("k", "another")).replayed
+    assert [row[-1] for row in rows(tmp_path)] == ["alice", "alice", "bob", "alice"]
+
+
+# What SQL itself refuses
+
+REFUSED = (                         # of which job, and what another program might do to it
+    (waiting, "status = 'Running'"), (waiting, "status = NULL"), (waiting, "status = 'success'"),
+    (waiting, "mode = 'other'"), (waiting, "job = NULL"), (waiting, "submitter = NULL"),
+    (waiting, "status = 'Success'"), (waiting, "status = 'Runtime Error'"),
+    (waiting, "status = 'Success', end_time = created_time"), (waiting, "status = 'Runtime Error', return_code = 1"),
+    (waiting, "end_time = created_time"), (waiting, "return_code = 0"), (waiting, "end_time = created_time, return_code = 0"),
+    (waiting, "start_time = created_time"), (waiting, "runtime = 'qpu'"),
+    (running, "runtime = NULL"), (running, "start_time = NULL"), (running, "start_time = '1970-01-01T00:00:00.000000Z'"),
+    (running, "status = 'Success', return_code = 3, end_time = start_time"),
+    (running, "status = 'Runtime Error', return_code = 0, end_time = start_time"),
+    (running, "status = 'Success', return_code = 0, end_time = '1970-01-01T00:00:00.000000Z'"),
+    (retrying, "status = 'Success'"), (retrying, "return_code = 75"),
+    (succeeded, "status = 'Starting'"), (succeeded, "status = 'Retrying'"), (succeeded, "status = 'Runtime Error'"),
+    (succeeded, "return_code = 1"), (succeeded, "return_code = NULL"), (succeeded, "end_time = NULL"),
+    (succeeded, "status = 'Starting', end_time = NULL"), (succeeded, "status = 'Starting', return_code = NULL"),
+    (failed, "status = 'Success'"), (failed, "return_code = 0"), (failed, "status = 'Retrying'"),
+    (failed, "end_time = NULL"), (cancelled, "status = 'Starting'"),
+    (cancelled, "end_time = '1970-01-01T00:00:00.000000Z'"),
+)
+
+
+def test_the_database_itself_refuses_a_job_that_no_transition_leads_to(store, tmp_path):
+    numbers = {start: start(store) for start in STARTS}
+    store.close()
+    before = rows(tmp_path)
+    for start, change in REFUSED:
+        with raw(tmp_path) as connection, pytest.raises(sqlite3.IntegrityError):
+            connection.execute(f"UPDATE jobs SET {change} WHERE id = {numbers[start]}")
+            pytest.fail(f"{start.__name__}: {change}")
+    assert rows(tmp_path) == before
+
+
+def test_every_job_that_a_transition_leads_to_is_sound(store, tmp_path):
+    for start in STARTS:
+        start(store)
+    store.close()
+    assert not list(check(str(tmp_path / "oqc.db")))
+
+
+@pytest.mark.parametrize("change", ["status = 'odd'", "end_time = '1970'", "start_time = '1970'",
+                                    "end_time = NULL, return_code = 0, status = 'Success'", "return_code = 3",
+                                    "attempts = 0"])
+def test_a_check_names_a_job_that_no_transition_leads_to(store, tmp_path, change):
+    number = succeeded(store)
+    store.close()
+    with raw(tmp_path) as connection:
+        connection.execute("PRAGMA ignore_check_constraints = 1")
+        connection.execute(f"UPDATE jobs SET {change}")
+    found = list(check(str(tmp_path / "oqc.db")))
+    assert {line for line in found if line.startswith(f"job {number}: ")} & {
+        f"job {number}: {what}" for what, _ in INVARIANTS}, found
+
+
+# Groups
+
+def test_writes_that_come_together_share_a_commit_and_all_are_on_disk(store, tmp_path):
+    held = Held(store)
+    for place in range(40):
+        held.ask(place, added, store, ECHO, ECHO)
+    came = held.go()
+    assert sorted(number for numbers in came.values() for number in numbers) == [row[0] for row in rows(tmp_path)]
+    assert len(rows(tmp_path)) == 80 and held.commits() == 1
+
+
+def test_many_threads_at_once_lose_nothing_and_share_no_id(store, tmp_path):
+    found, barrier = [], threading.Barrier(16)
+
+    def client():
+        barrier.wait(20)
+        for _ in range(10):
+            number, = added(store)
+            assert store.get(number).status == "Starting"       # what is answered can be read
+            if number % 2:
+                assert store.cancel(number)
+            found.append(number)
+    threads = [threading.Thread(target=client) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(found) == list(range(1, 161)) == [row[0] for row in rows(tmp_path)]
+    assert sum(row[3] == "Runtime Error" for row in rows(tmp_path)) == 80
+
+
+@pytest.mark.parametrize("wrong, error, commits", [
+    (lambda store, task: store.settle([ending(task, "failed")]), IllegalTransition, 1),
+    (lambda store, task: store.add([ECHO], "alice", IdempotencyKey("k", "another")), KeyReused, 1),
+    (lambda store, task: store.add([ECHO, ECHO._replace(mode="other")], "alice"), sqlite3.IntegrityError, 4),
+    (lambda store, task: store.add([ECHO._replace(job="\ud800")], "alice"), UnicodeEncodeError, 4),
+    (lambda store, task: store.run([1], "qpu", lambda task: None), AttributeError, 4),
+], ids=["an illegal transition", "a key with another body", "a constraint", "no text", "a defect"])
+def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(store, tmp_path, wrong, error, commits):
+    store.add([ECHO], "alice", IdempotencyKey("k", "digest"))
+    ended, number = succeeded(store), waiting(store)
+    before = rows(tmp_path, ended)
+    held = Held(store)
+    held.ask("added", added, store)
+    held.ask("wrong", wrong, store, jobs.Task(ended, "X(90)", "echo", 1, 1000, 7, 0))
+    held.ask("claimed", store.claim, [number], "qpu")
+    held.ask("also", added, store)
+    came = held.go()
+    assert isinstance(came["wrong"], error)
+    assert (came["added"], [task.id for task in came["claimed"]], came["also"]) == ([4], [number], [5])
+    assert rows(tmp_path, ended) == before and len(rows(tmp_path)) == 5
+    assert store.get(1).status == "Starting" and store.get(number).runtime == "qpu"
+    assert held.commits() in (commits, commits - 1), "one for all, or one for each that did nothing wrong"
+
+
+def test_an_addition_is_told_from_the_writer_thread_after_it_is_on_disk(store, tmp_path):
+    told, said = [], threading.Event()
+
+    def then(addition, error):
+        told.append(([job.id for job in addition.jobs], error, len(rows(tmp_path))))
+        said.set()
+    store.add_later([ECHO], "alice", None, then)
+    assert said.wait(20) and told == [([1], None, 1)]
+
+
+def test_what_goes_wrong_in_the_one_who_is_told_does_not_end_the_writer(store, caplog):
+    def then(addition, error):
+        raise ZeroDivisionError
+    store.add_later([ECHO], "alice", None, then)
+    assert added(store) == [2]
+    assert "after a write" in caplog.text
+
+
+# Pages
+
+def fill(tmp_path, count, open_every=0):
+    """Have so many jobs in the closed database, of which each `open_every`-th waits and the others have ended."""
+    with raw(tmp_path) as connection:
+        connection.execute("""
+            INSERT INTO jobs (job, mode, status, runtime, return_code, created_time, start_time, end_time, attempts,
+                              shots, seed, echo_code, submitter)
+            WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?1)
+            SELECT 'X(90)', 'echo', CASE WHEN is_open THEN 'Starting' WHEN n % 1000 THEN 'Success' ELSE 'Runtime Error'
+                   END, CASE WHEN is_open THEN NULL ELSE 'echo' END,
+                   CASE WHEN is_open THEN NULL WHEN n % 1000 THEN 0 ELSE 3 END, '2027',
+                   CASE WHEN is_open THEN NULL ELSE '2027' END, CASE WHEN is_open THEN NULL ELSE '2027' END, 1, 1, 1, 0,
+                   'alice' FROM (SELECT n, ?2 AND n % max(1, ?2) = 0 AS is_open FROM n)""", (count, open_every))
+
+
+class Steps:
+    """What the store's one reader does: its statements, and how many instructions SQLite took for them."""
+
+    def __init__(self, store):
+        store.pauses()
+        self.reader, = store._readers
+        self.statements, self.count = [], 0
+        self.reader.set_trace_callback(self.statements.append)
+        self.reader.set_progress_handler(self._step, 10)
+
+    def _step(self):
+        self.count += 1
+
+    def of(self, read, *arguments, **named):
+        """(what it gave, its instructions in tens, SQLite's plan for its last statement)."""
+        self.count = 0
+        self.statements.clear()
+        found = read(*arguments, **named)
+        count, statement = self.count, self.statements[-1]
+        plan = "; ".join(row[3] for row in self.reader.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall())
+        return found, count, plan
+
+
+READS = {
+    "a page deep in the list": (lambda store, last: store.page(last - 11, 10), "USING INTEGER PRIMARY KEY (rowid>?)"),
+    "a page from the end": (lambda store, last: store.page(last, 10, True), "USING INTEGER PRIMARY KEY (rowid<?)"),
+    "the first page": (lambda store, last: store.page(None, 10), "SCAN"),
+    "the last page": (lambda store, last: store.page(None, 10, True), "SCAN"),
+    "a page of the failed": (lambda store, last: store.page(1, 10, status="Runtime Error"), "USING INDEX jobs_failed"),
+    "a page of the failed, from the end": (
+        lambda store, last: store.page(None, 10, True, status="Runtime Error"), "USING INDEX jobs_failed"),
+    "the jobs that wait": (lambda store, last: list(store.waiting()), "USING INDEX jobs_end_time (end_time=? AND rowid>?)"),
+    "the jobs that run": (lambda store, last: list(store.running()), "USING INDEX jobs_end_time (end_time=? AND rowid>?)"),
+    "one job": (lambda store, last: store.get(last), "USING INTEGER PRIMARY KEY (rowid=?)"),
+}
+
+
+def test_a_page_uses_an_index_and_costs_at_100000_jobs_what_it_costs_at_a_few(opened, tmp_path):
+    opened().close()
+    fill(tmp_path, 1)
+    store = opened()
+    steps = Steps(store)
+    plans = {name: steps.of(read, store, 1)[2] for name, (read, _) in READS.items()}
+    store.close()
+    fill(tmp_path, 99_999, 10_000)
+    store = opened()
+    steps = Steps(store)
+    for name, (read, expected) in READS.items():
+        found, count, plan = steps.of(read, store, 100_000)
+        assert expected in plan and "TEMP B-TREE" not in plan, (name, plan)
+        assert expected in plans[name], (name, plans[name])
+        assert count < 100, (name, "instructions in tens", count)
+        assert found or name == "the jobs that run", name
+    assert steps.of(store.page, None, 1000)[1] > 100, "it counts"
+
+
+def test_pages_go_through_all_jobs_once_in_either_order_and_keep_what_is_asked_for(opened, tmp_path):
+    opened().close()
+    fill(tmp_path, 2500, 100)
+    store = opened()
+
+    def through(**query):
+        after, found = None, []
+        while True:
+            page = store.page(after, 400, **query)
+            found += [row[0] for row in page]
+            if len(page) < 400:
+                return found
+            after = found[-1]
+    everything = list(range(1, 2501))
+    assert through() == through(mode="echo") == everything and through(descending=True) == everything[::-1]
+    assert through(status="Starting") == everything[99::100]
+    assert through(status="Runtime Error") == [], "each thousandth is also a hundredth"
+    assert through(mode="verbatim") == through(status="Retrying", mode="echo") == []
+    assert len(through(status="Success", mode="echo", descending=True)) == 2475
+    assert [len(page) for page in store.waiting()] == [25]
+    assert Job._make(store.page(2499, 5)[0]) == store.get(2500)
+
+
+def test_what_waits_is_read_a_thousand_at_a_time(opened, tmp_path):
+    opened().close()
+    fill(tmp_path, 2500, 1)
+    assert [len(page) for page in opened().waiting()] == [1000, 1000, 500]
+
+
+# Files
+
+def test_a_commit_is_on_disk_before_it_is_told(store):
+    def settings(connection):
+        return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in (
+            "journal_mode", "synchronous", "foreign_keys", "query_only")]
+    assert store._write(lambda: settings(store._writer)) == ["wal", 2, 1, 0]      # 2: FULL, a sync at each commit
+
+
+def test_readers_can_write_nothing(store):
+    store.pauses()
+    reader, = store._readers
+    assert reader.execute("PRAGMA query_only").fetchone() == (1,)
+    for statement in ("DELETE FROM jobs", "UPDATE jobs SET job = ''", "CREATE TABLE t (a)", "PRAGMA user_version = 9"):
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            reader.execute(statement)
+
+
+def test_a_reader_sees_no_write_that_is_not_committed(store):
+    number = waiting(store)
+    seen = []
+    store.run([number], "echo", lambda task: seen.append(store.get(number)) or ending(task, "succeeded"))
+    assert seen[0].start_time is None and store.get(number).status == "Success"
+
+
+def test_readers_are_as_many_as_read_at_once_and_are_used_again(store):
+    for _ in range(50):
+        store.pauses()
+    assert len(store._readers) == 1
+
+
+def test_a_wall_clock_that_jumps_back_lets_no_job_start_before_it_was_added_or_end_before_it_began(store, clock):
+    number, other = added(store, ECHO, ECHO)
+    created = clock.now()
+    clock.seconds -= 30
+    assert clock.now() < created
+    task, = store.claim([number], "qpu")
+    assert store.get(number).start_time == created
+    clock.seconds += 35
+    store.settle([ending(task, "retry")])
+    task, = store.claim([number], "qpu")
+    began = clock.now()
+    clock.seconds -= 20
+    store.settle([ending(task, "succeeded")])
+    assert store.get(number)[7:] == (created, began, began)
+    assert store.cancel(other) and store.get(other).end_time == created
+
+
+def test_close_leaves_one_file_with_everything_in_it_and_an_empty_lock(opened, tmp_path):
+    store = opened()
+    number = succeeded(store)
+    assert sorted(os.listdir(tmp_path)) == ["oqc.db", "oqc.db-shm", "oqc.db-wal", "oqc.db.lock"]
+    assert (tmp_path / "oqc.db.lock").read_bytes() == b"in use\n"
+    held = Held(store)
+    held.ask("last", added, store)
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    assert held.go()["last"] == [number + 1], "what was asked for before it is done"
+    closing.join(20)
+    assert sorted(os.listdir(tmp_path)) == ["oqc.db", "oqc.db.lock"]
+    assert (tmp_path / "oqc.db.lock").read_bytes() == b""
+    assert len(rows(tmp_path)) == number + 1
+
+
+def test_a_closed_store_refuses_every_write_and_waits_for_none(store):
+    number = waiting(store)
+    store.close()
+    for write in (lambda: added(store), lambda: store.cancel(number), lambda: store.claim([number], "qpu"),
+                  lambda: store.settle([]), lambda: store.pause("qpu", ""), store.close):
+        with pytest.raises(StoreError, match="is closed, the server is stopping"):
+            write()
+
+
+def test_a_database_is_one_store_s_at_a_time(opened):
+    first = opened()
+    with pytest.raises(StoreError, match="another oqc uses this database"):
+        opened()
+    first.close()
+    assert added(opened()) == [1]
+
+
+def test_a_backup_is_one_file_with_every_job_that_was_there_and_replaces_none(store, tmp_path):
+    numbers = added(store, *[ECHO] * 1000)
+    backup(store.path, str(tmp_path / "copy"))
+    added(store)
+    assert not list(check(str(tmp_path / "copy")))
+    assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy"]
+    assert (tmp_path / "copy").stat().st_mode & 0o777 == 0o600
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy")) as connection:
+        assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (len(numbers),)
+    with pytest.raises(StoreError, match="is there already"):
+        backup(store.path, str(tmp_path / "copy"))
+
+
+# Statements
+
+NEWER = re.compile(                 # than SQLite 3.26, with the version that brought it
+    r"RETURNING"                    # 3.35
+    r"|\bSTRICT\b"                  # 3.37
+    r"|->"                          # 3.38
+    r"|VACUUM\s+\w*\s*INTO"         # 3.27
+    r"|GENERATED\s+ALWAYS|\)\s+(STORED|VIRTUAL)\b|\bAS\s*\(\s*\w+\s*\|\|"       # 3.31
+    r"|NULLS\s+(FIRST|LAST)"        # 3.30
+    r"|\bFILTER\s*\("               # 3.30, but for windows
+    r"|\biif\s*\("                  # 3.32
+    r"|UPDATE\s+(?!.*\bSELECT\b)[^;]*\bSET\b[^;]*\bFROM\b"                      # 3.33
+    r"|MATERIALIZED|DROP\s+COLUMN"  # 3.35
+    r"|unixepoch|\bformat\s*\("     # 3.38
+    r"|(RIGHT|FULL)\s+(OUTER\s+)?JOIN|DISTINCT\s+FROM"                          # 3.39
+    r"|timediff|octet_length|string_agg|\bconcat(_ws)?\s*\(", re.IGNORECASE | re.DOTALL)
+SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|CREATE|PRAGMA|VACUUM|ALTER|WITH)\b")
+
+
+def statements(source):
+    """The SQL in the text of a module: its strings but for its docstrings, those of an f-string put together."""
+    tree = ast.parse(source)
+    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(part.value if isinstance(part, ast.Constant) else " ? " for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (inner | documentation):
+            text = node.value
+        else:
+            continue
+        if SQL.search(text):
+            yield text
+
+
+def test_every_statement_is_one_that_sqlite_3_26_understands():
+    found = [text for name in ("store", "database")
+             for text in statements((ROOT / "oqc" / f"{name}.py").read_text(encoding="utf-8"))]
+    assert len(found) > 25 and any("CREATE TABLE jobs" in text for text in found)
+    assert not [text for text in found if NEWER.search(text)]
+
+
+@pytest.mark.parametrize("statement", [
+    "INSERT INTO jobs (job) VALUES (?) RETURNING id", "CREATE TABLE t (a INTEGER) STRICT", "VACUUM INTO 'copy'",
+    "SELECT result ->> '$.a' FROM results", "CREATE TABLE t (a, b GENERATED ALWAYS AS (a) STORED)",
+    "SELECT iif(a, 1, 2) FROM t", "UPDATE jobs SET due = d.due FROM d WHERE d.id = jobs.id",
+    "SELECT unixepoch()", "ALTER TABLE t DROP COLUMN a", "SELECT * FROM t WHERE a IS NOT DISTINCT FROM b"])
+def test_a_newer_statement_is_found(statement):
+    for source in (f"execute({statement!r})", f"execute(f{statement + '{a}'!r})"):
+        assert [text for text in statements(source) if NEWER.search(text)], source
+    assert not list(statements(f'"""{statement}"""'))
+    assert Path(ROOT / "oqc" / "store.py").exists()
