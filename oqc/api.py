@@ -10,7 +10,7 @@ import re
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 from oqc import __version__, jobs
-from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, StoreError, Submission
+from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, Submission
 from oqc.messages import (
     Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, metrics_text, number,
     parameters, problem_response, result_text, table, text_response, wants_text)
@@ -270,13 +270,8 @@ class Api:
 
     def health(self, _: Request) -> Response:
         """GET /health/: whether the server can take jobs and run them; or 503 with the reasons. Needs no key."""
-        if self.store.trouble:
-            try:
-                self.store.probe()      # it may have passed, and nobody has written since
-            except StoreError:
-                pass
-        states = self.workers.states()
-        reasons = [str(self.store.trouble)] if self.store.trouble else []
+        states, unusable = self.workers.states(), self.store.unusable()
+        reasons = [unusable] if unusable else []
         reasons += ["the server is stopping"] if self.workers.draining.is_set() else []
         reasons += [f"no runtime for {mode} can be started" for mode in jobs.MODES
                     if all(state == "failing" for known, state in states if known == mode)]

@@ -2,10 +2,12 @@
 
 With store.py the only room that says SQL: of SQLite 3.26, so no RETURNING, STRICT, `->>` or generated columns.
 """
+import contextlib
 import fcntl
 import os
 import sqlite3
 import struct
+from pathlib import Path
 from typing import Iterator, Sequence
 
 from oqc import jobs
@@ -14,6 +16,10 @@ from oqc.jobs import DiskFull, StoreError
 SQLITE_VERSION = sqlite3.sqlite_version
 APPLICATION_ID = 0x6F716331         # "oqc1", where file(1) looks for it
 CHECKED_AT_START = 256 << 20        # bytes of database up to which every start reads all of it
+
+
+class Damaged(StoreError):
+    """The file is not what was written into it."""
 
 
 def among(values: Sequence[str]) -> str:
@@ -81,6 +87,18 @@ def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
         raise explained(path, error) from error
 
 
+def observing(path: str) -> sqlite3.Connection:
+    """A connection that leaves the file and its WAL as they are. One that is only query_only merges them if it is
+    closed last, after a crash before the next server has seen them; one to a file without a WAL has to make one."""
+    mode = "ro" if os.path.exists(path + "-wal") else "rw"
+    try:
+        connection = sqlite3.connect(f"{Path(os.path.abspath(path)).as_uri()}?mode={mode}", uri=True, timeout=10)
+        connection.execute("PRAGMA query_only = 1")
+        return connection
+    except sqlite3.Error as error:
+        raise explained(path, error) from error
+
+
 def locked(path: str) -> int:
     """The descriptor of the lock file beside the database, held until it is closed or this process dies."""
     if os.path.isdir(path):
@@ -139,6 +157,11 @@ def inspect(path: str, in_use: bool) -> None:
 
 def prepared(path: str) -> sqlite3.Connection:
     """The writer's connection to a database that has this version's tables; raises StoreError, sqlite3.Error."""
+    if os.path.exists(path) and 0 < os.path.getsize(path) <= CHECKED_AT_START:
+        with contextlib.closing(observing(path)) as reader:     # before a writer merges the WAL into a damaged file
+            found = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise Damaged(f"{path}: is damaged ({found.splitlines()[-1]}); put a backup in its place")
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     writer = connected(path, read_only=False)
     version = writer.execute("PRAGMA user_version").fetchone()[0]
@@ -149,11 +172,6 @@ def prepared(path: str) -> sqlite3.Connection:
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("PRAGMA foreign_keys = 1")
-    if os.path.getsize(path) <= CHECKED_AT_START:
-        found = writer.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            writer.close()
-            raise StoreError(f"{path}: is damaged ({found.splitlines()[-1]}); put a backup in its place")
     return writer
 
 
@@ -161,7 +179,7 @@ def explained(path: str, error: Exception) -> Exception:
     """What an error of SQLite means to an operator; any other is given back as it is."""
     if isinstance(error, OSError):
         return StoreError(f"{path}: {error.strerror}")
-    if not isinstance(error, sqlite3.Error):
+    if type(error) not in (sqlite3.OperationalError, sqlite3.DatabaseError):    # the others are defects of the caller
         return error
     text = str(error)
     if "full" in text:
@@ -169,7 +187,7 @@ def explained(path: str, error: Exception) -> Exception:
     if "readonly" in text or "unable to open" in text:
         return StoreError(f"{path}: cannot be written now ({text})")
     if "malformed" in text or "not a database" in text:
-        return StoreError(f"{path}: is damaged ({text}); stop the server and put a backup in its place")
+        return Damaged(f"{path}: is damaged ({text}); stop the server and put a backup in its place")
     return StoreError(f"{path}: {text}")
 
 
@@ -187,7 +205,7 @@ def backup(path: str, target: str) -> None:
         raise StoreError(f"{target}: {error.strerror}") from None
     source = copy = None
     try:
-        source, copy = connected(path), sqlite3.connect(target)
+        source, copy = observing(path), sqlite3.connect(target)
         source.backup(copy, pages=-1)
         copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
     except (sqlite3.Error, StoreError) as error:
@@ -204,7 +222,7 @@ def check(path: str) -> Iterator[str]:
     if not os.path.exists(path):
         raise StoreError(f"{path}: no such database")
     inspect(path, in_use=False)
-    reader = connected(path)
+    reader = observing(path)
     try:
         yield from (line for row in reader.execute("PRAGMA integrity_check") for line in row[0].splitlines()
                     if line != "ok")

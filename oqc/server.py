@@ -49,10 +49,9 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self.date = clock.date()
         self._look_at = self._accept_at = 0.0               # monotonic: of the deadlines; of the listening socket
         self._close_at = FAR                                # monotonic: by then all connections are closed
-        self._answered = False                              # by the listener itself, the request it has in hand
         self._listener = 0                                  # the id of the thread in serve_forever
         self._stopped = threading.Event()
-        self._returned: Deque[Connection] = collections.deque()     # given back by other threads, with a wake
+        self._told: Deque[Callable[[], None]] = collections.deque()         # what the listener is to do, with a wake
         self._resting: List["queue.SimpleQueue[Callable[[], None]]"] = []   # mailboxes of threads without work
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._wake_write_end = socket.socketpair()
@@ -143,8 +142,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         if connection.busy:             # the client goes on, or went away, before it has its answer: not now
             self._selector.unregister(connection.sock)
             connection.watched = False
-            if not connection.busy:     # answered in this moment
-                self._go_on(connection)
             return
         try:
             data = connection.sock.recv(READ)
@@ -187,8 +184,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 connection.head = None
                 self._refuse(connection, problem_response(problem))
                 return
-            if not self._handle(connection):
-                return                  # in other hands: not to be touched
+            self._handle(connection)
         if connection.ended:
             self._forget(connection)
         elif not connection.busy and connection in self.connections:
@@ -217,11 +213,20 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         def answer(response: Response) -> None:
             self._answer(connection, head, response, began)
 
+        def answer_and_go_on(response: Response) -> None:
+            answer(response)
+            self._go_on(connection)
+
+        def answer_here(response: Response) -> None:
+            if threading.get_ident() == self._listener:
+                answer(response)
+            else:                       # from the store: many come with one commit, and one thread sends them quickest
+                self._tell(functools.partial(answer_and_go_on, response))
+
         if self.api.is_quick(request):
-            self.api.handle(request, answer)
+            self.api.handle(request, answer_here)
         else:
             self._in_thread(functools.partial(self.api.handle, request, answer))
-        return self._answered
 
     def _watch(self, connection: Connection) -> None:
         if not connection.watched:
@@ -229,13 +234,13 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)
 
     def _take_back(self) -> None:
-        """Go on with the connections that other threads have given back."""
+        """Do what other threads have given the listener to do."""
         try:
             self._wake_end.recv(4096)
         except BlockingIOError:
             pass
-        while self._returned:
-            self._go_on(self._returned.popleft())
+        while self._told:
+            self._told.popleft()()
 
     def _forget(self, connection: Connection) -> None:
         """Close a connection."""
@@ -366,20 +371,26 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._give_back(connection, keep)
 
     def _give_back(self, connection: Connection, keep: bool) -> None:
-        """Give a connection back to the listener, which may have to be told."""
-        if keep:
-            connection.since = self.clock.monotonic()
-            connection.deadline = connection.since + self.limits.idle_seconds
-        else:
-            connection.ended = True
-        connection.busy = False
+        """Give a connection back to the listener, to go on or to be closed."""
+        def take() -> None:
+            if keep:
+                connection.since = self.clock.monotonic()
+                connection.deadline = connection.since + self.limits.idle_seconds
+            connection.ended, connection.busy = not keep, False
+
+        def take_and_go_on() -> None:
+            take()
+            self._go_on(connection)
+
         if threading.get_ident() == self._listener:
-            self._answered = True
-            return                      # to _go_on, which goes on
-        if connection.ended and not connection.watched:
-            self._forget(connection)    # not in the selector: nobody else can know of it any more
-        elif connection.ended or connection.buffer or not connection.watched:
-            self._returned.append(connection)
+            take()                      # whoever called goes on with it
+        else:
+            self._tell(take_and_go_on)
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        """Have the listener do this soon."""
+        self._told.append(what)
+        if len(self._told) == 1:        # else it has been woken for the one before, and has not come to the last yet
             self._wake()
 
     def _wake(self) -> None:

@@ -3,6 +3,7 @@
 One connection writes and checkpoints, because SQLite 3.7.0 to 3.51.2 can corrupt a WAL that two of them do
 (https://sqlite.org/wal.html, "the WAL-reset bug"); it belongs to the writer thread. Every other one is `query_only`.
 """
+import contextlib
 import logging
 import os
 import queue
@@ -11,9 +12,9 @@ import threading
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs
-from oqc.database import VERSION, among, connected, explained, inspect, locked, prepared
+from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, prepared
 from oqc.jobs import (
-    Addition, Ending, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task, UnknownJob)
+    Addition, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
@@ -21,6 +22,7 @@ MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
 PATIENCE = 0.002                    # seconds that an echo's end waits for another write to share its commit
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
+LEAST_FREE = 4 << 20                # bytes on the disk below which it counts as full, whatever still fits
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
 
 
@@ -89,7 +91,7 @@ class Store:
             os.close(self._lock_file)
             raise (error if isinstance(error, StoreError) else explained(path, error)) from None
         os.pwrite(self._lock_file, b"in use\n", 0)
-        self._closed = False
+        self._closed, self._gate = False, threading.Lock()      # nothing is put on the queue after the last write
         self.trouble: Optional[StoreError] = None       # why the last write, or a read since, did not succeed
         self._writes: "queue.SimpleQueue[_Write]" = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write_groups, name="writer", daemon=True)
@@ -97,13 +99,13 @@ class Store:
 
     def close(self) -> None:
         """Stop the writer thread after what it was given; merge the WAL into the file; give up the lock."""
-        self._write(None)
-        self._closed = True
+        self._write_later(lambda value, error: None, None)
         self._thread.join()
         for reader in self._readers:
             reader.close()
+        with contextlib.suppress(OSError):      # a kill from here on leaves a WAL that may be there, or may not
+            os.ftruncate(self._lock_file, 0)
         self._writer.close()        # last: the connection that is closed last checkpoints, and it is the one that may
-        os.ftruncate(self._lock_file, 0)
         os.close(self._lock_file)
 
     # What reads
@@ -214,9 +216,14 @@ class Store:
         """Forget that a runtime is paused."""
         self._write(self._resume, runtime)
 
-    def probe(self) -> None:
-        """Write something that changes nothing; raises StoreError."""
-        self._write(lambda: self._writer.execute(f"PRAGMA user_version = {VERSION}"))
+    def unusable(self) -> Optional[str]:
+        """Why jobs cannot be stored, or soon cannot be, or None. Trouble that may have passed since is tried again."""
+        full = self._no_room()
+        if self.trouble and not full:
+            with contextlib.suppress(StoreError):       # write something that changes nothing
+                self._write(lambda: self._writer.execute(f"PRAGMA user_version = {VERSION}"))
+        trouble = self.trouble or full
+        return str(trouble) if trouble else None
 
     # What the writer thread does
 
@@ -305,10 +312,12 @@ class Store:
 
     def _write_later(self, then: Callable[[Any, Optional[Exception]], None], work: Optional[Callable[..., Any]],
                      *arguments: Any, patient: bool = False) -> None:
-        if self._closed:
-            then(None, StoreError(f"{self.path}: is closed, the server is stopping"))
-        else:
-            self._writes.put(_Write(then, work, arguments, patient))
+        with self._gate:
+            if not self._closed:
+                self._closed = work is None
+                self._writes.put(_Write(then, work, arguments, patient))
+                return
+        then(None, StoreError(f"{self.path}: is closed, the server is stopping"))
 
     def _write_groups(self) -> None:
         """The writer thread: whatever waits goes into one transaction, since the disk, not SQL, is what takes time."""
@@ -338,6 +347,8 @@ class Store:
         """Do all of a group and commit it, or undo it all; a (value, error) each. What one work alone did wrong is not
         the others' fault."""
         came: List[Tuple[Any, Optional[Exception]]] = []
+        if isinstance(self.trouble, Damaged):       # what is written into a damaged file may never be found again
+            return [(None, self.trouble)] * len(group)
         try:
             self._writer.execute("BEGIN IMMEDIATE")
             for write in group:
@@ -346,7 +357,7 @@ class Store:
                 except Refused as error:
                     came.append((None, error))
             self._writer.execute("COMMIT")
-            if self.trouble:
+            if self.trouble and not (isinstance(self.trouble, DiskFull) and self._no_room()):
                 log.warning("the database can be written again")
                 self.trouble = None
             return came
@@ -371,13 +382,21 @@ class Store:
             self._readers.append(reader)
 
     def _noted(self, error: Exception) -> Exception:
-        """What an error means; an error of the database is remembered, and said once."""
+        """What an error means; an error of the database is remembered, and said once; damage until the next start."""
         meaning = explained(self.path, error)
-        if isinstance(meaning, StoreError):
-            if not self.trouble:
+        if isinstance(meaning, StoreError) and not isinstance(self.trouble, Damaged):
+            if not self.trouble or isinstance(meaning, Damaged):
                 log.error("database: %s", meaning)
             self.trouble = meaning
         return meaning
+
+    def _no_room(self) -> Optional[DiskFull]:
+        """That the disk is as good as full, or None."""
+        disk = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
+        free = disk.f_bavail * disk.f_frsize
+        if not disk.f_blocks or free >= LEAST_FREE:         # no blocks at all: a file system that does not count them
+            return None
+        return DiskFull(f"{self.path}: {free >> 10} KiB of room left on the disk")
 
     def _open_pages(self, columns: str, condition: str) -> Iterator[List[Any]]:
         """Pages of these columns (the id first) of the jobs that have not ended."""
