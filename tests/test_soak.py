@@ -1,0 +1,38 @@
+"""Nothing grows without end: what a server holds after 100,000 jobs is what it held after 1,000."""
+import http.client
+import json
+import os
+
+import pytest
+from conftest import KEY
+
+
+def held(pid):
+    """(threads, descriptors, MiB of resident memory) of a process."""
+    with open(f"/proc/{pid}/status", encoding="ascii") as file:
+        memory = int(next(line for line in file if line.startswith("VmRSS")).split()[1]) / 1024
+    return len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd")), memory
+
+
+def add_thousands(server, thousands):
+    """Add so many thousands of echo jobs, some of which fail, and wait for the end of each thousand."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    body = json.dumps([{"job": "X(90), Y(180)", "mode": "echo", "return_code": number % 50 == 0}
+                       for number in range(1000)]).replace("true", "1").replace("false", "0")
+    for _ in range(thousands):
+        connection.request("POST", "/jobs/add/?wait=60", body, {"api_key": KEY})
+        answer = connection.getresponse()
+        assert answer.status == 201 and b'"end_time": null' not in answer.read()
+    connection.close()
+
+
+@pytest.mark.slow
+def test_threads_descriptors_and_memory_after_100000_jobs_are_what_they_were_after_1000(serve):
+    server = serve()
+    add_thousands(server, 1)
+    threads, descriptors, memory = held(server.process.pid)
+    add_thousands(server, 99)
+    after = held(server.process.pid)
+    print(f"after 1,000 and 100,000 jobs: threads {threads} {after[0]}, descriptors {descriptors} {after[1]}, "
+          f"memory {memory:.1f} {after[2]:.1f} MiB")
+    assert after[0] <= threads + 1 and after[1] <= descriptors + 1 and after[2] < memory + 8
