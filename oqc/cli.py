@@ -4,7 +4,7 @@ import os
 import platform
 import secrets
 import sys
-from typing import List, Sequence
+from typing import Any, List, Sequence
 
 from oqc import __version__
 from oqc.config import NAME, ConfigError, add_flags, settings
@@ -20,6 +20,8 @@ oqc.db in the current directory, and takes jobs by HTTP:
 EPILOG = """\
 other commands:
   key NAME       print a line for --keys-file with a new key
+  backup FILE    copy the database to a new file, also while a server uses it
+  check          read the whole database and print what is wrong with it
   emulator       the bundled device emulator, a runtime over the protocol lines (emulator --help: its parameters)
   simulator      the bundled exact simulator, likewise
 """
@@ -36,6 +38,8 @@ def main(arguments: List[str]) -> int:
         return app.builtin(arguments)
     if arguments[:1] == ["key"]:
         return _key(arguments[1:])
+    if arguments[:1] in (["backup"], ["check"]):
+        return _offline(app, arguments)
     parser = argparse.ArgumentParser(prog="oqc", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version",
@@ -52,6 +56,27 @@ def main(arguments: List[str]) -> int:
 def _fail(reason: str, status: int) -> int:
     print("oqc: " + reason.replace("\n", "\\n"), file=sys.stderr)
     return status
+
+
+def _offline(app: Any, arguments: Sequence[str]) -> int:
+    """`backup FILE` and `check`: what reads the database without asking the server."""
+    parser = argparse.ArgumentParser(prog=f"oqc {arguments[0]}", description=(
+        "Copy the database to a new file, also while a server uses it." if arguments[0] == "backup" else
+        "Read the whole database and print what is wrong with it, a line each; exit status 1 if anything is."))
+    if arguments[0] == "backup":
+        parser.add_argument("file", metavar="FILE", help="where to; a file that is there is never replaced")
+    parser.add_argument("--db", metavar="FILE", default=os.environ.get("OQC_DB", "oqc.db"),
+                        help="database [OQC_DB; default: oqc.db]")
+    options = parser.parse_args(arguments[1:])
+    try:
+        if arguments[0] == "backup":
+            app.backup(options.db, options.file)
+            return 0
+        found = list(app.check(options.db))
+    except app.StoreError as error:
+        return _fail(str(error), EX_FAILED)
+    print("\n".join(found) or f"{options.db}: ok")
+    return EX_FAILED if found else 0
 
 
 def _key(arguments: Sequence[str]) -> int:

@@ -8,13 +8,14 @@ import os
 import sqlite3
 import struct
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator, Optional, Sequence
 
 from oqc import jobs
 from oqc.jobs import DiskFull, StoreError
 
 SQLITE_VERSION = sqlite3.sqlite_version
 APPLICATION_ID = 0x6F716331         # "oqc1", where file(1) looks for it
+LEAST_FREE = 4 << 20                # bytes on the disk below which it counts as full, whatever still fits
 CHECKED_AT_START = 256 << 20        # bytes of database up to which every start reads all of it
 
 
@@ -182,13 +183,22 @@ def explained(path: str, error: Exception) -> Exception:
     if type(error) not in (sqlite3.OperationalError, sqlite3.DatabaseError):    # the others are defects of the caller
         return error
     text = str(error)
-    if "full" in text:
+    if "full" in text or ("I/O" in text and no_room(path)):         # the index of the WAL has no error of its own
         return DiskFull(f"{path}: no room on the disk")
     if "readonly" in text or "unable to open" in text:
         return StoreError(f"{path}: cannot be written now ({text})")
     if "malformed" in text or "not a database" in text:
         return Damaged(f"{path}: is damaged ({text}); stop the server and put a backup in its place")
     return StoreError(f"{path}: {text}")
+
+
+def no_room(path: str) -> Optional[DiskFull]:
+    """That the disk is as good as full, or None."""
+    disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
+    free = disk.f_bavail * disk.f_frsize
+    if not disk.f_blocks or free >= LEAST_FREE:             # no blocks at all: a file system that does not count them
+        return None
+    return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk")
 
 
 def backup(path: str, target: str) -> None:

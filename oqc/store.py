@@ -12,7 +12,7 @@ import threading
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs
-from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, prepared
+from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, no_room, prepared
 from oqc.jobs import (
     Addition, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task, UnknownJob)
 
@@ -22,7 +22,6 @@ MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
 PATIENCE = 0.002                    # seconds that an echo's end waits for another write to share its commit
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
-LEAST_FREE = 4 << 20                # bytes on the disk below which it counts as full, whatever still fits
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
 
 
@@ -218,7 +217,7 @@ class Store:
 
     def unusable(self) -> Optional[str]:
         """Why jobs cannot be stored, or soon cannot be, or None. Trouble that may have passed since is tried again."""
-        full = self._no_room()
+        full = no_room(self.path)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._write(lambda: self._writer.execute(f"PRAGMA user_version = {VERSION}"))
@@ -357,7 +356,7 @@ class Store:
                 except Refused as error:
                     came.append((None, error))
             self._writer.execute("COMMIT")
-            if self.trouble and not (isinstance(self.trouble, DiskFull) and self._no_room()):
+            if self.trouble and not (isinstance(self.trouble, DiskFull) and no_room(self.path)):
                 log.warning("the database can be written again")
                 self.trouble = None
             return came
@@ -389,14 +388,6 @@ class Store:
                 log.error("database: %s", meaning)
             self.trouble = meaning
         return meaning
-
-    def _no_room(self) -> Optional[DiskFull]:
-        """That the disk is as good as full, or None."""
-        disk = os.statvfs(os.path.dirname(os.path.abspath(self.path)))
-        free = disk.f_bavail * disk.f_frsize
-        if not disk.f_blocks or free >= LEAST_FREE:         # no blocks at all: a file system that does not count them
-            return None
-        return DiskFull(f"{self.path}: {free >> 10} KiB of room left on the disk")
 
     def _open_pages(self, columns: str, condition: str) -> Iterator[List[Any]]:
         """Pages of these columns (the id first) of the jobs that have not ended."""

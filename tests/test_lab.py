@@ -1,14 +1,16 @@
 """What makes the server pleasant in a lab: waiting, arrays, keys that make a request count once, tables, numbers."""
 import contextlib
 import json
+import os
 import re
 import sqlite3
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import KEY
+from conftest import KEY, ROOT
 
 from oqc import api
 
@@ -288,3 +290,51 @@ def test_pruning_needs_an_age(server, query):
 def test_a_runtime_of_one_slot_runs_one_job_at_a_time_also_a_built_in_one(server):
     jobs = server.request("POST", "/jobs/add/?wait=20", [{"job": "X(90)", "mode": "simulation"}] * 5).json
     assert all(first["end_time"] <= second["start_time"] for first, second in zip(jobs, jobs[1:]))
+
+
+# Backup and check
+
+def command(folder, *arguments):
+    """(exit status, standard output, standard error) of an oqc command."""
+    done = subprocess.run([sys.executable, "-m", "oqc", *arguments], cwd=folder, capture_output=True, text=True,
+                          check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_backup_while_the_server_writes_has_every_job_that_was_answered_before(serve, tmp_path):
+    server, stop = serve(), threading.Event()
+
+    def add():
+        while not stop.is_set():
+            server.add()
+    writer = threading.Thread(target=add)
+    writer.start()
+    before = server.add()["id"]
+    assert command(tmp_path, "backup", "copy.db") == (0, "", "")
+    stop.set()
+    writer.join()
+    assert command(tmp_path, "check", "--db", "copy.db") == (0, "copy.db: ok\n", "")
+    assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600 and not (tmp_path / "copy.db-wal").exists()
+    assert server.stop() == 0
+    copy = serve("--db", "copy.db")
+    assert copy.get(before)["id"] == before and copy.wait(before)["status"] == "Success"
+
+
+def test_a_backup_replaces_no_file_and_needs_a_database(server, tmp_path):
+    (tmp_path / "there").write_text("mine", encoding="ascii")
+    status, _, error = command(tmp_path, "backup", "there", "--db", str(server.folder / "oqc.db"))
+    assert status == 1 and "never replaces" in error and (tmp_path / "there").read_text(encoding="ascii") == "mine"
+    status, _, error = command(tmp_path, "backup", "copy.db")
+    assert status == 1 and error == "oqc: oqc.db: no such database\n" and not (tmp_path / "copy.db").exists()
+
+
+def test_a_check_finds_what_cannot_be(serve, tmp_path):
+    server = serve()
+    job = server.wait(server.add())["id"]
+    assert server.stop() == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "oqc.db", isolation_level=None)) as database:
+        database.execute("PRAGMA ignore_check_constraints = 1")
+        database.execute("UPDATE jobs SET status = 'Starting', end_time = '2001' WHERE id = ?", (job,))
+    status, found, _ = command(tmp_path, "check")
+    assert status == 1 and f"job {job}: it ended before it was started" in found
+    assert f"job {job}: its end does not fit its status" in found

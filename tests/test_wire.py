@@ -267,7 +267,7 @@ def test_at_the_cap_the_connection_that_waited_longest_makes_room(serve):
 
 
 def test_at_the_cap_with_every_one_at_work_a_new_one_gets_503_at_once(serve, script):
-    server = serve("--max-connections", "2", "--drain", "0", "--kill-grace", "2", "--runtime",
+    server = serve("--max-connections", "2", "--drain", "0", "--kill-grace", "1", "--runtime",
                    "q=" + script("trap '' TERM; touch started; while :; do sleep 1; done"))
     job = server.add(mode="verbatim")["id"]
     while not (server.folder / "started").exists():
@@ -275,7 +275,7 @@ def test_at_the_cap_with_every_one_at_work_a_new_one_gets_503_at_once(serve, scr
     tasks = f"/proc/{server.process.pid}/task"
     before = len(os.listdir(tasks))
     with Wire(server, request(b"GET /jobs/%d/?wait=60 HTTP/1.1" % job)) as waits:
-        with Wire(server, request(b"DELETE /jobs/%d/ HTTP/1.1" % job)) as cancels:      # takes the two seconds
+        with Wire(server, request(b"DELETE /jobs/%d/ HTTP/1.1" % job)) as cancels:      # takes that second
             while len(os.listdir(tasks)) < before + 2:
                 pass                        # until a thread has each of them in hand
             status, headers, _ = ask(server, GET)
@@ -445,7 +445,7 @@ def test_a_log_that_cannot_be_written_fails_no_request(tmp_path, how):
             except OSError:
                 time.sleep(0.01)
         with sock, sock.makefile("rb") as file:
-            for _ in range(3000):       # more than a pipe that nobody reads can hold
+            for _ in range(1500):       # more than a pipe that nobody reads can hold
                 sock.sendall(b"GET /health/ HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
                 assert file.readline() == b"HTTP/1.1 200 OK\r\n"
                 while file.readline() != b"\r\n":
