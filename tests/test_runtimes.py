@@ -88,17 +88,19 @@ def passed_on():
     return found
 
 
-@pytest.fixture(scope="module")
-def first():
-    """What is made once a process at its first runtime is there."""
-    run("true")
-
-
 @pytest.fixture(autouse=True)
-def nothing_is_left(first):     # pylint: disable=unused-argument
-    """After each of these tests no process, not even a zombie, no descriptor and no thread is there that was not."""
+def nothing_is_left():
+    """After each of these tests no process, not even a zombie, no descriptor and no thread is there that was not; and
+    it ends sooner than the runtimes would by themselves, after a minute."""
+    def late(*_):
+        raise AssertionError("it did not end")
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.alarm(40)
+    run("true")                     # has made what is made once a process, at its first runtime
     before = possessions()
     yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, handler)
     assert possessions() == before
 
 
