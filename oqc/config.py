@@ -18,6 +18,7 @@ from oqc.jobs import RuntimeSpec
 
 DOCUMENTED_KEY = b"$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+KEY = re.compile(rb"[\t\x20-\x7e\x80-\xff]+")      # what a header can carry (RFC 9110, section 5.5)
 DIGITS = re.compile(r"[0-9.]+")     # int() and float() take 1_0 and ٣ as well
 BUILT_IN = {"verbatim": "emulator", "simulation": "simulator", "echo": "echo"}      # and the modes they serve
 LEVELS = ("debug", "info", "warning", "error")
@@ -260,7 +261,9 @@ def read_keys(made: Settings, environment: Mapping[str, str]) -> Dict[str, bytes
     elif credential and os.path.exists(credential):
         keys.update(_read_keys_file(credential, secret=False))
     if environment.get("OQC_API_KEY"):
-        keys["OQC_API_KEY"] = os.fsencode(environment["OQC_API_KEY"])
+        keys["OQC_API_KEY"] = key = os.fsencode(environment["OQC_API_KEY"]).strip(b" \t")
+        if not KEY.fullmatch(key):
+            raise ConfigError("OQC_API_KEY: expected a key in characters that a header can carry")
     if not keys and not is_loopback(made.host):
         raise ConfigError(f"--host {made.host}: the documented key is public, so on this address the server needs keys "
                           "of its own: python -m oqc key NAME >keys; chmod 600 keys; then --keys-file keys")
@@ -283,7 +286,7 @@ def _read_keys_file(path: str, secret: bool) -> Dict[str, bytes]:
             continue
         name, _, key = line.partition(b":")
         key = key.strip()
-        if not NAME.fullmatch(name.decode("latin-1")) or not re.fullmatch(rb"[\t\x20-\x7e\x80-\xff]+", key):
+        if not NAME.fullmatch(name.decode("latin-1")) or not KEY.fullmatch(key):
             raise ConfigError(f"{path}: line {place}: expected name:key, the key in characters that a header can carry")
         if name.decode() in keys:
             raise ConfigError(f"{path}: line {place}: the name {name.decode()} is there twice")

@@ -181,7 +181,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                         self._await_body(connection, connection.head)
                     break
             except Problem as problem:
-                connection.head = None
                 self._refuse(connection, problem_response(problem))
                 return
             self._handle(connection)
@@ -261,7 +260,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         """Answer a request that is not read to its end, and leave. What the client still sends is read and dropped,
         up to a limit: closing at once would reset the connection, and the answer would be lost with it."""
         data = answer_head(response, self.date, False) + response.body
-        self.log_access(connection, None, response.status, len(response.body), connection.since)
+        head, connection.head = connection.head, None
+        self.log_access(connection, head, response.status, len(response.body), connection.since)
         connection.leaving, connection.deadline = 1, self.clock.monotonic() + self.limits.leave_seconds
         connection.buffer = b""
         try:
@@ -285,7 +285,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 self._forget(connection)
             else:
                 what = "body" if connection.head else "head"
-                connection.head = None
                 self._refuse(connection, problem_response(Problem(408, f"the {what} did not arrive in time")))
 
     # Any thread

@@ -110,36 +110,42 @@ def waiting(store):
 
 
 def running(store):
+    """A job that runs."""
     number = waiting(store)
     store.claim([number], "qpu")
     return number
 
 
 def retrying(store):
+    """A job that waits to be tried again."""
     number = waiting(store)
     store.settle([ending(store.claim([number], "qpu")[0], "retry", delay=5.0)])
     return number
 
 
 def running_again(store):
+    """A job that runs for the second time."""
     number = retrying(store)
     store.claim([number], "qpu")
     return number
 
 
 def succeeded(store):
+    """A job that ended well."""
     number = waiting(store)
     store.settle([ending(store.claim([number], "qpu")[0], "succeeded")])
     return number
 
 
 def failed(store):
+    """A job that ended with an error."""
     number = waiting(store)
     store.settle([ending(store.claim([number], "qpu")[0], "failed")])
     return number
 
 
 def cancelled(store):
+    """A job that was cancelled while it waited."""
     number = waiting(store)
     assert store.cancel(number)
     return number
@@ -331,9 +337,11 @@ REFUSED = (                         # of which job, and what another program mig
     (waiting, "mode = 'other'"), (waiting, "job = NULL"), (waiting, "submitter = NULL"),
     (waiting, "status = 'Success'"), (waiting, "status = 'Runtime Error'"),
     (waiting, "status = 'Success', end_time = created_time"), (waiting, "status = 'Runtime Error', return_code = 1"),
-    (waiting, "end_time = created_time"), (waiting, "return_code = 0"), (waiting, "end_time = created_time, return_code = 0"),
+    (waiting, "end_time = created_time"), (waiting, "return_code = 0"),
+    (waiting, "end_time = created_time, return_code = 0"),
     (waiting, "start_time = created_time"), (waiting, "runtime = 'qpu'"),
-    (running, "runtime = NULL"), (running, "start_time = NULL"), (running, "start_time = '1970-01-01T00:00:00.000000Z'"),
+    (running, "runtime = NULL"), (running, "start_time = NULL"),
+    (running, "start_time = '1970-01-01T00:00:00.000000Z'"),
     (running, "status = 'Success', return_code = 3, end_time = start_time"),
     (running, "status = 'Runtime Error', return_code = 0, end_time = start_time"),
     (running, "status = 'Success', return_code = 0, end_time = '1970-01-01T00:00:00.000000Z'"),
@@ -499,8 +507,8 @@ READS = {
     "a page of the failed": (lambda store, last: store.page(1, 10, status="Runtime Error"), "USING INDEX jobs_failed"),
     "a page of the failed, from the end": (
         lambda store, last: store.page(None, 10, True, status="Runtime Error"), "USING INDEX jobs_failed"),
-    "the jobs that wait": (lambda store, last: list(store.waiting()), "USING INDEX jobs_end_time (end_time=? AND rowid>?)"),
-    "the jobs that run": (lambda store, last: list(store.running()), "USING INDEX jobs_end_time (end_time=? AND rowid>?)"),
+    "the jobs that wait": (lambda store, last: list(store.waiting()), "jobs_end_time (end_time=? AND rowid>?)"),
+    "the jobs that run": (lambda store, last: list(store.running()), "jobs_end_time (end_time=? AND rowid>?)"),
     "one job": (lambda store, last: store.get(last), "USING INTEGER PRIMARY KEY (rowid=?)"),
 }
 
@@ -709,8 +717,8 @@ def statements(source):
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             text = "".join(part.value if isinstance(part, ast.Constant) else " ? " for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (inner | documentation):
-            text = node.value
+        elif isinstance(node, ast.Constant) and id(node) not in inner | documentation:
+            text = str(node.value)
         else:
             continue
         if SQL.search(text):

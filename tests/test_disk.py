@@ -1,0 +1,502 @@
+"""What happens to the disk: full, read-only, damaged, missing, somebody else's; and a crash at the worst moment."""
+import contextlib
+import http.client
+import os
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import KEY, ROOT, Server
+
+# Stands on PYTHONPATH, so that the server's own connection does what a test asks for by a file in its directory:
+# "full", "read-only", "no-locks", or "die" at a commit that ends a job: before it, or after it.
+SITECUSTOMIZE = """
+import errno, fcntl, os, signal, sqlite3
+connect, flock = sqlite3.connect, fcntl.flock
+ENDS = "UPDATE jobs SET status = CASE status WHEN 'Starting' THEN 'Success'"
+
+class Connection(sqlite3.Connection):
+    ends = False
+    def execute(self, statement, *values):
+        if statement == "BEGIN IMMEDIATE":
+            super().execute(f"PRAGMA max_page_count = {1 if os.path.exists('full') else 1 << 30}").fetchall()
+            super().execute(f"PRAGMA query_only = {int(os.path.exists('read-only'))}")
+        self.ends |= statement.startswith(ENDS)
+        when = open("die").read() if statement == "COMMIT" and self.ends and os.path.exists("die") else ""
+        if when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = super().execute(statement, *values)
+        if when == "after":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+def locks(*arguments):
+    if os.path.exists("no-locks"):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    return flock(*arguments)
+
+sqlite3.connect = lambda *a, **k: connect(*a, factory=Connection, **k)
+fcntl.flock = locks
+"""
+BATCH = [{"job": "X(90)", "mode": "echo"}] * 5000
+GATED = "read -r go <gate; exit 0"      # a runtime that ends when the test writes a line
+
+
+@pytest.fixture
+def rigged(tmp_path):
+    """The environment of a server that does what files in its directory ask for."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE, encoding="utf-8")
+    return {"PYTHONPATH": f"{folder}:{ROOT}"}
+
+
+@pytest.fixture
+def gate(tmp_path):
+    """gate(): have one attempt of the runtime GATED end."""
+    os.mkfifo(tmp_path / "gate")
+    end = os.open(tmp_path / "gate", os.O_RDWR)
+    yield lambda: os.write(end, b"\n")
+    os.close(end)
+
+
+def add(server, body):
+    return server.request("POST", "/jobs/add/", body)
+
+
+def ids(server):
+    return [job["id"] for job in server.request("GET", "/jobs/list/").json]
+
+
+def lines(server, text):
+    return [line for line in server.lines if text in line]
+
+
+# No room, no writing
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """(a tmpfs of 8 MiB, what fills it to the last page, what makes room again), or None where none can be mounted."""
+    folder, filler = tmp_path / "disk", tmp_path / "disk" / "filler"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False,
+                             capture_output=True).returncode == 0
+
+    def fill():
+        with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    yield (folder, fill, filler.unlink) if mounted else None
+    if mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def frozen_file(tmp_path):
+    """(what makes a file immutable, what ends that), or None where the file system has no such thing."""
+    path = tmp_path / "try"
+    path.touch()
+
+    def change(sign):
+        def run(name):
+            return subprocess.run(["chattr", f"{sign}i", name], check=False, capture_output=True).returncode == 0
+        return run
+    frozen = []
+    works = bool(shutil.which("chattr")) and change("+")(path) and change("-")(path)
+
+    def freeze(name):
+        frozen.append(name)
+        assert change("+")(name)
+    yield (freeze, change("-")) if works else None
+    for name in frozen:
+        change("-")(name)
+
+
+@pytest.fixture
+def gated(serve, script):
+    """gated(*flags, environment): a server with the runtime GATED."""
+    return lambda *flags, environment=None: serve(*flags, "--runtime", f"qpu={script(GATED)}", environment=environment)
+
+
+def in_trouble(server, gate, begin, end, answer):
+    """A server that cannot write from `begin` to `end`: nothing is lost, nothing is half done, and it says so once.
+    `answer`: the status, what the answer says, what health says."""
+    status, says, health = answer
+    ended = server.wait(server.add())
+    running = server.add("X(1)", "verbatim")
+    assert server.request("GET", "/health/").json == {"status": "ok"}
+    while not server.get(running)["start_time"]:
+        pass
+    before = ids(server)
+    begin()
+    refused = add(server, BATCH)
+    assert (refused.status, refused.headers["Content-Type"]) == (status, "application/problem+json")
+    assert says in refused.detail and "oqc.db: " in refused.detail and int(refused.headers["Retry-After"]) > 0
+    for _ in range(20):
+        assert add(server, BATCH).status == status
+    gate()                              # the running job ends, and that cannot be written
+    unwell = server.request("GET", "/health/", key=None)
+    assert unwell.status == 503 and unwell.json["status"] == "failing"
+    assert len(unwell.json["reasons"]) == 1 and health in unwell.json["reasons"][0]
+    assert server.get(ended) == ended and ids(server) == before, "reads go on, nothing is stored"
+    assert server.result(ended).status == 200
+    end()
+    assert server.wait(running)["status"] == "Success", server.log
+    after = add(server, BATCH)
+    assert after.status == 201 and len(after.json) == len(BATCH)
+    assert server.request("GET", "/health/").json == {"status": "ok"}
+    assert after.json[0]["id"] == before[-1] + 1
+    assert server.wait(after.json[-1])["status"] == "Success"
+    assert (len(lines(server, " error database: ")), len(lines(server, "can be written again"))) == (1, 1)
+    assert len(lines(server, "waiting for the database")) <= 1 and "Traceback" not in server.log
+    assert server.stop() == 0
+
+
+def test_a_full_disk_refuses_jobs_with_507_loses_no_status_and_recovers_by_itself(
+        gated, gate, rigged, small_disk, tmp_path):
+    answer = (507, "no room on the disk", "room")
+    if small_disk:
+        folder, fill, room = small_disk
+        server = gated("--db", folder / "oqc.db")
+
+        def make_room():
+            server.line("waiting for the database")     # the status of the job that has ended
+            room()
+        in_trouble(server, gate, fill, make_room, answer)
+    else:
+        full = tmp_path / "full"
+        in_trouble(gated(environment=rigged), gate, full.touch, full.unlink, answer)
+
+
+def test_a_database_that_may_grow_no_more_is_a_full_disk(serve, rigged, tmp_path):
+    server = serve(environment=rigged)
+    first = server.wait(server.add())
+    (tmp_path / "full").touch()
+    refused = add(server, BATCH)
+    assert (refused.status, ids(server)) == (507, [1]) and "no room on the disk" in refused.detail
+    assert server.get(first) == first
+    (tmp_path / "full").unlink()
+    assert add(server, BATCH).status == 201 and server.request("GET", "/health/").status == 200
+
+
+def test_a_disk_that_is_nearly_full_is_said_before_anything_fails(serve, small_disk, tmp_path):
+    if not small_disk:
+        # the same, of a file system that says so by itself
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(
+            "import os, types\nreal = os.statvfs\nos.statvfs = lambda path: types.SimpleNamespace(f_blocks=1, f_bavail="
+            "1 if os.path.exists('disk/filler') else 9999, f_frsize=4096)\n", encoding="utf-8")
+    folder = small_disk[0] if small_disk else tmp_path / "disk"
+    server = serve("--db", folder / "oqc.db", environment={"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"})
+    assert server.request("GET", "/health/").status == 200
+    (folder / "filler").write_bytes(bytes(5 << 20))
+    answer = server.request("GET", "/health/")
+    assert answer.status == 503 and " KiB of room left on the disk" in answer.json["reasons"][0]
+    assert server.wait(server.add())["status"] == "Success", "what fits is taken"
+    (folder / "filler").unlink()
+    assert server.request("GET", "/health/").status == 200
+
+
+def test_on_a_full_disk_a_server_starts_that_has_its_files_and_else_says_in_a_line_that_there_is_no_room(
+        serve, small_disk, rigged, tmp_path):
+    if not small_disk:              # the same, of a database that may have one page
+        small_disk = tmp_path, (tmp_path / "full").touch, (tmp_path / "full").unlink
+    environment = rigged if small_disk[0] == tmp_path else {}
+    folder, fill, room = small_disk
+    path = folder / "oqc.db"
+    path.touch()
+    fill()
+    assert "no room on the disk" in refusal(tmp_path, "--db", path, environment=environment)
+    room()
+    server = serve("--db", path, environment=environment)
+    job = server.wait(server.add())
+    server.process.kill()
+    server.stop()
+    fill()
+    server = serve("--db", path, environment=environment)
+    assert server.get(job) == job and add(server, BATCH).status == 507
+    assert server.request("GET", "/health/").status == 503
+    room()
+    assert add(server, BATCH).status == 201 and server.request("GET", "/health/").status == 200
+    assert server.stop() == 0
+    fill()
+    if environment:
+        return                      # what has its pages needs no other
+    beside = ("disk/oqc.db-wal", "disk/oqc.db-shm")         # empty: SQLite came no further
+    assert "no room on the disk" in refusal(tmp_path, "--db", path, beside=beside)
+    room()
+    assert serve("--db", path, environment=environment).get(job) == job
+
+
+READ_ONLY = "cannot be written now (attempt to write a readonly database)"
+
+
+def test_a_file_that_cannot_be_written_any_more_refuses_jobs_with_503_and_recovers(
+        gated, gate, rigged, frozen_file, tmp_path):
+    if frozen_file:
+        freeze, thaw = frozen_file
+        wal = tmp_path / "oqc.db-wal"
+        in_trouble(gated(), gate, lambda: freeze(wal), lambda: thaw(wal), (503, "disk I/O error", "disk I/O error"))
+    else:
+        mark = tmp_path / "read-only"
+        in_trouble(gated(environment=rigged), gate, mark.touch, mark.unlink, (503, READ_ONLY, READ_ONLY))
+
+
+def test_a_database_that_became_read_only_refuses_jobs_with_503_and_recovers(gated, gate, rigged, tmp_path):
+    mark = tmp_path / "read-only"
+    in_trouble(gated(environment=rigged), gate, mark.touch, mark.unlink, (503, READ_ONLY, READ_ONLY))
+
+
+# What a server does not start on
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """Folders as servers leave them: "stopped" in order, and "killed" with its last jobs in the WAL alone."""
+    folder = tmp_path_factory.mktemp("left")
+    for name in ("stopped", "killed"):
+        (folder / name).mkdir()
+        server = Server(folder / name)
+        assert add(server, BATCH[:500]).status == 201
+        server.wait(500)
+        if name == "killed":
+            server.stop()
+            server = Server(folder / name)
+            server.wait(server.add("Y(1)"))
+            server.process.kill()
+        server.stop()
+    return folder
+
+
+def refusal(folder, *flags, environment=None, beside=()):
+    """The one line with which a server refuses to start, after which the folder is as it was but for the lock, and
+    for the files named in `beside`."""
+    before = files(folder)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OQC_")}
+    env.update({"PYTHONPATH": str(ROOT)}, **(environment or {}))
+    ended = subprocess.run([sys.executable, "-m", "oqc", "--port", "0", *flags], cwd=folder, check=False, timeout=60,
+                           env=env, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
+    assert ended.stderr.startswith("oqc: ") and ended.stderr.count("\n") == 1, ended.stderr
+    after = files(folder)
+    assert {name: content for name, content in after.items() if name in before or name not in beside} == before
+    return ended.stderr[len("oqc: "):-1]
+
+
+def files(folder):
+    """{name: content} of what there is, but for an empty lock; an index of a WAL (-shm) is made anew by each reader."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {name: content if not name.endswith("-shm") else None for name, content in found.items()
+            if content or not name.endswith(".lock")}
+
+
+def overwrite(path, begin, data):
+    """Write over bytes of a file."""
+    with open(path, "r+b") as file:
+        file.seek(begin)
+        file.write(data)
+
+
+def random_pages(path):
+    """Overwrite every page but the first."""
+    overwrite(path, 4096, random.Random(4).randbytes(path.stat().st_size - 4096))
+
+
+def another_program(path):
+    """A database with the tables of another program in its place."""
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA application_id = 252006674")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("CREATE TABLE jobs (id)")
+        connection.commit()
+
+
+def truncate(size):
+    return lambda path: os.truncate(path, size)
+
+
+def newer(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+
+
+def without(*suffixes):
+    """What removes these of the database's files."""
+    def remove(path):
+        for suffix in suffixes:
+            path.with_name(path.name + suffix).unlink()
+    return remove
+
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 40
+HARMS = {                           # what was there, what happened to it, and what the line says of it
+    "pages overwritten": ("stopped", random_pages, "is damaged (", "put a backup in its place"),
+    "pages overwritten after a kill": ("killed", random_pages, "is damaged (", "put a backup in its place"),
+    "one page overwritten": ("stopped", lambda path: overwrite(path, 8192, b"\xff" * 4096), "is damaged (", "backup"),
+    "one page zeroed": ("stopped", lambda path: overwrite(path, 12288, bytes(4096)), "is damaged (", "backup"),
+    "its first bytes": ("stopped", lambda path: overwrite(path, 0, b"garbage!"), "is not a database", "--db"),
+    "truncated": ("stopped", truncate(8192), "is truncated, 8192 bytes of ", "put a backup in its place"),
+    "truncated within a page": ("stopped", truncate(9000), "is truncated, 9000 bytes of ", "backup"),
+    "truncated within the header": ("stopped", truncate(50), "is not a database", "--db"),
+    "truncated after a kill": ("killed", truncate(8192), "is damaged (", "backup"),
+    "another program's database": ("stopped", another_program, "is another program's database", "--db"),
+    "a text": ("stopped", lambda path: path.write_bytes(b"shopping list\n" * 99), "is not a database", "--db"),
+    "a picture": ("stopped", lambda path: path.write_bytes(PNG), "is not a database", "--db"),
+    "of a newer version": ("stopped", newer, "was written by a newer oqc (version 99 of the ", "run that one"),
+    "without its WAL after a kill": ("killed", without("-wal"), "-wal: is missing, ", "remove oqc.db.lock"),
+    "without WAL and index after a kill": ("killed", without("-wal", "-shm"), "-wal: is missing, ", "oqc.db.lock"),
+    "gone after a kill": ("killed", without(""), "is missing, but", "remove oqc.db.lock and oqc.db-wal"),
+    "gone with its WAL after a kill": ("killed", without("", "-wal", "-shm"), "is missing, but", "remove oqc.db.lock"),
+    "gone with its lock after a kill": ("killed", without("", ".lock"), "is missing, but", "put the file back"),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_database_that_is_not_as_it_was_left_is_refused_in_a_line_and_stays_as_it_is(left, tmp_path, name):
+    state, harm, says, todo = HARMS[name]
+    shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
+    harm(tmp_path / "oqc.db")
+    line = refusal(tmp_path)
+    assert line.startswith("oqc.db") and says in line and todo in line
+
+
+@pytest.mark.parametrize("state", ["stopped", "killed"])
+def test_a_database_that_is_as_it_was_left_is_opened(left, serve, tmp_path, state):
+    shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
+    server = serve()
+    assert ids(server) == list(range(1, 502 if state == "killed" else 501))
+    assert server.stop() == 0
+    assert set(files(tmp_path)) == {"oqc.db"}
+
+
+@pytest.mark.parametrize("name, remove, jobs", [
+    ("without its WAL after a kill", ["oqc.db.lock"], 500), ("gone after a kill", ["oqc.db.lock", "oqc.db-wal"], 0)])
+def test_what_the_line_says_to_do_helps(left, serve, tmp_path, name, remove, jobs):
+    state, harm, _, _ = HARMS[name]
+    shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
+    harm(tmp_path / "oqc.db")
+    line = refusal(tmp_path)
+    for one in remove:
+        assert one in line
+        (tmp_path / one).unlink()
+    assert len(ids(serve())) == jobs
+
+
+@pytest.mark.parametrize("state", ["stopped", "killed", None])
+def test_a_file_system_without_locks_is_refused_in_a_line(left, tmp_path, rigged, state):
+    if state:
+        shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "no-locks").touch()
+    line = refusal(tmp_path, environment=rigged)
+    assert line == ("oqc.db: its file system has no locks (No locks available); name a file on a local disk with --db")
+    assert (tmp_path / "oqc.db").exists() == bool(state)
+
+
+# Damage that comes later
+
+def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(left, serve, tmp_path):
+    shutil.copytree(left / "stopped", tmp_path, dirs_exist_ok=True)
+    with contextlib.closing(sqlite3.connect(tmp_path / "oqc.db")) as connection:
+        root = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'jobs'").fetchone()[0]
+    server = serve()
+    size = (tmp_path / "oqc.db").stat().st_size
+    for page in range(1, size // 4096):
+        if page + 1 != root:
+            overwrite(tmp_path / "oqc.db", page * 4096, b"\xff" * 4096)
+    answer = server.request("GET", "/jobs/250/")
+    assert answer.status == 503 and "oqc.db: is damaged (" in answer.detail and "backup in its place" in answer.detail
+    for _ in range(20):
+        assert server.request("GET", "/jobs/250/").status == 503
+        refused = add(server, {"job": "X(90)", "mode": "echo"})
+        assert refused.status == 503 and "is damaged (" in refused.detail, "it might never be found again"
+        with contextlib.suppress(http.client.HTTPException):        # or cut short where it comes to the damage
+            assert server.request("GET", "/jobs/list/").status == 503
+        health = server.request("GET", "/health/")
+        assert health.status == 503 and "is damaged (" in health.json["reasons"][0]
+    assert server.request("GET", "/").status == 200 and server.process.poll() is None
+    assert len(lines(server, "is damaged (")) == 1 and "Traceback" not in server.log, server.log
+    assert "again" not in server.log
+    assert server.stop() == 0
+    assert "is damaged (" in refusal(tmp_path)
+
+
+# The worst moment
+
+@pytest.fixture
+def counting(tmp_path, script):
+    """(the path of a runtime that writes a line for each of its attempts, what reads these lines)."""
+    log = tmp_path / "attempts"
+    log.touch()
+    return (lambda more="": script(f'echo "$OQC_JOB_ID.$OQC_ATTEMPT" >>{log}; {more}'),
+            lambda: log.read_text(encoding="utf-8").split())
+
+
+def section(tmp_path, command, interrupted):
+    """An INI file with this runtime."""
+    path = tmp_path / "oqc.ini"
+    path.write_text(f"[runtime qpu]\ncommand = {command}\ninterrupted = {interrupted}\n", encoding="utf-8")
+    return path
+
+
+ENDS = {                            # by when the server dies and what the section says: the attempts, and the end
+    ("runtime", "retry"): (["1.1", "1.2"], ("Success", 0, None)),
+    ("runtime", "fail"): (["1.1"], ("Runtime Error", 137, "interrupted, outcome unknown")),
+    ("before", "retry"): (["1.1", "1.2"], ("Success", 0, None)),
+    ("before", "fail"): (["1.1"], ("Runtime Error", 137, "interrupted, outcome unknown")),
+    ("after", "retry"): (["1.1"], ("Success", 0, None)),
+    ("after", "fail"): (["1.1"], ("Success", 0, None)),
+}
+
+
+@pytest.mark.parametrize("when, interrupted", ENDS)
+def test_a_job_whose_server_dies_as_it_ends_is_run_again_or_ended_as_its_section_says_and_once(
+        serve, rigged, counting, tmp_path, when, interrupted):
+    runtime, attempts = counting
+    config = section(tmp_path, runtime('[ "$OQC_ATTEMPT" = 2 ] || [ ! -e die ] || [ "$(cat die)" != runtime ] || '
+                                       "kill -9 $PPID; exit 0"), interrupted)
+    (tmp_path / "die").write_text(when, encoding="utf-8")
+    server = serve("--config", config, environment=rigged)
+    job = server.add(mode="verbatim")
+    assert server.process.wait(20) == -9
+    (tmp_path / "die").unlink()
+    server = serve("--config", config, environment=rigged)
+    ended = server.wait(job)
+    expected, end = ENDS[when, interrupted]
+    assert (attempts(), (ended["status"], ended["return_code"], ended["runtime_error"])) == (expected, end)
+    server.process.kill()
+    server.stop()
+    server = serve("--config", config, environment=rigged)
+    server.wait(server.add(mode="verbatim"))
+    assert server.get(job) == ended and attempts() == [*expected, "2.1"], "it stays as it ended"
+
+
+def test_a_job_is_added_whole_or_not_at_all_when_the_server_dies_in_the_middle(serve, tmp_path):
+    server = serve()
+    sent, died = threading.Event(), threading.Event()
+
+    def client():
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while not died.is_set():
+                connection.request("POST", "/jobs/add/", "[" + ", ".join(
+                    ['{"job": "X(90)", "mode": "echo"}'] * 100) + "]", {"api_key": KEY})
+                sent.set()
+                connection.getresponse().read()
+        connection.close()
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert sent.wait(20)
+    server.line(" 201 ")
+    server.process.kill()
+    died.set()
+    for thread in threads:
+        thread.join(30)
+    count = len(ids(serve()))
+    assert count and count % 100 == 0
+    assert (tmp_path / "oqc.db").exists()
