@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from oqc import jobs
 from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Task
@@ -80,10 +80,11 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self.runtimes = {spec.name: _Runtime(spec, clock.now()) for spec, _ in runtimes}
         self._slot_makers = {spec.name: make for spec, make in runtimes}
         self._queues: Dict[str, "queue.PriorityQueue[int]"] = {mode: queue.PriorityQueue() for mode in jobs.MODES}
-        self.lock = threading.RLock()           # over every _Runtime and _Attempt, and over the two below
+        self.lock = threading.RLock()           # over every _Runtime and _Attempt, and over what is below
         self._alarms: List[Tuple[float, str, int]] = []     # a heap: at these monotonic seconds a mode's id is due;
         self._alarm_set = threading.Event()                 # id 0: look again
         self._waiters: Dict[int, List[threading.Event]] = {}
+        self._cancelled: Set[int] = set()       # ids that are still on a queue, or will be put on one by an alarm
         self.draining = threading.Event()
         self._idle = threading.Event()          # set by a worker that leaves no job running
         self._stopped = threading.Event()
@@ -163,7 +164,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def waiting(self) -> int:
         """How many jobs wait to be run now."""
-        return sum(waiting.qsize() for waiting in self._queues.values())
+        return max(0, sum(waiting.qsize() for waiting in self._queues.values()) - len(self._cancelled))
 
     def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
         """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
@@ -233,6 +234,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                         taken.append(oldest.get_nowait())
                     except queue.Empty:
                         break
+            self._cancelled.difference_update(taken)
             for number in taken:
                 runtime.running[number] = _Attempt(slot)
             return taken
@@ -371,24 +373,25 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def cancel(self, number: int) -> Job:
         """End a job: one that waits at once, one that runs when its process group has ended. The ended job; raises
         Ended if it had ended (or did so by itself meanwhile), UnknownJob."""
+        asked = False
         while not self.store.cancel(number):
             if self._stopped.is_set():
                 raise StoreError("the server is stopping")
             job: Job = self.store.get(number)
+            if asked and (job.return_code, job.runtime_error) == (jobs.CANCELLED, "cancelled"):
+                return job
             if job.end_time is not None:
                 raise Ended(job)
             with self.lock:
                 attempt = next((runtime.running[number] for runtime in self.runtimes.values()
                                 if number in runtime.running), None)
                 if attempt:
-                    attempt.cancelled = True
+                    attempt.cancelled = asked = True
                     attempt.slot.wake()
-            job = self._wait(number, self.clock.monotonic() + 1.0)
-            if job.end_time is not None:
-                if job.return_code == jobs.CANCELLED and job.runtime_error == "cancelled":
-                    return job
-                raise Ended(job)
+            self._wait(number, self.clock.monotonic() + 1.0)
         with self.lock:
+            if not any(number in runtime.running for runtime in self.runtimes.values()):
+                self._cancelled.add(number)
             self._tell([number])
         return self.store.get(number)           # type: ignore[no-any-return]
 
