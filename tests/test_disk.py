@@ -500,3 +500,56 @@ def test_a_job_is_added_whole_or_not_at_all_when_the_server_dies_in_the_middle(s
     count = len(ids(serve()))
     assert count and count % 100 == 0
     assert (tmp_path / "oqc.db").exists()
+
+
+# More jobs than there is room for
+
+def test_more_jobs_than_may_wait_are_refused_with_503_at_once_and_none_of_them_is_stored(gated, gate):
+    server = gated("--max-waiting", "3")
+    running = server.add("X(1)", "verbatim")
+    while not server.get(running)["start_time"]:
+        pass
+    body = {"job": "X(90)", "mode": "verbatim"}
+    assert add(server, [body] * 4).status == 503, "all or none"
+    assert add(server, [body] * 2).status == add(server, body).status == 201
+    for refused in (add(server, body), add(server, {"job": "X(90)", "mode": "echo"})):
+        assert (refused.status, refused.headers["Content-Type"]) == (503, "application/problem+json")
+        assert "3 jobs wait already (--max-waiting)" in refused.detail and int(refused.headers["Retry-After"]) > 0
+    assert ids(server) == [1, 2, 3, 4] and server.request("GET", "/health/").status == 200
+    gate()
+    assert server.wait(running)["status"] == "Success"
+    while not server.get(2)["start_time"]:
+        pass
+    assert add(server, body).status == 201, "there is room again"
+    for _ in range(4):
+        gate()
+    assert server.wait(5)["status"] == "Success"
+
+
+def test_jobs_that_waited_before_a_restart_count_too_and_are_never_refused(gated, gate):
+    server = gated()
+    jobs = add(server, [{"job": "X(90)", "mode": "verbatim"}] * 5).json
+    server.process.kill()
+    server.stop()
+    server = gated("--max-waiting", "2")
+    assert add(server, {"job": "X(90)", "mode": "echo"}).status == 503
+    for _ in jobs:
+        gate()
+    assert [server.wait(job)["status"] for job in jobs] == ["Success"] * 5
+    assert server.wait(server.add())["status"] == "Success"
+
+
+def test_a_cancelled_job_waits_no_more(gated, gate):
+    server = gated("--max-waiting", "3")
+    body = {"job": "X(90)", "mode": "verbatim"}
+    for _ in range(2):              # the second time nothing is left of the first
+        assert server.request("POST", "/runtimes/qpu/pause/").status == 200
+        for _ in range(4):
+            job = server.add(mode="verbatim")
+            assert server.request("DELETE", f"/jobs/{job['id']}/").status == 200
+        jobs = [server.add(mode="verbatim") for _ in range(3)]
+        assert add(server, body).status == 503
+        assert server.request("POST", "/runtimes/qpu/resume/").status == 200
+        for job in jobs:
+            gate()
+        assert [server.wait(job)["status"] for job in jobs] == ["Success"] * 3

@@ -13,7 +13,7 @@ from conftest import ROOT
 from oqc import jobs
 from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check
-from oqc.jobs import Ending, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob
+from oqc.jobs import DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob
 from oqc.store import IllegalTransition, Store
 
 ECHO = Submission("X(90)", "echo", seed=7)
@@ -349,8 +349,8 @@ REFUSED = (                         # of which job, and what another program mig
     (succeeded, "status = 'Starting'"), (succeeded, "status = 'Retrying'"), (succeeded, "status = 'Runtime Error'"),
     (succeeded, "return_code = 1"), (succeeded, "return_code = NULL"), (succeeded, "end_time = NULL"),
     (succeeded, "status = 'Starting', end_time = NULL"), (succeeded, "status = 'Starting', return_code = NULL"),
-    (failed, "status = 'Success'"), (failed, "return_code = 0"), (failed, "status = 'Retrying'"),
-    (failed, "end_time = NULL"), (cancelled, "status = 'Starting'"),
+    (failed, "status = 'odd'"), (failed, "status = 'Success'"), (failed, "return_code = 0"),
+    (failed, "status = 'Retrying'"), (failed, "end_time = NULL"), (cancelled, "status = 'Starting'"),
     (cancelled, "end_time = '1970-01-01T00:00:00.000000Z'"),
 )
 
@@ -688,6 +688,32 @@ def test_a_backup_is_one_file_with_every_job_that_was_there_and_replaces_none(st
         assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (len(numbers),)
     with pytest.raises(StoreError, match="is there already"):
         backup(store.path, str(tmp_path / "copy"))
+
+
+def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_there_is_room(
+        store, monkeypatch, caplog):
+    def most_pages(count):
+        store._write(lambda: store._writer.execute(f"PRAGMA max_page_count = {count}").fetchall())
+    pages, = store._read("PRAGMA page_count")[0]
+    most_pages(pages + 2)
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255)))
+    for _ in range(5):
+        with pytest.raises(DiskFull, match="no room on the disk"):
+            added(store, *[ECHO] * 1000)
+        added(store)
+    assert store.unusable().endswith("oqc.db: no room on the disk")
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    monkeypatch.undo()
+    added(store)
+    most_pages(1 << 30)
+    added(store, *[ECHO] * 1000)
+    assert store.unusable() is None
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_a_file_system_that_counts_no_blocks_is_never_full(store, monkeypatch):
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
+    assert store.unusable() is None
 
 
 # Statements
