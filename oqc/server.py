@@ -51,6 +51,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._close_at = FAR                                # monotonic: by then all connections are closed
         self._listener = 0                                  # the id of the thread in serve_forever
         self._stopped = threading.Event()
+        self._woken = False                                 # and has not yet looked at what it was told
         self._told: Deque[Callable[[], None]] = collections.deque()         # what the listener is to do, with a wake
         self._resting: List["queue.SimpleQueue[Callable[[], None]]"] = []   # mailboxes of threads without work
         self._selector = selectors.DefaultSelector()
@@ -234,6 +235,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _take_back(self) -> None:
         """Do what other threads have given the listener to do."""
+        self._woken = False             # first: what comes from here on wakes again
         try:
             self._wake_end.recv(4096)
         except BlockingIOError:
@@ -389,7 +391,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _tell(self, what: Callable[[], None]) -> None:
         """Have the listener do this soon."""
         self._told.append(what)
-        if len(self._told) == 1:        # else it has been woken for the one before, and has not come to the last yet
+        if not self._woken:
+            self._woken = True
             self._wake()
 
     def _wake(self) -> None:

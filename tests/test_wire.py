@@ -17,6 +17,7 @@ from oqc import wire
 
 HEAD = b"Host: x\r\napi_key: " + KEY.encode() + b"\r\n"
 GET = b"GET /jobs/list/?limit=1 HTTP/1.1\r\n" + HEAD + b"\r\n"
+QUICK = b"GET /jobs/1/ HTTP/1.1\r\n" + HEAD + b"\r\n"
 
 
 class Wire:
@@ -252,16 +253,16 @@ def test_an_idle_connection_is_closed_without_a_word(serve):
 
 def test_at_the_cap_the_connection_that_waited_longest_makes_room(serve):
     server = serve("--max-connections", "3")
-    clients = []
+    clients = []                    # what is asked is answered by the listener itself, which then knows them as idle
     for _ in range(3):              # one after the other, so that it is known who waits longest
-        clients.append(Wire(server, GET))
-        assert clients[-1].answer()[0] == 200
-    clients[0].sock.sendall(GET)
-    assert clients[0].answer()[0] == 200            # now the second one has waited longest
-    assert ask(server, GET)[0] == 200
+        clients.append(Wire(server, QUICK))
+        assert clients[-1].answer()[0] == 404
+    clients[0].sock.sendall(QUICK)
+    assert clients[0].answer()[0] == 404            # now the second one has waited longest
+    assert ask(server, QUICK)[0] == 404
     assert clients[1].closed()
-    clients[2].sock.sendall(GET)
-    assert clients[2].answer()[0] == 200
+    clients[2].sock.sendall(QUICK)
+    assert clients[2].answer()[0] == 404
     for client in clients:
         client.__exit__()
 
