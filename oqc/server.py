@@ -235,11 +235,11 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _take_back(self) -> None:
         """Do what other threads have given the listener to do."""
-        self._woken = False             # first: what comes from here on wakes again
         try:
             self._wake_end.recv(4096)
         except BlockingIOError:
             pass
+        self._woken = False             # between the two: what comes before is done below, what comes after wakes again
         while self._told:
             self._told.popleft()()
 
