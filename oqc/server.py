@@ -51,7 +51,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._close_at = FAR                                # monotonic: by then all connections are closed
         self._listener = 0                                  # the id of the thread in serve_forever
         self._stopped = threading.Event()
-        self._woken = False                                 # and has not yet looked at what it was told
         self._told: Deque[Callable[[], None]] = collections.deque()         # what the listener is to do, with a wake
         self._resting: List["queue.SimpleQueue[Callable[[], None]]"] = []   # mailboxes of threads without work
         self._selector = selectors.DefaultSelector()
@@ -239,7 +238,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._wake_end.recv(4096)
         except BlockingIOError:
             pass
-        self._woken = False             # between the two: what comes before is done below, what comes after wakes again
         while self._told:
             self._told.popleft()()
 
@@ -391,9 +389,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _tell(self, what: Callable[[], None]) -> None:
         """Have the listener do this soon."""
         self._told.append(what)
-        if not self._woken:
-            self._woken = True
-            self._wake()
+        self._wake()                    # each time: whoever left that to another could do so just after it was done
 
     def _wake(self) -> None:
         try:
