@@ -99,7 +99,7 @@ class Api:
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
         """(function, what its path says, name of the key); raises Problem."""
         methods, arguments = route(request.path)
-        if not methods:
+        if not methods and request.path != "*":         # OPTIONS * asks about the server itself
             raise Problem(404, f"nothing is at {json.dumps(request.path[:80])}; GET / shows what is there")
         endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
         if request.method == "OPTIONS" and not endpoint:

@@ -42,8 +42,8 @@ class LogLines(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Log a record, its line breaks included as text."""
-        text = self.format(record).replace("\n", "\\n")
+        """Log a record in one line: what a terminal would act on, line breaks included, as text."""
+        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in self.format(record))
         priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}.get(record.levelno, 3)
         begin = f"<{priority}>" if self.journal else f"{self.clock.now()} {record.levelname.lower()} "
         self._put(f"{begin}{text}\n")

@@ -107,14 +107,16 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                     self._pause_accepting(error)
                 return
             now = self.clock.monotonic()
+            sock.setblocking(False)
+            if self.tls:                # the first recv()s shake hands, and none of them waits for a silent client
+                try:
+                    sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                except OSError:         # the client has gone
+                    sock.close()
+                    continue
             connection = Connection(sock, peer, now, now + self.limits.idle_seconds)
             full = len(self.connections) >= self.limits.connections and not self._make_room()
             self.connections[connection] = None
-            if self.tls and not full:
-                connection.busy = True
-                self._in_thread(functools.partial(self._shake_hands, connection))
-                continue
-            sock.setblocking(False)
             if not full:
                 self._readable(connection)
             else:
@@ -147,7 +149,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             data = connection.sock.recv(READ)
             while data and self.tls and connection.sock.pending():
                 data += connection.sock.recv(READ)
-        except (BlockingIOError, ssl.SSLWantReadError):
+        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             self._watch(connection)
             return
         except OSError:
@@ -238,8 +240,12 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._wake_end.recv(4096)
         except BlockingIOError:
             pass
-        while self._told:
-            self._told.popleft()()
+        try:
+            while self._told:
+                self._told.popleft()()
+        finally:
+            if self._told:              # one of them raised
+                self._wake()
 
     def _forget(self, connection: Connection) -> None:
         """Close a connection."""
@@ -251,7 +257,10 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _make_room(self) -> bool:
         """Close the connection that has been idle or incomplete longest; False if every one is at work."""
-        waiting = [one for one in list(self.connections) if not one.busy and not one.leaving]
+        leaving = [one for one in self.connections if one.leaving]
+        waiting = [one for one in self.connections if not one.busy and not one.leaving]
+        if leaving and len(self.connections) - len(leaving) < self.limits.connections:
+            waiting = leaving           # they have their answers
         if waiting:
             self._forget(min(waiting, key=lambda one: one.since))
         return bool(waiting)
@@ -259,9 +268,10 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _refuse(self, connection: Connection, response: Response) -> None:
         """Answer a request that is not read to its end, and leave. What the client still sends is read and dropped,
         up to a limit: closing at once would reset the connection, and the answer would be lost with it."""
-        data = answer_head(response, self.date, False) + response.body
         head, connection.head = connection.head, None
-        self.log_access(connection, head, response.status, len(response.body), connection.since)
+        body = b"" if head and head.method == "HEAD" else response.body
+        data = answer_head(response, self.date, False) + body
+        self.log_access(connection, head, response.status, len(body), connection.since)
         connection.leaving, connection.deadline = 1, self.clock.monotonic() + self.limits.leave_seconds
         connection.buffer = b""
         try:
@@ -311,19 +321,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 except ValueError:      # taken in this moment
                     work = mailbox.get()
 
-    def _shake_hands(self, connection: Connection) -> None:
-        """The TLS handshake, in a thread, since its client may be silent."""
-        assert self.tls is not None
-        keep = True
-        try:
-            connection.sock.settimeout(self.limits.head_seconds)
-            connection.sock = self.tls.wrap_socket(connection.sock, server_side=True)
-            connection.sock.setblocking(False)
-        except OSError as error:
-            log.debug("%s: no TLS: %s", connection.peer, type(error).__name__)
-            keep = False
-        self._give_back(connection, keep)
-
     def _answer(self, connection: Connection, head: Head, response: Response, began: float) -> None:
         """Send an answer, in one write where its body is at hand, and give the connection back."""
         chunked = not isinstance(response.body, bytes)
@@ -341,6 +338,9 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                     self._in_thread(functools.partial(self._send_rest, connection, data[sent:], keep))
                     return
         except OSError:                 # the client has gone
+            keep = False
+        except Exception:   # pylint: disable=broad-exception-caught # a body that breaks off costs one connection
+            log.exception("an answer is cut short")
             keep = False
         finally:
             self.log_access(connection, head, response.status, size, began)
@@ -394,8 +394,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _wake(self) -> None:
         try:
             self._wake_write_end.send(b"!")
-        except BlockingIOError:
-            pass                        # full of wakes
+        except OSError:
+            pass                        # full of wakes; or the server has stopped
 
     def log_access(self, connection: Connection, head: Optional[Head], status: int, size: int, began: float) -> None:
         """One line for a request: peer, key name, request, status, bytes, milliseconds. Quoted so that none can forge

@@ -16,14 +16,15 @@ from conftest import KEY, ROOT, Server
 # "full", "read-only", "no-locks", or "die" at a commit that ends a job: before it, or after it.
 SITECUSTOMIZE = """
 import errno, fcntl, os, signal, sqlite3
-connect, flock = sqlite3.connect, fcntl.flock
+connect, flock, statvfs = sqlite3.connect, fcntl.flock, os.statvfs
 ENDS = "UPDATE jobs SET status = CASE status WHEN 'Starting' THEN 'Success'"
 
 class Connection(sqlite3.Connection):
     ends = False
     def execute(self, statement, *values):
-        if statement == "BEGIN IMMEDIATE":
+        if statement == "BEGIN IMMEDIATE" or statement.startswith("PRAGMA query_only"):
             super().execute(f"PRAGMA max_page_count = {1 if os.path.exists('full') else 1 << 30}").fetchall()
+        if statement == "BEGIN IMMEDIATE":
             super().execute(f"PRAGMA query_only = {int(os.path.exists('read-only'))}")
         self.ends |= statement.startswith(ENDS)
         when = open("die").read() if statement == "COMMIT" and self.ends and os.path.exists("die") else ""
@@ -39,8 +40,11 @@ def locks(*arguments):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     return flock(*arguments)
 
+def room(path):
+    return statvfs("/proc") if not os.path.exists("full") else os.statvfs_result((4096, 4096, 9, 2, 2, 9, 9, 9, 0, 255))
+
 sqlite3.connect = lambda *a, **k: connect(*a, factory=Connection, **k)
-fcntl.flock = locks
+fcntl.flock, os.statvfs = locks, room
 """
 BATCH = [{"job": "X(90)", "mode": "echo"}] * 5000
 GATED = "read -r go <gate; exit 0"      # a runtime that ends when the test writes a line

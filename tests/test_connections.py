@@ -1,0 +1,293 @@
+"""Connections at their limits: who makes room for whom, what is cut short, what stopping does. In this process, with
+an Api that does what the test says."""
+import collections
+import contextlib
+import socket
+import ssl
+import subprocess
+import threading
+import time
+
+import pytest
+from test_wire import Wire
+
+from oqc.api import Keys
+from oqc.clock import Clock
+from oqc.messages import Response
+from oqc.server import Limits, Server, tls_context
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Scripted:
+    """An Api that leaves every request to one function."""
+
+    keys = Keys({})
+
+    def __init__(self, handle):
+        self.handle = handle
+
+    @staticmethod
+    def refuse(_):
+        """Nothing is refused."""
+
+    @staticmethod
+    def is_quick(_):
+        """Every request gets a thread."""
+        return False
+
+
+class Listening:
+    """A server in this process."""
+
+    def __init__(self, handle, tls=None, **limits):
+        self.lines = []
+        self.server = Server(("127.0.0.1", 0), Scripted(handle), Clock(), limits=Limits(**limits),
+                             access=self.lines.append, tls=tls)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def until(self, condition):
+        """Wait until this holds, which nothing announces."""
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+
+    def stop(self):
+        """Stop, twice does no harm."""
+        if self.thread.is_alive():
+            self.server.stop(0.2)
+            self.thread.join()
+
+
+@pytest.fixture
+def listen():
+    """listen(handle, **limits): a server whose requests are all given to handle(request, answer)."""
+    started = []
+
+    def start(handle=lambda request, answer: answer(Response(200, b"ok\n")), **options):
+        started.append(Listening(handle, **options))
+        return started[-1]
+    yield start
+    for one in started:
+        one.stop()
+
+
+class Gate:
+    """A handler that keeps every request waiting until it is opened."""
+
+    def __init__(self):
+        self.entered, self.opened = threading.Semaphore(0), threading.Event()
+
+    def __call__(self, request, answer):
+        self.entered.release()
+        self.opened.wait(20)
+        answer(Response(200, b"ok\n"))
+
+
+@pytest.fixture
+def gate():
+    made = Gate()
+    yield made
+    made.opened.set()
+
+
+def test_clients_that_were_refused_and_stay_do_not_keep_others_out(listen):
+    server = listen(connections=2)
+    with contextlib.ExitStack() as stack:
+        refused = [stack.enter_context(Wire(server, b"no request\r\n\r\n")) for _ in range(2)]
+        assert [client.answer()[0] for client in refused] == [400, 400]
+        for _ in range(3):
+            assert stack.enter_context(Wire(server, GET)).answer()[0] == 200
+
+
+def test_clients_that_were_turned_away_leave_no_room_for_another(listen, gate):
+    server = listen(gate, connections=2)
+    with contextlib.ExitStack() as stack:
+        at_work = [stack.enter_context(Wire(server, GET)) for _ in range(2)]
+        for _ in at_work:
+            assert gate.entered.acquire(timeout=20)
+        for _ in range(3):
+            status, headers, _ = stack.enter_context(Wire(server, GET)).answer()
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+        gate.opened.set()
+        assert [client.answer()[0] for client in at_work] == [200, 200]
+
+
+def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(listen):
+    server = listen(connections=2)
+    with Wire(server, b"GET / HT") as head, Wire(server) as body:
+        server.until(lambda: any(one.buffer for one in list(server.server.connections)))
+        body.sock.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+        assert body.answer()[0] == 100
+        with Wire(server, GET) as first, Wire(server, GET) as second:
+            assert first.answer()[0] == second.answer()[0] == 200
+            assert head.closed() and body.closed()
+
+
+def test_a_client_that_says_nothing_but_empty_lines_has_the_time_of_one_head(listen):
+    server = listen(head_seconds=0.3)
+    stop = threading.Event()
+    with Wire(server) as client:
+        def chatter():
+            with contextlib.suppress(OSError):
+                while not stop.wait(0.05):
+                    client.sock.sendall(b"\r\n")
+        thread = threading.Thread(target=chatter)
+        thread.start()
+        try:
+            assert client.answer()[0] == 408
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_an_answer_whose_body_cannot_be_read_to_its_end_is_cut_short(listen, caplog):
+    def pieces():
+        yield b"one"
+        raise ValueError("the rest cannot be read")
+    server = listen(lambda request, answer: answer(Response(200, pieces())))
+    with Wire(server, GET) as client:
+        assert client.answer(body=False)[0] == 200
+        assert client.file.read() == b"3\r\none\r\n", "no last chunk, and the connection ends"
+    assert "the rest cannot be read" in caplog.text and len(server.lines) == 1
+
+
+def test_a_client_that_does_not_read_its_answer_is_left(listen):
+    server = listen(lambda request, answer: answer(Response(200, b"x" * (32 << 20))), head_seconds=0.2, pace=1 << 30)
+    with Wire(server, GET) as client:
+        assert gone(server)
+        status, headers, _ = client.answer(body=False)
+        with contextlib.suppress(ConnectionResetError):
+            assert status == 200 and len(client.file.read()) < int(headers[b"content-length"])
+
+
+def gone(server):
+    """True as soon as a connection has come and no connection is left."""
+    server.until(lambda: server.lines and not server.server.connections)
+    return True
+
+
+def test_what_one_thread_tells_the_listener_is_done_although_another_tells_it_something_between(listen):
+    """The second append came before the first looked whether it was alone: each left it to the other to wake."""
+    server = listen().server
+    done, second = [threading.Event(), threading.Event()], []
+
+    class Interrupted(collections.deque):
+        """After its first append another thread gets its turn."""
+
+        def append(self, what):
+            super().append(what)
+            if not second:
+                second.append(threading.Thread(target=server._tell, args=(done[1].set,)))
+                second[0].start()
+                second[0].join()
+
+    server._told = Interrupted()
+    server._tell(done[0].set)
+    assert done[0].wait(20) and done[1].wait(20)
+
+
+def test_a_defect_in_what_the_listener_is_told_costs_nobody_else_an_answer(listen, caplog):
+    server = listen().server
+    held, go, done = threading.Event(), threading.Event(), [threading.Event(), threading.Event()]
+    server._tell(lambda: (held.set(), go.wait(20)))
+    assert held.wait(20)
+    server._tell(lambda: 1 // 0)
+    server._tell(done[0].set)
+    go.set()
+    assert done[0].wait(20)
+    server._tell(done[1].set)
+    assert done[1].wait(20) and "ZeroDivisionError" in caplog.text
+
+
+def test_stopping_ends_all_connections_and_lets_those_at_work_be_answered(listen, gate):
+    server = listen(gate)
+    with Wire(server, GET) as at_work, Wire(server) as silent, Wire(server, b"GET / HT") as head, Wire(
+            server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n123") as body:
+        assert gate.entered.acquire(timeout=20)
+        server.until(lambda: len(server.server.connections) == 4)
+        threading.Thread(target=server.server.stop, args=(20,)).start()
+        for waiting in (silent, head, body):
+            with contextlib.suppress(ConnectionResetError):
+                assert waiting.closed()
+        gate.opened.set()
+        status, headers, _ = at_work.answer()
+        assert (status, headers[b"connection"]) == (200, b"close") and at_work.closed()
+        server.thread.join(20)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", server.port), timeout=20).close()
+
+
+def test_stopping_does_not_wait_longer_than_it_should_for_what_is_at_work(listen, gate):
+    server = listen(gate)
+    with Wire(server, GET) as client:
+        assert gate.entered.acquire(timeout=20)
+        server.stop()
+        with contextlib.suppress(ConnectionResetError):
+            assert client.closed()
+
+
+def test_an_answer_after_the_stop_is_dropped(listen):
+    """The store answers what it still writes after the server has stopped: its thread must not end by that."""
+    answers = []
+    server = listen(lambda request, answer: answers.append(answer))
+    with Wire(server, GET):
+        server.until(lambda: answers)
+        server.stop()
+        answers[0](Response(200, b"late\n"))
+
+
+# TLS
+
+@pytest.fixture(name="tls", scope="module")
+def a_certificate_of_its_own(tmp_path_factory):
+    """The folder of a certificate that signs itself, and its key."""
+    path = tmp_path_factory.mktemp("tls")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-days", "2", "-subj", "/CN=localhost", "-keyout", path / "key", "-out", path / "certificate"],
+                   check=True, capture_output=True)
+    return path
+
+
+def shake_hands(server, tls):
+    """A socket with TLS to the server."""
+    context = ssl.create_default_context(cafile=str(tls / "certificate"))
+    context.check_hostname = False
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", server.port), timeout=20))
+
+
+def test_clients_that_never_shake_hands_make_room_for_one_that_does(listen, tls):
+    server = listen(tls=tls_context(str(tls / "certificate"), str(tls / "key")), connections=3)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(Wire(server)) for _ in range(3)]
+        server.until(lambda: len(server.server.connections) == 3)
+        for _ in range(2):
+            client = stack.enter_context(shake_hands(server, tls))
+            client.sendall(GET)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+        assert silent[0].closed() and silent[1].closed()
+
+
+def test_pipelined_requests_in_one_tls_record_are_all_answered(listen, tls):
+    server = listen(tls=tls_context(str(tls / "certificate"), str(tls / "key")))
+    with shake_hands(server, tls) as client, client.makefile("rb") as file:
+        client.sendall(GET * 300)               # about the 16 KiB that a record holds
+        for _ in range(300):
+            assert file.readline() == b"HTTP/1.1 200 OK\r\n"
+            while file.readline() != b"\r\n":
+                pass
+            assert file.readline() == b"ok\n"
+
+
+def test_an_answer_over_tls_that_does_not_fit_the_socket_arrives_whole(listen, tls):
+    body = bytes(range(256)) * (1 << 15)
+    server = listen(lambda request, answer: answer(Response(200, body)),
+                    tls=tls_context(str(tls / "certificate"), str(tls / "key")))
+    with shake_hands(server, tls) as client, client.makefile("rb") as file:
+        client.sendall(GET + GET)
+        for _ in range(2):
+            while file.readline() != b"\r\n":
+                pass
+            assert file.read(len(body)) == body
