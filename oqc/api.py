@@ -96,6 +96,11 @@ class Api:
         else:
             made(lambda response: answer(response if isinstance(response, Response) else failure(response, request)))
 
+    def flush(self) -> bool:
+        """Write what requests wait for; called when no other is there to be handled at once. True: call it soon again.
+        """
+        return bool(self.store.flush())
+
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
         """(function, what its path says, name of the key); raises Problem."""
         methods, arguments = route(request.path)
@@ -143,8 +148,8 @@ class Api:
             return response(self.store.add(submissions, request.key_name, key), seconds)
 
         def later(answer: Callable[[Union[Response, Exception]], None]) -> None:
-            self.store.add_later(submissions, request.key_name, key,
-                                 lambda added, error: answer(error or response(added)))
+            self.store.add_soon(submissions, request.key_name, key,
+                                lambda added, error: answer(error or response(added)))
         return later
 
     def _submissions(self, values: List[Any], many: bool) -> List[Submission]:

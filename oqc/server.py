@@ -49,6 +49,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self.date = clock.date()
         self._look_at = self._accept_at = 0.0               # monotonic: of the deadlines; of the listening socket
         self._close_at = FAR                                # monotonic: by then all connections are closed
+        self._more = False                                  # answers are to be written, so that nothing may be awaited
         self._listener = 0                                  # the id of the thread in serve_forever
         self._stopped = threading.Event()
         self._told: Deque[Callable[[], None]] = collections.deque()         # what the listener is to do, with a wake
@@ -85,7 +86,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._stopped.set()
 
     def _look(self, seconds: float) -> None:
-        for key, _ in self._selector.select(seconds):
+        for key, _ in self._selector.select(0 if self._more else seconds):
             try:
                 if isinstance(key.data, Connection):
                     self._readable(key.data)
@@ -95,6 +96,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 log.exception("listener")
                 if isinstance(key.data, Connection):
                     self._forget(key.data)
+        self._more = self.api.flush()
         self.service_actions()
 
     def _accept(self) -> None:
@@ -219,13 +221,17 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._go_on(connection)
 
         def answer_here(response: Response) -> None:
-            if threading.get_ident() == self._listener:
+            if not returned:
                 answer(response)
+            elif threading.get_ident() == self._listener:
+                answer_and_go_on(response)
             else:                       # from the store: many come with one commit, and one thread sends them quickest
                 self._tell(functools.partial(answer_and_go_on, response))
 
+        returned = False
         if self.api.is_quick(request):
             self.api.handle(request, answer_here)
+            returned = True
         else:
             self._in_thread(functools.partial(self.api.handle, request, answer))
 

@@ -1,15 +1,16 @@
 """The jobs in SQL: one thread that writes them in groups, and connections that only read.
 
 One connection writes and checkpoints, because SQLite 3.7.0 to 3.51.2 can corrupt a WAL that two of them do
-(https://sqlite.org/wal.html, "the WAL-reset bug"); it belongs to the writer thread. Every other one is `query_only`.
+(https://sqlite.org/wal.html, "the WAL-reset bug"); it belongs to whoever has the turn. Every other one is `query_only`.
 """
+import collections
 import contextlib
 import logging
 import os
 import queue
 import sqlite3
 import threading
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs
 from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, no_room, prepared
@@ -22,6 +23,7 @@ MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
 PATIENCE = 0.002                    # seconds that an echo's end waits for another write to share its commit
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
+SLOW = 0.01                         # seconds of a commit for which nothing else should wait
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
 
 
@@ -30,12 +32,11 @@ class IllegalTransition(Refused):
 
 
 class _Write(NamedTuple):
-    """A piece of work for the writer thread, and whom to tell what came of it."""
+    """A piece of work for a transaction, and whom to tell what came of it."""
 
     then: Callable[[Any, Optional[Exception]], None]
     work: Optional[Callable[..., Any]]          # None: the last one
-    arguments: Tuple[Any, ...]
-    patient: bool               # nobody waits for it, so it may wait for others to share their commit
+    arguments: Tuple[Any, ...] = ()
 
 
 def _transition(event: str) -> Tuple[str, str]:
@@ -93,12 +94,16 @@ class Store:
         self._closed, self._gate = False, threading.Lock()      # nothing is put on the queue after the last write
         self.trouble: Optional[StoreError] = None       # why the last write, or a read since, did not succeed
         self._writes: "queue.SimpleQueue[_Write]" = queue.SimpleQueue()
+        self._patient: Deque[_Write] = collections.deque()      # nobody waits for them: they share another's commit
+        self._soon: List[_Write] = []           # for the next flush; of the one thread that calls it
+        self._turn = threading.Lock()           # held by whoever uses the writing connection
+        self._commit_seconds = 0.0              # that the last commit took
         self._thread = threading.Thread(target=self._write_groups, name="writer", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop the writer thread after what it was given; merge the WAL into the file; give up the lock."""
-        self._write_later(lambda value, error: None, None)
+        self._put(_Write(lambda value, error: None, None))
         self._thread.join()
         for reader in self._readers:
             reader.close()
@@ -175,11 +180,24 @@ class Store:
         KeyReused if it came with another body."""
         return self._write(self._add, submissions, submitter, key)
 
-    def add_later(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey],
-                  then: Callable[[Any, Optional[Exception]], None]) -> None:
-        """add, but without waiting: when it is on disk the writer thread calls `then(addition, None)`, or else
-        `then(None, error)`. A thread that waits for each would be most of its cost."""
-        self._write_later(then, self._add, submissions, submitter, key)
+    def add_soon(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey],
+                 then: Callable[[Any, Optional[Exception]], None]) -> None:
+        """add, but without waiting: with the next `flush`, and when it is on disk, `then(addition, None)` is called, or
+        else `then(None, error)`. For one thread, the one that calls flush."""
+        self._soon.append(_Write(then, self._add, (submissions, submitter, key)))
+
+    def flush(self) -> bool:
+        """Write what add_soon was given: here, since handing it to another thread and back takes as long as the disk
+        does; by the writer thread if that is at work already, or the disk is slow. True if more was given meanwhile."""
+        group, self._soon = self._soon, []
+        if not group:
+            return False
+        if self._commit_seconds < SLOW and self._turn.acquire(blocking=False):
+            self._commit_in_turn(group)
+        else:
+            for write in group:
+                self._put(write)
+        return bool(self._soon)
 
     def prune(self, seconds: float) -> int:
         """Delete the jobs that ended longer ago than that, some at a time, so that others can write; how many."""
@@ -201,7 +219,7 @@ class Store:
     def run(self, numbers: Sequence[int], runtime: str, attempt: Callable[[Task], Ending]) -> List[Ending]:
         """claim, `attempt` each, and settle, all in one transaction: for attempts that take no time and cannot be cut
         off, of which a claim of its own would tell nobody anything."""
-        return self._write(self._run, numbers, runtime, attempt, patient=True)
+        return self._write(self._run, numbers, runtime, attempt, patience=PATIENCE)
 
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; False if it does not wait."""
@@ -294,53 +312,68 @@ class Store:
     def _resume(self, runtime: str) -> None:
         self._writer.execute("DELETE FROM pauses WHERE runtime = ?", (runtime,))
 
-    def _write(self, work: Optional[Callable[..., Any]], *arguments: Any, patient: bool = False) -> Any:
-        """Have the writer thread do `work` in its next transaction; return or raise what came of it, committed."""
+    def _write(self, work: Callable[..., Any], *arguments: Any, patience: float = 0.0) -> Any:
+        """Have `work` done in the next transaction, or for up to `patience` seconds in that of another write, so that a
+        client that adds echoes one by one waits for one commit a job, not two. Returns or raises what came of it,
+        committed."""
         done, came = threading.Lock(), []
         done.acquire()              # pylint: disable=consider-using-with # `tell` releases it
 
         def tell(value: Any, error: Optional[Exception]) -> None:
             came.append((value, error))
             done.release()
-        self._write_later(tell, work, *arguments, patient=patient)
-        done.acquire()              # pylint: disable=consider-using-with # waits
+        write = _Write(tell, work, arguments)
+        if patience:
+            self._patient.append(write)
+        if not (patience and done.acquire(timeout=patience)):
+            try:
+                if patience:
+                    self._patient.remove(write)
+                self._put(write)
+            except ValueError:      # in somebody's hands already
+                pass
+            done.acquire()          # pylint: disable=consider-using-with # waits
         value, error = came[0]
         if error is not None:
             raise error
         return value
 
-    def _write_later(self, then: Callable[[Any, Optional[Exception]], None], work: Optional[Callable[..., Any]],
-                     *arguments: Any, patient: bool = False) -> None:
+    def _put(self, write: _Write) -> None:
+        """Give the writer thread something to do."""
         with self._gate:
             if not self._closed:
-                self._closed = work is None
-                self._writes.put(_Write(then, work, arguments, patient))
+                self._closed = write.work is None
+                self._writes.put(write)
                 return
-        then(None, StoreError(f"{self.path}: is closed, the server is stopping"))
+        write.then(None, StoreError(f"{self.path}: is closed, the server is stopping"))
 
     def _write_groups(self) -> None:
         """The writer thread: whatever waits goes into one transaction, since the disk, not SQL, is what takes time."""
         running = True
         while running:
             group = [self._writes.get()]
-            if group[0].patient:
-                self._share_commit(group)
+            self._turn.acquire()    # pylint: disable=consider-using-with # _commit_in_turn releases it
             while len(group) < GROUP and not self._writes.empty():
                 group.append(self._writes.get())
             running = all(write.work for write in group)
-            for write, (value, error) in zip(group, self._commit(group)):
-                try:
-                    write.then(value, error)
-                except Exception:   # pylint: disable=broad-exception-caught # not the store's: the thread goes on
-                    log.exception("after a write")
+            self._commit_in_turn(group)
 
-    def _share_commit(self, group: List[_Write]) -> None:
-        """Wait a moment for a write that somebody waits for: it takes this one along in its own commit. A client that
-        adds echo jobs one after the other waits for one commit a job, not two."""
+    def _commit_in_turn(self, group: List[_Write]) -> None:
+        """Commit a group and what is patient, give up the turn, and tell everybody."""
         try:
-            group.append(self._writes.get(timeout=PATIENCE))
-        except queue.Empty:
+            while self._patient:
+                group.append(self._patient.popleft())
+        except IndexError:          # its owner took it back
             pass
+        began = self.clock.monotonic()
+        came = self._commit(group)
+        self._commit_seconds = self.clock.monotonic() - began
+        self._turn.release()
+        for write, (value, error) in zip(group, came):
+            try:
+                write.then(value, error)
+            except Exception:       # pylint: disable=broad-exception-caught # not the store's: the thread goes on
+                log.exception("after a write")
 
     def _commit(self, group: List[_Write]) -> List[Tuple[Any, Optional[Exception]]]:
         """Do all of a group and commit it, or undo it all; a (value, error) each. What one work alone did wrong is not

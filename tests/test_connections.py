@@ -32,6 +32,10 @@ class Scripted:
         """Nothing is refused."""
 
     @staticmethod
+    def flush():
+        """Nothing waits to be written."""
+
+    @staticmethod
     def is_quick(_):
         """Every request gets a thread."""
         return False

@@ -14,7 +14,7 @@ from oqc import jobs
 from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check
 from oqc.jobs import DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob
-from oqc.store import IllegalTransition, Store
+from oqc.store import IllegalTransition, Store, _Write
 
 ECHO = Submission("X(90)", "echo", seed=7)
 GOOD, BAD, BUSY = Outcome(0, None, "[1]", True), Outcome(3, "cold"), Outcome(75, "busy", transient=True)
@@ -70,7 +70,7 @@ class Held:
     def __init__(self, store):
         self.store, self.reached, self.may_go, self.statements = store, threading.Event(), threading.Event(), []
         self.threads, self.came = [], {}
-        store._write_later(lambda value, error: None, self._hold)
+        store._put(_Write(lambda value, error: None, self._hold))
         assert self.reached.wait(20)
 
     def _hold(self):
@@ -442,22 +442,80 @@ def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(store, tmp_path,
     assert held.commits() in (commits, commits - 1), "one for all, or one for each that did nothing wrong"
 
 
-def test_an_addition_is_told_from_the_writer_thread_after_it_is_on_disk(store, tmp_path):
-    told, said = [], threading.Event()
+def test_what_is_added_soon_is_told_after_it_is_on_disk(store, tmp_path):
+    told = []
+    for _ in range(2):
+        store.add_soon([ECHO], "alice", None, lambda addition, error: told.append(
+            ([job.id for job in addition.jobs], error, threading.current_thread(), len(rows(tmp_path)))))
+    assert not told and not rows(tmp_path)
+    assert store.flush() is False
+    assert told == [([1], None, threading.current_thread(), 2), ([2], None, threading.current_thread(), 2)]
+
+
+def test_a_flush_does_not_wait_for_the_writer_thread(store, tmp_path):
+    held, told, said = Held(store), [], threading.Event()
 
     def then(addition, error):
-        told.append(([job.id for job in addition.jobs], error, len(rows(tmp_path))))
+        told.append(([job.id for job in addition.jobs], error, threading.current_thread().name, len(rows(tmp_path))))
         said.set()
-    store.add_later([ECHO], "alice", None, then)
-    assert said.wait(20) and told == [([1], None, 1)]
+    store.add_soon([ECHO], "alice", None, then)
+    assert store.flush() is False and not told
+    held.go()
+    assert said.wait(20) and told == [([1], None, "writer", 1)]
+
+
+def test_a_flush_leaves_a_slow_disk_to_the_writer_thread(store):
+    told, said = [], threading.Event()
+
+    def then(_addition, _error):
+        told.append(threading.current_thread().name)
+        said.set()
+    store._commit_seconds = 1.0
+    store.add_soon([ECHO], "alice", None, then)
+    store.flush()
+    assert said.wait(20) and told == ["writer"]
+    store.add_soon([ECHO], "alice", None, then)
+    store.flush()
+    assert len(told) == 2, "the last commit was quick again"
+
+
+def test_what_is_added_while_a_flush_tells_is_for_the_next(store):
+    told = []
+
+    def then(addition, _):
+        told.append(addition.jobs[0].id)
+        store.add_soon([ECHO], "alice", None, lambda addition, error: told.append(addition.jobs[0].id))
+    store.add_soon([ECHO], "alice", None, then)
+    assert store.flush() is True and told == [1]
+    assert store.flush() is False and told == [1, 2]
 
 
 def test_what_goes_wrong_in_the_one_who_is_told_does_not_end_the_writer(store, caplog):
     def then(addition, error):
         raise ZeroDivisionError
-    store.add_later([ECHO], "alice", None, then)
+    store.add_soon([ECHO], "alice", None, then)
+    store.flush()
+    store._put(_Write(then, lambda: None))
     assert added(store) == [2]
-    assert "after a write" in caplog.text
+    assert caplog.text.count("after a write") == 2
+
+
+def test_a_patient_write_shares_the_commit_of_another(store, monkeypatch):
+    """An echo's end waits a moment for the client's next job."""
+    monkeypatch.setattr("oqc.store.PATIENCE", 20.0)
+    number, = added(store)
+    commits = []
+    store._writer.set_trace_callback(lambda statement: statement == "COMMIT" and commits.append(statement))
+    ended = []
+    thread = threading.Thread(target=lambda: ended.extend(store.run([number], "echo", lambda task: ending(
+        task, "succeeded"))))
+    thread.start()
+    while not store._patient:
+        pass
+    added(store)
+    thread.join()
+    assert len(commits) == 1 and [one.task.id for one in ended] == [number]
+    assert [store.get(number).status for number in (1, 2)] == ["Success", "Starting"]
 
 
 # Pages
