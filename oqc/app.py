@@ -14,7 +14,7 @@ from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused
 from oqc.config import ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
-from oqc.server import Limits, Server, tls_context
+from oqc.server import Limits, Server, notify, tls_context
 from oqc.store import Store
 from oqc.workers import Workers
 
@@ -131,7 +131,7 @@ def serve(settings: Settings) -> int:
 
 def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) -> None:
     """Build, start, wait, stop."""
-    dice = random.SystemRandom()
+    dice = random.Random()              # seeded by the system; a system call for each number costs a twentieth of an add
     try:
         tls = tls_context(settings.tls_cert, settings.tls_key)
     except OSError as error:
@@ -156,6 +156,7 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
     _say_what_there_is(settings, server)
     listener = threading.Thread(target=server.serve_forever, args=(0.25,), name="listener", daemon=True)
     listener.start()
+    notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
     while not signals.stop.is_set():
         if settings.keep_days:
             _forget_old_jobs(settings, store)
@@ -169,6 +170,7 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
 
 def _stop(settings: Settings, signals: Signals, clock: Clock, server: Server, workers: Workers, store: Store) -> None:
     """Take no more jobs, let those that run end, then everything, in the reverse order of its start."""
+    notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
     log.info("stopping: no new jobs, %g s for those that run; a second signal ends them at once", settings.drain)
     deadline = clock.monotonic() + settings.drain
     workers.drain(signals.any)
