@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import json
 import os
 import select
@@ -402,14 +403,25 @@ def _answer(output: bytes, retry_codes: Sequence[int]) -> Outcome:
 
 # The built-in runtimes, each a program over `lines`
 
-ROOT = str(Path(__file__).resolve().parent.parent)      # the folder that holds oqc/, or the .pyz itself
+@functools.lru_cache(maxsize=None)
+def _root() -> str:
+    """Where children import oqc from: the folder that holds oqc/; or a copy of the .pyz in memory, since that file may
+    be replaced while the server runs (memfd_create(2), where there is one)."""
+    root = str(Path(__file__).resolve().parent.parent)
+    if not os.path.isfile(root) or not hasattr(os, "memfd_create"):
+        return root
+    with open(root, "rb") as file, open(os.memfd_create("oqc.pyz"), "wb", closefd=False) as copy:
+        copy.write(file.read())
+        return f"/proc/{os.getpid()}/fd/{copy.fileno()}"
+
+
 START = "import sys; sys.path.insert(0, sys.argv.pop(1)); from oqc.runtimes import builtin; builtin(sys.argv[1:])"
 
 
 def builtin_command(name: str) -> Tuple[str, ...]:
     """The command of a built-in runtime, from a folder and from a single file alike. (A child that is started with
     `-m oqc` could not be imported from the .pyz.)"""
-    return (sys.executable, "-IS", "-c", START, ROOT, name)
+    return (sys.executable, "-IS", "-c", START, _root(), name)
 
 
 def builtin(arguments: Sequence[str]) -> int:

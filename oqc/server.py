@@ -1,5 +1,6 @@
 """The only room that touches sockets: connections, limits, deadlines, TLS, one write an answer."""
 import collections
+import contextlib
 import errno
 import functools
 import logging
@@ -201,10 +202,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             return
         connection.deadline = self.clock.monotonic() + self.limits.head_seconds + head.length / self.limits.pace
         if head.expects and not connection.buffer:
-            try:
+            with contextlib.suppress(OSError):      # the client has gone: reading finds that out
                 connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            except OSError:
-                pass                # the client has gone: reading finds that out
         connection.buffer = bytearray(connection.buffer)
 
     def _handle(self, connection: Connection) -> None:
@@ -242,10 +241,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _take_back(self) -> None:
         """Do what other threads have given the listener to do."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             self._wake_end.recv(4096)
-        except BlockingIOError:
-            pass
         try:
             while self._told:
                 self._told.popleft()()
@@ -398,10 +395,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._wake()                    # each time: whoever left that to another could do so just after it was done
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):      # full of wakes; or the server has stopped
             self._wake_write_end.send(b"!")
-        except OSError:
-            pass                        # full of wakes; or the server has stopped
 
     def log_access(self, connection: Connection, head: Optional[Head], status: int, size: int, began: float) -> None:
         """One line for a request: peer, key name, request, status, bytes, milliseconds. Quoted so that none can forge
@@ -432,6 +427,16 @@ def _send(sock: socket.socket, data: bytes) -> int:
         return sock.send(data)
     except (BlockingIOError, ssl.SSLWantWriteError):
         return 0
+
+
+def notify(address: Optional[str], state: str) -> None:
+    """Tell systemd how the server fares, at the address that it gave in NOTIFY_SOCKET, if it did (sd_notify(3))."""
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            try:
+                sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+            except OSError as error:
+                log.warning("NOTIFY_SOCKET %s: %s", address, error.strerror or error)
 
 
 def tls_context(certificate: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:
