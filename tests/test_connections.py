@@ -1,5 +1,6 @@
 """Connections at their limits: who makes room for whom, what is cut short, what stopping does. In this process, with
 an Api that does what the test says."""
+# pylint: disable=protected-access # what two threads tell the listener at once shows nowhere else
 import collections
 import contextlib
 import socket
@@ -92,6 +93,7 @@ class Gate:
 
 @pytest.fixture
 def gate():
+    """A Gate that is open in the end."""
     made = Gate()
     yield made
     made.opened.set()
@@ -181,8 +183,8 @@ def test_what_one_thread_tells_the_listener_is_done_although_another_tells_it_so
     class Interrupted(collections.deque):
         """After its first append another thread gets its turn."""
 
-        def append(self, what):
-            super().append(what)
+        def append(self, x):
+            super().append(x)
             if not second:
                 second.append(threading.Thread(target=server._tell, args=(done[1].set,)))
                 second[0].start()
