@@ -6,6 +6,7 @@ from oqc import qubit
 from oqc.qubit import Vector
 
 MOST = 100                          # pulses drawn: with more of them a picture shows nothing, and only grows
+NUMBERED = 20                       # of them have their number beside them, and the last one
 STEP = 6                            # degrees from one point of an arc to the next, at most
 WIDTH, HEIGHT, RADIUS = 480, 540, 180
 # From where one looks: x comes towards the viewer and to the left, y goes to the right, z up
@@ -37,7 +38,7 @@ def picture(title: str, job: str) -> str:
     about = f"the first {MOST} of {MOST + left_out} pulses" if left_out else shown
     places: Dict[Tuple[str, str], List[str]] = {}
     for number, vector in enumerate(path):
-        places.setdefault(_place(vector), []).append(str(number))
+        places.setdefault(_place(vector), []).extend([str(number)] * (number <= NUMBERED or number == len(pulses)))
     marks = [f'<circle cx="{x}" cy="{y}" r="4"/>' + _text(float(x) + 7, float(y) + 16, _cut(",".join(numbers), 16))
              for (x, y), numbers in places.items()]
     for name, axis in (("x", AXES["X"]), ("y", AXES["Y"]), ("z |0⟩", AXES["Z"]), ("|1⟩", (0.0, 0.0, -1.0))):
