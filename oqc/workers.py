@@ -128,6 +128,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Start no more jobs. Those that run go on, and `tell` is set when none is left."""
         self._idle = tell
         self.draining.set()
+        self._tell()
 
     def busy(self) -> bool:
         """Whether a job runs."""
@@ -153,9 +154,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
         """Have these jobs run, oldest first, once the store has them."""
-        waiting = self._queues[mode]
         for number in numbers:
-            waiting.put(number)
+            self._queues[mode].put(number)
         self._ring(mode, len(numbers))
         self._tell()
 
