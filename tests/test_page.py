@@ -40,8 +40,9 @@ class Browser:
         (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs_in, theirs_out)]
         self.process = subprocess.Popen(
-            ["bash", "-c", f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}', "bash", CHROMIUM, *FLAGS, f"--user-data-dir={folder}"],
-            pass_fds=ends, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            ["bash", "-c", f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}', "bash", CHROMIUM, *FLAGS,
+             f"--user-data-dir={folder}"], pass_fds=ends,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for end in (theirs_in, theirs_out, *ends):
             os.close(end)
         self._number, self._buffer, self.events = 0, b"", []
@@ -74,6 +75,7 @@ class Browser:
         return json.loads(message)
 
     def close(self):
+        """End it."""
         self.call("Browser.close")
         self.process.wait(20)
         os.close(self._in)
@@ -95,7 +97,8 @@ class Tab:
 
     def look(self, width, theme):
         """Be so wide, and light or dark."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1,
+                  mobile=width < 500)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
 
     def go(self, url):
@@ -244,8 +247,9 @@ def test_a_status_that_waits_is_answered_by_whatever_happens_next(serve):
 def test_every_kind_of_change_is_one(serve):
     server = serve()
     since = server.request("GET", "/status/").json["change"]
-    for change in (("POST", "/runtimes/emulator/pause/", None), ("POST", "/jobs/add/", {"job": "X(1)", "mode": "verbatim"}),
-                   ("DELETE", "/jobs/1/", None), ("POST", "/runtimes/emulator/resume/", None)):
+    pause, resume = (("POST", f"/runtimes/emulator/{what}/", None) for what in ("pause", "resume"))
+    for change in (pause, resume, pause, ("POST", "/jobs/add/", {"job": "X(1)", "mode": "verbatim"}),
+                   ("DELETE", "/jobs/1/", None)):
         assert server.request("GET", f"/status/?wait=0&since={since}").json["change"] == since
         assert server.request(*change).status in (200, 201)
         since = changed(server, since)
@@ -288,8 +292,7 @@ def test_the_sphere_turns_and_its_path_is_that_of_the_server(lab, visit):
     job = "X(90), Z(100), Y(405), Z(7), X(359)"
     tab = visit(lab)
     tab.ask(f"path({json.dumps(job)}, 'a job')")
-    numbers = [float(cell) for line in tab.ask("[...$('numbers').rows].map(row => [...row.cells].map(cell => cell.textContent))")
-               for cell in line[2:]]
+    numbers = tab.ask("[...$('numbers').rows].flatMap(row => [2, 3, 4].map(at => Number(row.cells[at].textContent)))")
     assert numbers == pytest.approx([value for vector in qubit.path(job) for value in vector], abs=1e-4)
     first = tab.ask(DRAWN)
     served = re.findall(r' d="([^"]*)"', bloch.picture("", job))
@@ -314,7 +317,8 @@ def test_the_sphere_turns_and_its_path_is_that_of_the_server(lab, visit):
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     assert tab.ask(DRAWN) == turned             # the button is up
     for kind, off in (("touchStart", 0), ("touchMove", 30), ("touchEnd", None)):
-        tab.call("Input.dispatchTouchEvent", type=kind, touchPoints=[] if off is None else [{"x": x + off, "y": y + off}])
+        at = [] if off is None else [{"x": x + off, "y": y + off}]
+        tab.call("Input.dispatchTouchEvent", type=kind, touchPoints=at)
     assert tab.ask(DRAWN) != turned
 
 
@@ -374,7 +378,8 @@ def test_an_operator_sees_what_happens_and_steps_in(serve, visit):
 
 def test_the_newest_jobs_are_filtered_and_older_ones_shown_on_demand(serve, visit):
     server = serve()
-    server.request("POST", "/jobs/add/?wait=30", [{"job": f"X({n})", "mode": "echo", "return_code": int(n < 2)} for n in range(20)])
+    server.request("POST", "/jobs/add/?wait=30", [{"job": f"X({number})", "mode": "echo",
+                                                   "return_code": int(number < 2)} for number in range(20)])
     server.wait(server.add("Y(1)", "simulation"))
     tab = visit(server)
     shown = "[...document.querySelectorAll('#jobs th button')].map(button => Number(button.textContent)).join()"
@@ -384,7 +389,8 @@ def test_the_newest_jobs_are_filtered_and_older_ones_shown_on_demand(serve, visi
     assert tab.ask("$('older').hidden")
     tab.ask("$('by-mode').value = 'simulation'; $('by-mode').dispatchEvent(new Event('change'))")
     tab.until(f"{shown} === '21'")
-    tab.ask("$('by-mode').value = ''; $('by-status').value = 'Runtime Error'; $('by-mode').dispatchEvent(new Event('change'))")
+    tab.ask("$('by-mode').value = ''; $('by-status').value = 'Runtime Error'; "
+            "$('by-status').dispatchEvent(new Event('change'))")
     tab.until(f"{shown} === '2,1'")
     tab.ask("document.querySelector('#jobs th button').click()")
     tab.until("$('story').textContent.includes('echo of return code 1')")
@@ -394,7 +400,8 @@ def test_it_waits_for_changes_and_rows_that_stay_keep_the_focus(lab, visit, brow
     lab.wait(lab.add("X(1)", "echo"))
     tab = visit(lab)
     tab.until("document.querySelector('#jobs th button')")
-    number = tab.ask("(button => (button.focus(), Number(button.textContent)))(document.querySelector('#jobs th button'))")
+    number = tab.ask("(button => (button.focus(), Number(button.textContent)))"
+                     "(document.querySelector('#jobs th button'))")
     newer = lab.add("X(2)", "echo")["id"]
     tab.until(f"document.querySelector('#jobs th button')?.textContent === '{newer}'")
     assert tab.ask("Number(document.activeElement.textContent)") == number
@@ -465,7 +472,8 @@ def test_whoever_cannot_see_it_is_told_what_everything_is(lab, visit):
     assert {"Pause qpu", "Pause simulator", "Run"} <= set(roles["button"])
     assert len(set(roles["button"])) == len(roles["button"])    # no two that sound the same
     assert "Path on the Bloch sphere. Job" in roles["image"][0] and "X(90) to (0, -1, 0)" in roles["image"][0]
-    assert {"Jobs that have not ended", "What runs the jobs", "The newest first", "Counts of 1000 shots"} <= set(roles["table"])
+    assert {"Jobs that have not ended", "What runs the jobs", "The newest first", "Counts of 1000 shots"} <= set(
+        roles["table"])
     assert len(roles["status"]) == 3 and roles["alert"]
 
 
