@@ -438,6 +438,7 @@ def test_what_a_runtime_says_stays_text(lab, visit):
 
 
 def test_it_fits_and_can_be_read_on_a_phone_and_a_desk_in_dark_and_light(lab, visit):
+    lab.wait(lab.add("X(90), " * 99 + "X(90)", "echo"))
     tab = visit(lab)
     tab.press("Enter")
     tab.until("!$('counts').hidden")
