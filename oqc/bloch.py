@@ -54,7 +54,8 @@ def _marks(path: List[Vector]) -> Iterator[str]:
         places.setdefault(_place(vector), []).extend([str(number)] * numbered)
     for place, numbers in places.items():
         x, y = map(float, place.split())
-        yield f'<circle cx="{x}" cy="{y}" r="4"/>' + _text(x + 7, y + 16, _cut(",".join(numbers), 16))
+        beside = (x - 7, "end") if x > 300 else (x + 7, "start")        # on the side where there is room
+        yield f'<circle cx="{x}" cy="{y}" r="4"/>' + _text(beside[0], y + 16, _cut(",".join(numbers), 16), beside[1])
     for name, (x, y, z) in (("x", X), ("y", Y), ("z |0⟩", Z), ("|1⟩", DOWN)):
         x, y = map(float, _place((1.16 * x, 1.16 * y, 1.16 * z)).split())
         yield _text(x - 6, y + 5, name)
@@ -99,8 +100,8 @@ def _numbers(vector: Vector) -> str:
     return f"({', '.join(f'{round(value, 4) + 0.0:g}' for value in vector)})"
 
 
-def _text(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}">{text}</text>'
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
 def _cut(text: str, most: int) -> str:
