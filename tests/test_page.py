@@ -340,7 +340,7 @@ def test_the_key_is_kept_in_the_tab_and_nowhere_else(lab, visit):
     assert tab.ask("[$('key').type, $('main').hidden, $('key') === document.activeElement]") == ["password", True, True]
     tab.type("wrong")
     tab.press("Enter")
-    tab.until("$('said').textContent.includes('send the key')")
+    tab.until("$('said').textContent.includes('does not know this key')")
     assert tab.ask("[sessionStorage.length, $('main').hidden, $('key').value]") == [0, True, ""]
     tab.expected = tab.complaints()             # the browser's own line about the 401
     tab.open()
