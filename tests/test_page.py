@@ -286,6 +286,10 @@ def test_a_physicist_with_a_keyboard_alone_types_a_job_and_sees_what_comes_of_it
     widths = tab.ask("[...document.querySelectorAll('.bar rect')].map(bar => bar.getAttribute('width'))")
     assert widths == [f"{100 * count / 250:g}%" for count in result["counts"].values()]
     assert f"Job {number}." in tab.text("#what")
+    tab.ask("HTMLAnchorElement.prototype.click = function () { window.saved = [this.download, this.protocol] }")
+    tab.ask("$('save').click()")
+    tab.until("$('said').textContent.includes('is saved')")
+    assert tab.ask("window.saved") == [f"job-{number}.svg", "blob:"]
 
 
 def test_the_sphere_turns_and_its_path_is_that_of_the_server(lab, visit):
