@@ -2,6 +2,7 @@
 
 No sockets and no SQL. What can go wrong is raised as what it is, and becomes an answer in one place, `Api.handle`.
 """
+import base64
 import functools
 import hashlib
 import json
@@ -9,7 +10,7 @@ import pkgutil
 import re
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
-from oqc import __version__, jobs
+from oqc import __version__, bloch, jobs
 from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, Submission
 from oqc.messages import (
     Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, metrics_text, number,
@@ -32,7 +33,19 @@ def _data(name: str) -> bytes:
     return found
 
 
-CHEAT_SHEET, OPENAPI = _data("cheatsheet.txt").decode(), _data("openapi.json")
+def _policy(page: bytes) -> str:
+    """The Content-Security-Policy that lets the browser run the script and the style that stand in the page, and
+    speak to this server, and nothing else (CSP level 3, section 2.3.1 has the hashes)."""
+    hashes = {name: base64.b64encode(hashlib.sha256(page.split(b"<%b>" % name)[1].split(b"</%b>" % name)[0]).digest())
+              for name in (b"script", b"style")}
+    return (f"default-src 'none'; script-src 'sha256-{hashes[b'script'].decode()}'; style-src "
+            f"'sha256-{hashes[b'style'].decode()}'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")
+
+
+CHEAT_SHEET, OPENAPI, PAGE_BODY = _data("cheatsheet.txt").decode(), _data("openapi.json"), _data("page.html")
+PAGE_HEADERS = (("Content-Security-Policy", _policy(PAGE_BODY)), ("X-Content-Type-Options", "nosniff"),
+                ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"), ("Vary", "Accept"))
 
 
 class Keys:
@@ -218,6 +231,14 @@ class Api:
             return text_response(result_text(result))
         return Response(200, result.encode() + b"\n")
 
+    def picture(self, _: Request, name: str) -> Response:
+        """GET /jobs/{id}/bloch.svg: the path of a simulation on the Bloch sphere."""
+        job = self.store.get(job_id(name))
+        if job.mode != "simulation":
+            raise Problem(409, f"job {job.id} has the mode {job.mode}; only a simulation has a path that is known")
+        return Response(200, bloch.picture(f"Job {job.id} on the Bloch sphere", job.job).encode(), "image/svg+xml",
+                        (("Content-Security-Policy", "default-src 'none'"), ("X-Content-Type-Options", "nosniff")))
+
     def _job(self, request: Request, name: str) -> Tuple[Job, Tuple[Tuple[str, str], ...]]:
         """The job of this path, after the wait that the query asks for; raises UnknownJob, Malformed."""
         known = job_id(name)
@@ -250,7 +271,9 @@ class Api:
     # The server
 
     def root(self, request: Request) -> Response:
-        """GET /: what can be asked for, with the address that was asked."""
+        """GET /: what can be asked for, with the address that was asked; for a browser the page."""
+        if re.match(rb"\s*text/html\b", request.headers.get("accept", b"")):
+            return Response(200, PAGE_BODY, "text/html; charset=utf-8", PAGE_HEADERS)
         host = request.headers.get("host", b"localhost:12021").decode()
         return text_response(CHEAT_SHEET.replace("HOST", host))
 
@@ -259,10 +282,16 @@ class Api:
         return Response(200, OPENAPI)
 
     def status(self, request: Request) -> Response:
-        """GET /status/: how much waits, runs and has ended, of one moment."""
+        """GET /status/: how much waits, runs and has ended, of one moment. `?wait=` seconds for a change, counted from
+        that which a status before had: `?since=`."""
+        query = parameters(request.query, ("wait", "since"))
+        since = number(query, "since", 0, 2 ** 63 - 1)
+        self.workers.wait_for_change(self.workers.changes if since is None else since,
+                                     number(query, "wait", 0, MOST_WAIT) or 0)
+        change = self.workers.changes           # before the store is read: nothing after it goes unnoticed
         found = {**self.store.status(), "paused": [name for name in self.workers.runtimes
                                                    if self.workers.describe(name)["state"] == "paused"],
-                 "version": __version__, "uptime": self.workers.uptime()}
+                 "version": __version__, "uptime": self.workers.uptime(), "change": change}
         if wants_text(request):
             return text_response(table([(name, json.dumps(value)) for name, value in found.items()], ("WHAT", "VALUE")))
         return Response(200, json.dumps(found).encode() + b"\n")
@@ -326,6 +355,7 @@ ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/jobs/list/?", {"GET": Api.list, "DELETE": Api.prune}),
     (r"/jobs/([^/]+)/?", {"GET": Api.get, "DELETE": Api.cancel}),
     (r"/jobs/([^/]+)/result/?", {"GET": Api.result}),
+    (r"/jobs/([^/]+)/bloch\.svg", {"GET": Api.picture}),
     (r"/", {"GET": Api.root}),
     (r"/openapi\.json", {"GET": Api.openapi}),
     (r"/health/?", {"GET": Api.health}),

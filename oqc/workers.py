@@ -57,10 +57,11 @@ class _Runtime:
         return ("paused" if self.paused is not None else "failing" if self.failing else
                 "busy" if len(self.running) >= self.spec.slots else "idle")
 
-    def ring(self) -> None:
-        """Have a worker that waits look at the queues."""
+    def ring(self, times: int = 0) -> None:
+        """Have so many workers that wait look at the queues, or all."""
         try:
-            self.bell.put_nowait(None)
+            for _ in range(times or self.spec.slots):
+                self.bell.put_nowait(None)
         except queue.Full:
             pass
 
@@ -74,20 +75,19 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                  clock: Any, dice: Callable[[], float], most_waits: int = 256) -> None:
         """`runtimes`: each with what makes a runtimes.Slot of it. `dice` gives numbers from 0 to 1, for the delays.
         `most_waits`: how many may be in `wait` at once, each of which holds a thread."""
-        self.most_waits, self._waits, self._began = most_waits, 0, clock.monotonic()
+        self.most_waits, self._waits, self.changes, self._began = most_waits, 0, 0, clock.monotonic()
         self._durations: Dict[Tuple[str, str], List[float]] = {}
         self.store, self.policy, self.clock, self.dice = store, policy, clock, dice
         self.runtimes = {spec.name: _Runtime(spec, clock.now()) for spec, _ in runtimes}
         self._slot_makers = {spec.name: make for spec, make in runtimes}
         self._queues: Dict[str, "queue.PriorityQueue[int]"] = {mode: queue.PriorityQueue() for mode in jobs.MODES}
-        self.lock = threading.RLock()           # over every _Runtime and _Attempt, and over what is below
+        self.lock = threading.Condition()       # over every _Runtime and _Attempt, and over what is below
         self._alarms: List[Tuple[float, str, int]] = []     # a heap: at these monotonic seconds a mode's id is due;
         self._alarm_set = threading.Event()                 # id 0: look again
         self._waiters: Dict[int, List[threading.Event]] = {}
         self._cancelled: Set[int] = set()       # ids that are still on a queue, or will be put on one by an alarm
-        self.draining = threading.Event()
+        self.draining, self._stopped = threading.Event(), threading.Event()
         self._idle = threading.Event()          # set by a worker that leaves no job running
-        self._stopped = threading.Event()
         self._threads: List[threading.Thread] = []
 
     # Life
@@ -128,6 +128,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Start no more jobs. Those that run go on, and `tell` is set when none is left."""
         self._idle = tell
         self.draining.set()
+        self._tell()
 
     def busy(self) -> bool:
         """Whether a job runs."""
@@ -143,8 +144,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 for attempt in runtime.running.values():
                     attempt.stopped = True
                     attempt.slot.wake()
-                for _ in range(runtime.spec.slots):
-                    runtime.ring()
+                runtime.ring()
             self._alarm_set.set()
             self._tell(list(self._waiters))
         for thread in self._threads:
@@ -154,13 +154,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
         """Have these jobs run, oldest first, once the store has them."""
-        waiting = self._queues[mode]
         for number in numbers:
-            waiting.put(number)
-        for runtime in self.runtimes.values():
-            if mode in runtime.spec.modes:
-                for _ in range(min(len(numbers), runtime.spec.slots)):
-                    runtime.ring()
+            self._queues[mode].put(number)
+        self._ring(mode, len(numbers))
+        self._tell()
 
     def waiting(self) -> int:
         """How many jobs wait to be run now."""
@@ -188,14 +185,13 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 if number:
                     self.enqueue(mode, [number])
                 else:
-                    self._ring_all(mode)
+                    self._ring(mode)
             self.clock.wait(self._alarm_set, pause)
 
-    def _ring_all(self, mode: str) -> None:
+    def _ring(self, mode: str, times: int = 0) -> None:
         for runtime in self.runtimes.values():
             if mode in runtime.spec.modes:
-                for _ in range(runtime.spec.slots):
-                    runtime.ring()
+                runtime.ring(times)
 
     # Work
 
@@ -252,6 +248,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def _attempt(self, runtime: _Runtime, slot: Any, task: Task) -> Ending:
         """Run a job that is claimed; what becomes of it."""
+        self._tell()
         attempt = runtime.running.get(task.id) or _Attempt(slot)
         begun, began = not attempt.interrupted(), self.clock.monotonic()
         try:
@@ -296,8 +293,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         elif was_failing and not runtime.failing:
             runtime.since = self.clock.now()
             log.warning("runtime %s starts again", runtime.spec.name)
-            for _ in range(runtime.spec.slots):
-                runtime.ring()
+            runtime.ring()
 
     def _announce(self, runtime: _Runtime, endings: Sequence[Ending]) -> None:
         """Tell those who wait, and set the alarm for what is tried again; after it is on disk."""
@@ -315,9 +311,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 runtime.failures += 1
                 log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
                          task.attempt, outcome.return_code, outcome.runtime_error)
-        if self._waiters:
-            with self.lock:
-                self._tell(over)
+        self._tell(over)
 
     def _insist(self, write: Callable[..., Any], *arguments: Any) -> Any:
         """Do a write that must not be lost; while the store cannot take it, again. None if the server stops first:
@@ -365,10 +359,21 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 if not self._waiters[number]:
                     del self._waiters[number]
 
-    def _tell(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            for ended in self._waiters.get(number, ()):
-                ended.set()
+    def _tell(self, numbers: Sequence[int] = ()) -> None:
+        with self.lock:             # whoever wants to know of any change waits for the lock itself
+            self.changes += 1
+            self.lock.notify_all()
+            for number in numbers:
+                for ended in self._waiters.get(number, ()):
+                    ended.set()
+
+    def wait_for_change(self, since: int, seconds: float) -> None:
+        """Return as soon as `changes` is not `since`, or after `seconds`; at once when as many wait as may."""
+        with self.lock:
+            room = self._waits < self.most_waits
+            self._waits += room
+            self.lock.wait_for(lambda: self.changes != since or self._stopped.is_set(), seconds * room)
+            self._waits -= room
 
     def cancel(self, number: int) -> Job:
         """End a job: one that waits at once, one that runs when its process group has ended. The ended job; raises
@@ -405,6 +410,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         except StoreError:
             runtime.paused = before
             raise
+        self._tell()
         log.warning("runtime %s is paused: %s", name, reason or "no reason given")
         return self.describe(name)
 
@@ -416,8 +422,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if runtime.paused is not None:
                 runtime.paused, runtime.since = None, self.clock.now()
                 log.warning("runtime %s is resumed", name)
-        for _ in range(runtime.spec.slots):
-            runtime.ring()
+        runtime.ring()
+        self._tell()
         return self.describe(name)
 
     def describe(self, name: str) -> Dict[str, Any]:
@@ -441,5 +447,4 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def states(self) -> Counter:
         """How many runtimes of each mode are in each state: {(mode, state): n}."""
         with self.lock:
-            return Counter((mode, runtime.state()) for runtime in self.runtimes.values()
-                           for mode in runtime.spec.modes)
+            return Counter((mode, one.state()) for one in self.runtimes.values() for mode in one.spec.modes)

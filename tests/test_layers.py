@@ -17,12 +17,13 @@ ROOMS = {
     "config": {"jobs"},
     "server": {"api", "wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"messages", "jobs"},
+    "api": {"messages", "bloch", "jobs"},
     "messages": {"jobs"},       # requests, responses and their bodies, kept apart from what they lead to
     "workers": {"jobs"},
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "runtimes": {"jobs", "qubit"},
+    "bloch": {"qubit"},         # the picture of a path
     "qubit": set(),
     "clock": set(),
     "jobs": set(),
