@@ -94,7 +94,8 @@ class Server:
 
     def memory(self, what="VmRSS"):
         """MiB of resident memory now, or, of VmHWM, at its peak; without its runtimes."""
-        return int(re.search(what + r":\s+(\d+)", Path(f"/proc/{self.process.pid}/status").read_text("ascii"))[1]) / 1024
+        status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
+        return int(re.search(what + r":\s+(\d+)", status)[1]) / 1024
 
     def stop(self):
         """Stop it."""

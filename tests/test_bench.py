@@ -38,7 +38,8 @@ def test_a_short_run_prints_a_table_and_writes_the_same_figures(tmp_path):
 def test_a_terminal_shows_how_far_it_is():
     ours, theirs = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        subprocess.run([*BENCH, "--only", "simulation", "--quick"], stderr=theirs, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([*BENCH, "--only", "simulation", "--quick"], stderr=theirs, stdout=subprocess.DEVNULL,
+                       check=True)
         os.close(theirs)
         shown = b""
         while b"a pulse" not in shown:
