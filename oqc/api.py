@@ -19,7 +19,7 @@ from oqc.messages import (
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
 MOST_JOBS = 10_000                  # in one array
-QUICK_BODY = 1 << 16                # bytes of a body that is parsed in no time
+QUICK_BODY = 1 << 13                # bytes of a body that costs other clients no time
 MOST_WAIT = 300                     # seconds
 KEY_HEADERS = ("api_key", "x-api-key")
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
@@ -157,8 +157,8 @@ class Api:
                 return Response(201, b"".join(array([found])), headers=headers)
             return Response(201, job_json(found[0]), headers=(("Location", f"/jobs/{found[0].id}/"), *headers))
 
-        if seconds:
-            return response(self.store.add(submissions, request.key_name, key), seconds)
+        if not self.is_quick(request):          # in a thread of its own, which may wait
+            return response(self.store.add(submissions, request.key_name, key), seconds or 0)
 
         def later(answer: Callable[[Union[Response, Exception]], None]) -> None:
             self.store.add_soon(submissions, request.key_name, key,

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = ROOT / "tests" / "runtimes"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # hundreds of servers start here: each would compile itself anew
 KEY = "$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 
 

@@ -3,18 +3,21 @@ an Api that does what the test says."""
 # pylint: disable=protected-access # what two threads tell the listener at once shows nowhere else
 import collections
 import contextlib
+import json
 import socket
 import ssl
 import subprocess
 import threading
 import time
+import types
 
 import pytest
 from test_wire import Wire
 
-from oqc.api import Keys
+from oqc.api import Api, Keys
 from oqc.clock import Clock
-from oqc.messages import Response
+from oqc.jobs import Addition, Job
+from oqc.messages import Request, Response
 from oqc.server import Limits, Server, tls_context
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -243,6 +246,25 @@ def test_an_answer_after_the_stop_is_dropped(listen):
         server.until(lambda: answers)
         server.stop()
         answers[0](Response(200, b"late\n"))
+
+
+@pytest.mark.parametrize("count, query, how", [(1, "", "add_soon"), (1000, "", "add"), (1, "wait=0", "add")])
+def test_only_what_the_listener_handles_is_left_to_its_flush(count, query, how):
+    """What a thread of the pool leaves to it would lie there until the listener looks by itself."""
+    asked, job = [], Job(1, "X(1)", "echo", "Starting", None, None, None, "T", None, None)
+
+    def add(*_):
+        asked.append("add")
+        return Addition([job])
+    store = types.SimpleNamespace(add=add, add_soon=lambda *_: asked.append("add_soon"))
+    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, enqueue=lambda *_: None)
+    api = Api(store, workers, Keys({"me": b"k"}), lambda: 7)
+    body = json.dumps([{"job": "X(1)", "mode": "echo"}] * count).encode()
+    request = Request("POST", "/jobs/add/", query, {"api_key": b"k"}, body)
+    answers = []
+    assert api.is_quick(request) is (how == "add_soon")
+    api.handle(request, answers.append)
+    assert asked == [how] and [answer.status for answer in answers] == [201] * (how == "add")
 
 
 # TLS

@@ -281,7 +281,7 @@ def refusal(folder, *flags, environment=None, beside=()):
     for the files named in `beside`."""
     before = files(folder)
     env = {name: value for name, value in os.environ.items() if not name.startswith("OQC_")}
-    env.update({"PYTHONPATH": str(ROOT)}, **(environment or {}))
+    env.update({"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}, **(environment or {}))
     ended = subprocess.run([sys.executable, "-m", "oqc", "--port", "0", *flags], cwd=folder, check=False, timeout=60,
                            env=env, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
