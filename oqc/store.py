@@ -73,7 +73,7 @@ CANCEL_WAITING = _end_sql("failed", "start_time IS NULL")
 TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
 
 
-class Store:
+class Store:                        # pylint: disable=too-many-instance-attributes # each has a line that says why
     """The jobs on disk. Every method is for any thread; one that writes returns when it is on disk.
 
     Raises StoreError from everything when the database cannot be used, DiskFull when there is no room.

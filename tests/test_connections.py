@@ -70,8 +70,9 @@ class Listening:
 
 
 @pytest.fixture
-def listen():
+def listen(monkeypatch):
     """listen(handle, **limits): a server whose requests are all given to handle(request, answer)."""
+    monkeypatch.setattr("oqc.server.KEEP_THREAD", 0.05)     # or its threads are still there in other tests
     started = []
 
     def start(handle=lambda request, answer: answer(Response(200, b"ok\n")), **options):

@@ -141,7 +141,7 @@ def in_trouble(server, gate, begin, end, answer):
     refused = add(server, BATCH)
     assert (refused.status, refused.headers["Content-Type"]) == (status, "application/problem+json")
     assert says in refused.detail and "oqc.db: " in refused.detail and int(refused.headers["Retry-After"]) > 0
-    for _ in range(20):
+    for _ in range(3):
         assert add(server, BATCH).status == status
     gate()                              # the running job ends, and that cannot be written
     unwell = server.request("GET", "/health/", key=None)

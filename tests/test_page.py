@@ -17,6 +17,7 @@ from conftest import KEY, Server
 
 from oqc import bloch, jobs, qubit
 
+pytestmark = pytest.mark.slow       # ten seconds, most of them the browser's
 CHROMIUM = shutil.which("chromium")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--mute-audio",
          "--disable-background-networking", "--disable-extensions", "--remote-debugging-pipe")
