@@ -131,7 +131,7 @@ def serve(settings: Settings) -> int:
 
 def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) -> None:
     """Build, start, wait, stop."""
-    dice = random.Random()              # seeded by the system; a system call for each number costs a twentieth of an add
+    dice = random.Random()              # seeded by the system; a system call for each number is a 20th of an add
     try:
         tls = tls_context(settings.tls_cert, settings.tls_key)
     except OSError as error:
