@@ -14,6 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = ROOT / "tests" / "runtimes"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # hundreds of servers start here: each would compile itself anew
+# What the tests of the running server start: this checkout, or the single file that OQC_PYZ names.
+PROGRAM = (sys.executable, *((os.environ["OQC_PYZ"],) if "OQC_PYZ" in os.environ else ("-m", "oqc")))
 KEY = "$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 
 
@@ -35,7 +37,7 @@ class Answer:
 class Server:
     """`python -m oqc` on a free port, and its log as it comes."""
 
-    def __init__(self, folder, *flags, environment=None, command=(sys.executable, "-m", "oqc"), wait=True):
+    def __init__(self, folder, *flags, environment=None, command=PROGRAM, wait=True):
         self.folder, self.lines = Path(folder), []
         self._more = threading.Condition()
         self._closed = False
