@@ -480,7 +480,8 @@ def test_term_that_comes_before_the_answer_to_the_add_cancels_all_the_same():
 
 # On a terminal
 
-def test_a_terminal_gets_the_servers_tables(server):
+def test_a_terminal_gets_the_servers_tables(serve):
+    server = serve()
     number = server.wait(server.add(mode="simulation", seed=7))["id"]
     for arguments, path in ((["get", number], f"/jobs/{number}/"), (["result", number], f"/jobs/{number}/result/"),
                             (["wait", number], f"/jobs/{number}/"), (["runtimes"], "/runtimes/"),

@@ -30,6 +30,7 @@ NOT_RUN = {
     "./scripts/test.sh": "runs this very test",
     "./scripts/lint.sh": "takes longer than all the tests of the README, and is run beside them anyway",
     "./scripts/bench.py": "takes half a minute, and is run by test_bench.py",
+    "./scripts/slurm_demo.sh": "needs Slurm and root, and is run by test_growing.py",
     "pip install -r requirements.txt": "needs a network",
 }
 STARTS_A_SERVER = re.compile(r"(\./scripts/start_server\.sh|python3 -m oqc)( --(?!help|version)[^\n]*)?")
