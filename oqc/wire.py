@@ -16,7 +16,7 @@ FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)       # one 
 HOST = re.compile(rb"[0-9A-Za-z\-._~!$&'()*+,;=%:\[\]]*")               # RFC 3986, section 3.2.2
 ABSOLUTE = re.compile(rb"(?i:https?)://(%s)(?=[/?]|\Z)" % HOST.pattern)  # RFC 9112, section 3.2.2: MUST be taken
 UNUSED_BODY = 1 << 16               # bytes of a body that nobody looks at, also of a request without a key
-KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH")
+KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY")
 
 
 class Limits(NamedTuple):

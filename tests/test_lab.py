@@ -58,17 +58,17 @@ def test_a_wait_that_cannot_be_meant_is_400(server, wait):
 
 
 def test_waits_beyond_half_of_the_connections_are_answered_at_once(serve, script):
-    server = serve("--runtime", "q=" + script("exec sleep 60"), "--max-connections", "4", "--drain", "0",
+    server = serve("--runtime", "q=" + script("exec sleep 60"), "--max-connections", "16", "--drain", "0",
                    "--kill-grace", "0")
     job = server.add(mode="verbatim")
 
     def wait():
         while "Retry-After" in server.request("GET", f"/jobs/{job['id']}/?wait=300").headers:
             pass                    # the one below was quicker
-    waiting = [threading.Thread(target=wait) for _ in range(2)]
+    waiting = [threading.Thread(target=wait) for _ in range(8)]
     for thread in waiting:
         thread.start()
-    while True:                     # until the two are waiting, a third one waits as well: for a second
+    while True:                     # until the eight are waiting, a ninth one waits as well: for a second
         answer = server.request("GET", f"/jobs/{job['id']}/?wait=1")
         assert answer.json["end_time"] is None
         if "Retry-After" in answer.headers:
