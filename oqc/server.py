@@ -224,15 +224,17 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 answer(response)
             elif threading.get_ident() == self._listener:
                 answer_and_go_on(response)
-            else:                       # from the store: many come with one commit, and one thread sends them quickest
+            elif isinstance(response.body, bytes):      # many come with one commit: one thread sends them quickest
                 self._tell(functools.partial(answer_and_go_on, response))
+            else:
+                answer(response)
 
-        returned = False
-        if self.api.is_quick(request):
-            self.api.handle(request, answer_here)
-            returned = True
-        else:
-            self._in_thread(functools.partial(self.api.handle, request, answer))
+        returned = not self.api.is_quick(request)
+        if returned:
+            self._in_thread(functools.partial(self.api.handle, request, answer_here))
+            return
+        self.api.handle(request, answer_here)
+        returned = True
 
     def _watch(self, connection: Connection) -> None:
         if not connection.watched:
@@ -416,9 +418,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._wake()
         self._stopped.wait(seconds + 1)
         self.server_close()
-        for sock in (self._wake_end, self._wake_write_end):
-            sock.close()
-        self._selector.close()
+        for one in (self._wake_end, self._wake_write_end, self._selector):
+            one.close()
 
 
 def _send(sock: socket.socket, data: bytes) -> int:

@@ -1,12 +1,16 @@
-"""What the tests share: a real server in a process of its own, a client that asks it, and a clock moved by hand."""
+"""What the tests share: a real server in a process of its own, a client that asks it, and a clock moved by hand; and
+three processes to run them, a module at a time."""
 import http.client
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ RUNTIMES = ROOT / "tests" / "runtimes"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # hundreds of servers start here: each would compile itself anew
 # What the tests of the running server start: this checkout, or the single file that OQC_PYZ names.
 PROGRAM = (sys.executable, *((os.environ["OQC_PYZ"],) if "OQC_PYZ" in os.environ else ("-m", "oqc")))
+WORKERS = 3                         # processes that run the tests: with one more than cores, none of these has to wait
 KEY = "$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 
 
@@ -201,3 +206,56 @@ class HandClock:
 @pytest.fixture
 def clock():
     return HandClock()
+
+
+class Worker:
+    """One of the processes that run the tests, forked once they are collected: most of them wait for a server that
+    starts, and on two cores this takes less than half the time. It keeps a module's reports for who prints them."""
+
+    config, modules, reports = None, [], []     # modules: the tests of each; which one to run is said by its number
+
+    @classmethod
+    def start(cls):
+        """Have an output of its own, so that neither takes what a test of the other prints, and print nothing."""
+        plugins = cls.config.pluginmanager
+        capture = plugins.getplugin("capturemanager")
+        capture.stop_global_capturing()
+        capture.start_global_capturing()
+        plugins.unregister(name="terminalreporter")
+        plugins.register(cls, "worker")
+
+    @classmethod
+    def run(cls, number):
+        """Run the tests of a module; their reports, as what a pipe can carry."""
+        cls.reports.clear()
+        for item, following in itertools.zip_longest(cls.modules[number], cls.modules[number][1:]):
+            item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
+        as_data = cls.config.hook.pytest_report_to_serializable
+        return [as_data(config=cls.config, report=report) for report in cls.reports]
+
+    @classmethod
+    def pytest_runtest_logreport(cls, report):
+        cls.reports.append(report)
+
+
+def pytest_runtestloop(session):
+    """Run the tests in several processes, a module at a time, unless one is to be looked at (--pdb, -s, -x)."""
+    option, hook = session.config.option, session.config.hook
+    modules = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    plain = option.usepdb or option.maxfail or option.capture == "no"
+    if plain or option.collectonly or session.testsfailed or len(modules) < 2:
+        return None                 # pytest's own loop
+    modules.sort(key=lambda items: -sum("serve" in item.fixturenames for item in items))    # those that take long
+    Worker.config, Worker.modules = session.config, modules
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork"), Worker.start) as pool:
+        try:
+            for module in as_completed([pool.submit(Worker.run, number) for number in range(len(modules))]):
+                for data in module.result():
+                    report = hook.pytest_report_from_serializable(config=session.config, data=data)
+                    if report.when == "setup":
+                        hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+                    hook.pytest_runtest_logreport(report=report)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return True

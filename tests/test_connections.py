@@ -112,6 +112,17 @@ def test_clients_that_were_refused_and_stay_do_not_keep_others_out(listen):
             assert stack.enter_context(Wire(server, GET)).answer()[0] == 200
 
 
+def test_a_client_that_has_its_answer_is_not_at_work_any_more(listen):
+    """A thread of the pool that sent the answer itself would tell the listener too late."""
+    server = listen(connections=1)
+    tell = server.server._tell
+    server.server._tell = lambda what: (time.sleep(0.1), tell(what))
+    with Wire(server, GET) as first:
+        assert first.answer()[0] == 200
+        with Wire(server, GET) as second:
+            assert second.answer()[0] == 200
+
+
 def test_clients_that_were_turned_away_leave_no_room_for_another(listen, gate):
     server = listen(gate, connections=2)
     with contextlib.ExitStack() as stack:
