@@ -401,8 +401,8 @@ def test_tls_1_1_is_refused(serve, certificate):
 # The log
 
 def test_an_access_line_has_time_peer_key_request_status_bytes_and_milliseconds(server):
-    job = server.add()
-    fields = server.line(f'"GET /jobs/{job["id"]}/result/" 4') if server.result(job) else ""
+    job = server.wait(server.add())
+    fields = server.line(f'"GET /jobs/{job["id"]}/result/" 2') if server.result(job) else ""
     begin, name, quoted = fields.split('"')[0], fields.split('"')[1], fields.split('"')[4]
     assert begin.split()[1] == "access" and begin.split()[2].startswith("127.0.0.1:") and name == "documented"
     assert [float(part) > 0 for part in quoted.split()] == [True] * 3
