@@ -229,6 +229,8 @@ def _text(value: Dict[str, Any], name: str) -> str:
 def _whole(value: Dict[str, Any], name: str, most: int, default: int = 0) -> int:
     """The whole number `name` from 0 to `most`; raises Malformed."""
     number = value.get(name, default)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)        # JSON does not tell 1.0 from 1 (JSON Schema Validation 2020-12, section 6.1.1)
     if type(number) is not int:     # pylint: disable=unidiomatic-typecheck # True is an int to isinstance
         raise Malformed(f"{name}: expected a whole number from 0 to {most}, found {_kind(number)}")
     if not 0 <= number <= most:

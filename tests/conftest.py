@@ -1,7 +1,6 @@
 """What the tests share: a real server in a process of its own, a client that asks it, and a clock moved by hand; and
 three processes to run them, a module at a time."""
 import http.client
-import io
 import itertools
 import json
 import multiprocessing
@@ -222,7 +221,7 @@ class Worker:
         capture = plugins.getplugin("capturemanager")
         capture.stop_global_capturing()
         capture.start_global_capturing()
-        plugins.getplugin("terminalreporter")._tw._file = io.StringIO()
+        cls.config.get_terminal_writer().write = lambda *_, **__: None
         plugins.register(cls, "worker")
 
     @classmethod

@@ -287,7 +287,7 @@ REFUSED = {
     "a line break after the job": (br'{"job": "X(1)\n", "mode": "echo"}', "job: at character 5: "),
     "an angle in other digits": ('{"job": "X(٣)", "mode": "echo"}'.encode(), "job: at character 3: "),
     "shots as text": (b'{"job": "X(1)", "mode": "echo", "shots": "7"}', "shots: expected a whole number from 0 to "),
-    "shots as a fraction": (b'{"job": "X(1)", "mode": "echo", "shots": 7.0}', "shots: expected a whole number from "),
+    "shots as a fraction": (b'{"job": "X(1)", "mode": "echo", "shots": 7.5}', "shots: expected a whole number from "),
     "shots as truth": (b'{"job": "X(1)", "mode": "echo", "shots": true}', "shots: expected a whole number from 0 "),
     "shots below 0": (b'{"job": "X(1)", "mode": "echo", "shots": -1}', "shots: expected a whole number from 0 to "),
     "shots over a million": (b'{"job": "X(1)", "mode": "echo", "shots": 1000001}', "shots: expected a whole number "),

@@ -78,11 +78,16 @@ def test_an_optional_member_is_taken_up_to_its_bounds(member, value):
     assert parsed == Submission("X(0)", "echo")._replace(**{member: value})
 
 
+def test_a_number_whose_fraction_is_zero_is_whole():
+    parsed = jobs.parse({"job": "X(0)", "mode": "echo", "shots": 1.0, "seed": 2.0, "return_code": -0.0})
+    assert repr(parsed) == repr(Submission("X(0)", "echo", 1, 2, 0))
+
+
 @pytest.mark.parametrize("member, most", [("shots", 1_000_000), ("seed", SEED_MOST), ("return_code", 255)])
 def test_an_optional_member_is_refused_outside_its_bounds_and_as_anything_but_a_whole_number(member, most):
     for value, found in ((-1, "-1"), (most + 1, str(most + 1)), (10 ** 100, str(10 ** 100)[:40]),
-                         (1.0, "a number with a fraction"), ("1", "text"), (None, "null"), (True, "true or false"),
-                         ([1], "an array"), ({}, "an object")):
+                         (0.5, "a number with a fraction"), (-1.0, "-1"), (1e300, str(int(1e300))[:40]),
+                         ("1", "text"), (None, "null"), (True, "true or false"), ([1], "an array"), ({}, "an object")):
         with pytest.raises(Malformed) as refused:
             jobs.parse({"job": "X(0)", "mode": "echo", member: value})
         assert str(refused.value) == f"{member}: expected a whole number from 0 to {most}, found {found}"

@@ -209,6 +209,7 @@ def test_openapi_describes_the_members_of_a_job_and_of_a_submission(server):
     job = server.wait(server.add())
     assert list(schemas["Job"]["properties"]) == list(job)
     assert set(schemas["Submission"]["properties"]) == {"job", "mode", "shots", "seed", "return_code"}
+    assert schemas["Submission"]["dependentSchemas"] == {"return_code": {"properties": {"mode": {"const": "echo"}}}}
     assert list(schemas["Runtime"]["properties"]) == list(server.runtime("echo"))
     assert list(schemas["ServerStatus"]["properties"]) == list(server.request("GET", "/status/").json)
 
