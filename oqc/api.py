@@ -148,9 +148,7 @@ class Api:
                           ("Retry-After", "10"))
 
         def response(added: Addition, wait: float = 0) -> Response:
-            if not added.replayed:
-                for mode in {job.mode for job in added.jobs}:
-                    self.workers.enqueue(mode, [job.id for job in added.jobs if job.mode == mode])
+            self.workers.take_up(added)
             found, headers = self._ended(added.jobs, wait) if wait else (added.jobs, ())
             headers += (("Idempotent-Replayed", "true"),) if added.replayed else ()
             if many:
@@ -158,11 +156,11 @@ class Api:
             return Response(201, job_json(found[0]), headers=(("Location", f"/jobs/{found[0].id}/"), *headers))
 
         if not self.is_quick(request):          # in a thread of its own, which may wait
-            return response(self.store.add(submissions, request.key_name, key), seconds or 0)
+            return response(self.store.add(submissions, request.key_name, key, self.workers.foregone), seconds or 0)
 
         def later(answer: Callable[[Union[Response, Exception]], None]) -> None:
             self.store.add_soon(submissions, request.key_name, key,
-                                lambda added, error: answer(error or response(added)))
+                                lambda added, error: answer(error or response(added)), self.workers.foregone)
         return later
 
     def _submissions(self, values: List[Any], many: bool) -> List[Submission]:

@@ -1,7 +1,7 @@
 """The job as data: its pattern, modes and statuses, who may become what, and what becomes of it after an attempt."""
 import json
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 MODES = ("verbatim", "simulation", "echo")
 STARTING, RETRYING, SUCCESS, RUNTIME_ERROR = STATUSES = ("Starting", "Retrying", "Success", "Runtime Error")
@@ -97,6 +97,7 @@ class Addition(NamedTuple):
 
     jobs: List[Job]
     replayed: bool = False
+    endings: Sequence["Ending"] = ()        # of those that ended with it
 
 
 class IdempotencyKey(NamedTuple):
@@ -152,6 +153,14 @@ class Ending(NamedTuple):
     seconds: float = 0.0            # that the attempt took
 
 
+class Foregone(NamedTuple):
+    """The one attempt at a job that takes no time and has no result, so that its end is known when the job comes in."""
+
+    runtime: str
+    event: str                      # "succeeded" or "failed"
+    outcome: Outcome
+
+
 class RetryPolicy(NamedTuple):
     """How often, and after what delays, a transient outcome is tried again."""
 
@@ -173,6 +182,20 @@ def decide(outcome: Outcome, attempt: int, policy: RetryPolicy) -> str:
     if outcome.transient and attempt < policy.attempts:
         return "retry"
     return "failed" if outcome.return_code else "succeeded"
+
+
+def echo(return_code: int, retry_codes: Sequence[int]) -> Outcome:
+    """What a runtime would have come to that ends with this return code and does nothing."""
+    if not return_code:
+        return Outcome(0)
+    return Outcome(return_code, f"echo of return code {return_code}", transient=return_code in retry_codes)
+
+
+def foregone(return_code: int, spec: RuntimeSpec, policy: RetryPolicy) -> Optional[Foregone]:
+    """How an echo of this return code ends, unless it is to be tried again."""
+    outcome = echo(return_code, spec.retry_codes)
+    event = decide(outcome, 1, policy)
+    return None if event == "retry" else Foregone(spec.name, event, outcome)
 
 
 def parse(value: Any) -> Submission:

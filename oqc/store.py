@@ -3,25 +3,24 @@
 One connection writes and checkpoints, because SQLite 3.7.0 to 3.51.2 can corrupt a WAL that two of them do
 (https://sqlite.org/wal.html, "the WAL-reset bug"); it belongs to whoever has the turn. Every other one is `query_only`.
 """
-import collections
 import contextlib
 import logging
 import os
 import queue
 import sqlite3
 import threading
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs
 from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, no_room, prepared
 from oqc.jobs import (
-    Addition, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task, UnknownJob)
+    Addition, DiskFull, Ending, Foregone, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task,
+    UnknownJob)
 
 log = logging.getLogger("oqc")
 
 MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
-PATIENCE = 0.002                    # seconds that an echo's end waits for another write to share its commit
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
@@ -64,10 +63,15 @@ def _end_sql(event: str, guard: str) -> str:
             f"end_time = max(coalesce(start_time, created_time), ?) WHERE id = ? AND {allowed} AND {guard}")
 
 
-INSERT = (f"INSERT INTO jobs (job, mode, status, created_time, shots, seed, echo_code, submitter) "
-          f"VALUES (?, ?, '{jobs.STARTING}', ?, ?, ?, ?, ?)")
+INSERT = (f"INSERT INTO jobs (job, mode, created_time, shots, seed, echo_code, submitter, status) "
+          f"VALUES (?, ?, ?, ?, ?, ?, ?, '{jobs.STARTING}')")
+INSERT_ENDED = (
+    "INSERT INTO jobs (job, mode, created_time, shots, seed, echo_code, submitter, status, runtime, return_code, "
+    "runtime_error, start_time, end_time, attempts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1)")
 CLAIM = _claim_sql()
 RETRY, RELEASE = _retry_sql("attempts"), _retry_sql("attempts - 1")
+ENDED = {event: jobs.TRANSITIONS[jobs.TRANSITIONS[jobs.STARTING, "claimed"], event]     # after one attempt
+         for event in ("succeeded", "failed")}
 END = {event: _end_sql(event, "start_time IS NOT NULL AND attempts = ?") for event in ("succeeded", "failed")}
 CANCEL_WAITING = _end_sql("failed", "start_time IS NULL")
 TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
@@ -94,7 +98,6 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         self._closed, self._gate = False, threading.Lock()      # nothing is put on the queue after the last write
         self.trouble: Optional[StoreError] = None       # why the last write, or a read since, did not succeed
         self._writes: "queue.SimpleQueue[_Write]" = queue.SimpleQueue()
-        self._patient: Deque[_Write] = collections.deque()      # nobody waits for them: they share another's commit
         self._soon: List[_Write] = []           # for the next flush; of the one thread that calls it
         self._turn = threading.Lock()           # held by whoever uses the writing connection
         self._commit_seconds = 0.0              # that the last commit took
@@ -175,16 +178,18 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     # What writes
 
-    def add(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey] = None) -> Addition:
-        """Store new jobs, all of them or none; with a key that came before, give back the jobs of that time. Raises
-        KeyReused if it came with another body."""
-        return self._write(self._add, submissions, submitter, key)
+    def add(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey] = None,
+            foregone: Callable[[Submission], Optional[Foregone]] = lambda submission: None) -> Addition:
+        """Store new jobs, all of them or none; as ended those of which `foregone` says how they end. With a key that
+        came before, give back the jobs of that time; raises KeyReused if it came with another body."""
+        return self._write(self._add, submissions, submitter, key, foregone)
 
     def add_soon(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey],
-                 then: Callable[[Any, Optional[Exception]], None]) -> None:
+                 then: Callable[[Any, Optional[Exception]], None],
+                 foregone: Callable[[Submission], Optional[Foregone]] = lambda submission: None) -> None:
         """add, but without waiting: with the next `flush`, and when it is on disk, `then(addition, None)` is called, or
         else `then(None, error)`. For one thread, the one that calls flush."""
-        self._soon.append(_Write(then, self._add, (submissions, submitter, key)))
+        self._soon.append(_Write(then, self._add, (submissions, submitter, key, foregone)))
 
     def flush(self) -> bool:
         """Write what add_soon was given: here, since handing it to another thread and back takes as long as the disk
@@ -216,11 +221,6 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """End these attempts; raises IllegalTransition for one that does not run."""
         self._write(self._settle, endings)
 
-    def run(self, numbers: Sequence[int], runtime: str, attempt: Callable[[Task], Ending]) -> List[Ending]:
-        """claim, `attempt` each, and settle, all in one transaction: for attempts that take no time and cannot be cut
-        off, of which a claim of its own would tell nobody anything."""
-        return self._write(self._run, numbers, runtime, attempt, patience=PATIENCE)
-
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; False if it does not wait."""
         return self._write(self._cancel, number)
@@ -244,19 +244,31 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     # What the writer thread does
 
-    def _add(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey]) -> Addition:
-        now, execute, added = self.clock.now(), self._writer.execute, []
-        if key:
-            replay = self._replay(submitter, key)
-            if replay:
-                return replay
-        for job, mode, shots, seed, echo_code in submissions:
-            number = execute(INSERT, (job, mode, now, shots, seed, echo_code, submitter)).lastrowid
+    def _add(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey],
+             foregone: Callable[[Submission], Optional[Foregone]]) -> Addition:
+        replay = self._replay(submitter, key) if key else None
+        if replay:
+            return replay
+        now, added, endings = self.clock.now(), [], []
+        for submission in submissions:
+            job, mode, shots, seed, echo_code = submission
+            end = foregone(submission)
+            number = self._insert((job, mode, now, shots, seed, echo_code, submitter), now, end)
             added.append(Job(number, job, mode, jobs.STARTING, None, None, None, now, None, None))
+            if end:
+                endings.append(Ending(Task(number, job, mode, 1, shots, seed, echo_code), end.event, end.outcome))
         if key:
-            execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
-                    (submitter, *key, self.clock.unix(), added[0].id, added[-1].id))
-        return Addition(added)
+            self._writer.execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
+                                 (submitter, *key, self.clock.unix(), added[0].id, added[-1].id))
+        return Addition(added, endings=endings)
+
+    def _insert(self, values: Tuple[Any, ...], now: str, end: Optional[Foregone]) -> int:
+        """The id of a new job."""
+        if end is None:
+            return self._writer.execute(INSERT, values).lastrowid or 0
+        return self._writer.execute(INSERT_ENDED, (
+            *values, ENDED[end.event], end.runtime, end.outcome.return_code, end.outcome.runtime_error, now, now
+        )).lastrowid or 0
 
     def _replay(self, submitter: str, key: IdempotencyKey) -> Optional[Addition]:
         """The jobs that were added when this key came before, if it did; raises KeyReused."""
@@ -279,11 +291,6 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         now, execute = self.clock.now(), self._writer.execute
         claimed = [number for number in numbers if execute(CLAIM, (runtime, now, number)).rowcount]
         return [Task._make(execute(TASK, (number,)).fetchone()) for number in claimed]
-
-    def _run(self, numbers: Sequence[int], runtime: str, attempt: Callable[[Task], Ending]) -> List[Ending]:
-        endings = [attempt(task) for task in self._claim(numbers, runtime)]
-        self._settle(endings)
-        return endings
 
     def _settle(self, endings: Sequence[Ending]) -> None:
         now, execute, illegal = self.clock.now(), self._writer.execute, []
@@ -312,27 +319,16 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     def _resume(self, runtime: str) -> None:
         self._writer.execute("DELETE FROM pauses WHERE runtime = ?", (runtime,))
 
-    def _write(self, work: Callable[..., Any], *arguments: Any, patience: float = 0.0) -> Any:
-        """Have `work` done in the next transaction, or for up to `patience` seconds in that of another write, so that a
-        client that adds echoes one by one waits for one commit a job, not two. Returns or raises what came of it,
-        committed."""
+    def _write(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Have `work` done in the next transaction. Returns or raises what came of it, committed."""
         done, came = threading.Lock(), []
         done.acquire()              # pylint: disable=consider-using-with # `tell` releases it
 
         def tell(value: Any, error: Optional[Exception]) -> None:
             came.append((value, error))
             done.release()
-        write = _Write(tell, work, arguments)
-        if patience:
-            self._patient.append(write)
-        if not (patience and done.acquire(timeout=patience)):
-            try:
-                if patience:
-                    self._patient.remove(write)
-                self._put(write)
-            except ValueError:      # in somebody's hands already
-                pass
-            done.acquire()          # pylint: disable=consider-using-with # waits
+        self._put(_Write(tell, work, arguments))
+        done.acquire()              # pylint: disable=consider-using-with # waits
         value, error = came[0]
         if error is not None:
             raise error
@@ -359,12 +355,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             self._commit_in_turn(group)
 
     def _commit_in_turn(self, group: List[_Write]) -> None:
-        """Commit a group and what is patient, give up the turn, and tell everybody."""
-        try:
-            while self._patient:
-                group.append(self._patient.popleft())
-        except IndexError:          # its owner took it back
-            pass
+        """Commit a group, give up the turn, and tell everybody."""
         began = self.clock.monotonic()
         came = self._commit(group)
         self._commit_seconds = self.clock.monotonic() - began

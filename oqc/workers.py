@@ -3,7 +3,6 @@
 The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after it.
 """
 import bisect
-import functools
 import heapq
 import logging
 import queue
@@ -16,7 +15,6 @@ from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, Stor
 
 log = logging.getLogger("oqc")
 
-ECHO_BATCH = 500                    # echoes run at once by their one worker, since nothing of theirs takes time
 BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)      # seconds, of the durations that are counted
 SET_ASIDE_AFTER = 3                 # failures to start, in a row
 FIRST_PAUSE, MOST_PAUSE = 1.0, 60.0     # seconds a failing runtime is left alone, doubling
@@ -79,6 +77,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self._durations: Dict[Tuple[str, str], List[float]] = {}
         self.store, self.policy, self.clock, self.dice = store, policy, clock, dice
         self.runtimes = {spec.name: _Runtime(spec, clock.now()) for spec, _ in runtimes}
+        self._echo = next((one for one in self.runtimes.values() if one.spec.protocol == "echo"), None)
         self._slot_makers = {spec.name: make for spec, make in runtimes}
         self._queues: Dict[str, "queue.PriorityQueue[int]"] = {mode: queue.PriorityQueue() for mode in jobs.MODES}
         self.lock = threading.Condition()       # over every _Runtime and _Attempt, and over what is below
@@ -104,25 +103,21 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 # a wall clock that jumped must not hold a job back for longer than a delay can be
                 delay = 0.0 if due is None else min(due - self.clock.unix(), self.policy.most)
                 self._enqueue_in(delay, mode, number)
-        self._spawn(self._ring_alarms, "alarms")
-        for name, runtime in self.runtimes.items():
-            for number in range(runtime.spec.slots):
-                self._spawn(self._work, f"{name}-{number}", runtime, self._slot_makers[name]())
+        self._threads = [threading.Thread(target=self._ring_alarms, name="alarms", daemon=True)] + [
+            threading.Thread(target=self._work, name=f"{name}-{number}", args=(runtime, self._slot_makers[name]()),
+                             daemon=True)
+            for name, runtime in self.runtimes.items() for number in range(runtime.spec.slots)]
+        for thread in self._threads:
+            thread.start()
 
     def _cut_off(self, number: int, attempt: int, mode: str, name: str) -> Ending:
         """What becomes of a job that ran when the server was killed."""
         runtime = self.runtimes.get(name)
-        again = runtime is None or runtime.spec.interrupted == "retry"
-        outcome = INTERRUPTED._replace(transient=again)
+        outcome = INTERRUPTED._replace(transient=runtime is None or runtime.spec.interrupted == "retry")
         event = jobs.decide(outcome, attempt, self.policy)
         log.warning("job %d was running on %s when the server was killed: %s", number, name,
                     "it is tried again" if event == "retry" else "ended as interrupted")
         return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
-
-    def _spawn(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
-        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
 
     def drain(self, tell: threading.Event) -> None:
         """Start no more jobs. Those that run go on, and `tell` is set when none is left."""
@@ -152,6 +147,22 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     # Queues
 
+    def foregone(self, submission: jobs.Submission) -> Optional[jobs.Foregone]:
+        """How a new job ends, where nothing can come between: an echo, unless echoes are paused or wait before it. It
+        is stored as ended: a thread that claims and ends each one takes a third of the rate at which they are added."""
+        if submission.mode != "echo" or not self._echo or self._echo.paused is not None or self._queues["echo"].queue:
+            return None
+        return jobs.foregone(submission.return_code, self._echo.spec, self.policy)
+
+    def take_up(self, added: jobs.Addition) -> None:
+        """Have new jobs run, once the store has them; count and announce those that are stored as ended."""
+        if added.endings and self._echo:
+            self._announce(self._echo, added.endings)
+        ended = {ending.task.id for ending in added.endings}
+        waiting = [] if added.replayed else [job for job in added.jobs if job.id not in ended]
+        for mode in {job.mode for job in waiting}:
+            self.enqueue(mode, [job.id for job in waiting if job.mode == mode])
+
     def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
         """Have these jobs run, oldest first, once the store has them."""
         for number in numbers:
@@ -167,10 +178,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
         if delay <= 0:
             self.enqueue(mode, [number])
-            return
-        with self.lock:
-            heapq.heappush(self._alarms, (self.clock.monotonic() + delay, mode, number))
-        self._alarm_set.set()
+        else:
+            with self.lock:
+                heapq.heappush(self._alarms, (self.clock.monotonic() + delay, mode, number))
+            self._alarm_set.set()
 
     def _ring_alarms(self) -> None:
         """The alarm thread: put on its queue what has become due."""
@@ -198,66 +209,54 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def _work(self, runtime: _Runtime, slot: Any) -> None:
         """A worker thread: take the oldest job that is due, run it, settle it."""
         while not self.draining.is_set():
-            taken = self._take(runtime, slot)
-            if not taken:
+            number = self._take(runtime, slot)
+            if not number:
                 runtime.bell.get()
                 continue
             try:
-                self._run(runtime, slot, taken)
+                self._run(runtime, slot, number)
             except Exception:       # pylint: disable=broad-exception-caught # one of the two places: the thread goes on
-                log.exception("worker of %s: jobs %s", runtime.spec.name, taken)
+                log.exception("worker of %s: job %d", runtime.spec.name, number)
             finally:
                 with self.lock:
-                    for number in taken:
-                        runtime.running.pop(number, None)
+                    runtime.running.pop(number, None)
                 if self.draining.is_set() and not self.busy():
                     self._idle.set()
         slot.close()
 
-    def _take(self, runtime: _Runtime, slot: Any) -> List[int]:
-        """The ids to run next on this slot, already entered as running; none if there is nothing or it may not."""
-        with self.lock:
+    def _take(self, runtime: _Runtime, slot: Any) -> Optional[int]:
+        """The id to run next on this slot, already entered as running; None if there is nothing or it may not."""
+        with self.lock:             # whoever takes from a queue holds it
             if self.draining.is_set() or runtime.paused is not None:
-                return []
+                return None
             if runtime.failing and (runtime.aside_until > self.clock.monotonic() or runtime.running):
-                return []           # set aside, or one job is trying it out already
+                return None         # set aside, or one job is trying it out already
             waiting = [self._queues[mode] for mode in runtime.spec.modes if self._queues[mode].queue]
-            taken: List[int] = []
-            if waiting:
-                oldest = min(waiting, key=lambda one: one.queue[0])
-                for _ in range(ECHO_BATCH if runtime.spec.protocol == "echo" else 1):
-                    try:
-                        taken.append(oldest.get_nowait())
-                    except queue.Empty:
-                        break
-            self._cancelled.difference_update(taken)
-            for number in taken:
-                runtime.running[number] = _Attempt(slot)
-            return taken
+            if not waiting:
+                return None
+            number = min(waiting, key=lambda one: one.queue[0]).get_nowait()
+            self._cancelled.discard(number)
+            runtime.running[number] = _Attempt(slot)
+            return number
 
-    def _run(self, runtime: _Runtime, slot: Any, numbers: List[int]) -> None:
-        """One attempt at each of these jobs, from the claim in the store to whoever waits for its end."""
-        if runtime.spec.protocol == "echo":
-            endings = self._insist(self.store.run, numbers, runtime.spec.name, functools.partial(
-                self._attempt, runtime, slot)) or ()
-        else:
-            endings = [self._attempt(runtime, slot, task) for task in
-                       self._insist(self.store.claim, numbers, runtime.spec.name) or ()]
-            self._insist(self.store.settle, endings)
-        self._announce(runtime, endings)
+    def _run(self, runtime: _Runtime, slot: Any, number: int) -> None:
+        """One attempt at a job, from the claim in the store to whoever waits for its end."""
+        for task in self._insist(self.store.claim, [number], runtime.spec.name) or ():
+            ending = self._attempt(runtime, slot, task)
+            self._insist(self.store.settle, [ending])
+            self._announce(runtime, [ending])
 
     def _attempt(self, runtime: _Runtime, slot: Any, task: Task) -> Ending:
         """Run a job that is claimed; what becomes of it."""
         self._tell()
-        attempt = runtime.running.get(task.id) or _Attempt(slot)
-        begun, began = not attempt.interrupted(), self.clock.monotonic()
+        attempt, began = runtime.running[task.id], self.clock.monotonic()
+        begun = not attempt.interrupted()
         try:
             outcome = slot.run(task, attempt.interrupted) if begun else None
         except Exception:           # pylint: disable=broad-exception-caught # as above: the job must not stay "running"
             log.exception("%s: job %d", runtime.spec.name, task.id)
             outcome = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
-        ending = self._decide(runtime, task, attempt, outcome, begun)
-        return ending._replace(seconds=self.clock.monotonic() - began)
+        return self._decide(runtime, task, attempt, outcome, begun)._replace(seconds=self.clock.monotonic() - began)
 
     def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt, outcome: Optional[Outcome],
                 begun: bool) -> Ending:
@@ -298,20 +297,21 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def _announce(self, runtime: _Runtime, endings: Sequence[Ending]) -> None:
         """Tell those who wait, and set the alarm for what is tried again; after it is on disk."""
         over = []
-        for task, event, outcome, delay, seconds in endings:
-            if event in ("retry", "release"):
-                self._enqueue_in(delay, task.mode, task.id)
-                continue
-            over.append(task.id)
-            runtime.ended += 1
-            found = self._durations.setdefault((task.mode, event), [0.0] * (len(BUCKETS) + 2))
-            found[bisect.bisect_left(BUCKETS, seconds)] += 1
-            found[-1] += seconds
-            if event == "failed":
-                runtime.failures += 1
-                log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
-                         task.attempt, outcome.return_code, outcome.runtime_error)
-        self._tell(over)
+        with self.lock:
+            for task, event, outcome, delay, seconds in endings:
+                if event in ("retry", "release"):
+                    self._enqueue_in(delay, task.mode, task.id)
+                    continue
+                over.append(task.id)
+                runtime.ended += 1
+                found = self._durations.setdefault((task.mode, event), [0.0] * (len(BUCKETS) + 2))
+                found[bisect.bisect_left(BUCKETS, seconds)] += 1
+                found[-1] += seconds
+                if event == "failed":
+                    runtime.failures += 1
+                    log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
+                             task.attempt, outcome.return_code, outcome.runtime_error)
+            self._tell(over)
 
     def _insist(self, write: Callable[..., Any], *arguments: Any) -> Any:
         """Do a write that must not be lost; while the store cannot take it, again. None if the server stops first:

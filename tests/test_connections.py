@@ -270,7 +270,8 @@ def test_only_what_the_listener_handles_is_left_to_its_flush(count, query, how):
         asked.append("add")
         return Addition([job])
     store = types.SimpleNamespace(add=add, add_soon=lambda *_: asked.append("add_soon"))
-    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, enqueue=lambda *_: None)
+    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, foregone=None,
+                                    take_up=lambda _: None)
     api = Api(store, workers, Keys({"me": b"k"}), lambda: 7)
     body = json.dumps([{"job": "X(1)", "mode": "echo"}] * count).encode()
     request = Request("POST", "/jobs/add/", query, {"api_key": b"k"}, body)

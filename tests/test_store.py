@@ -13,7 +13,8 @@ from conftest import ROOT
 from oqc import jobs
 from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check
-from oqc.jobs import DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob
+from oqc.jobs import (
+    DiskFull, Ending, Foregone, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob)
 from oqc.store import IllegalTransition, Store, _Write
 
 ECHO = Submission("X(90)", "echo", seed=7)
@@ -262,9 +263,8 @@ def test_an_ending_that_is_illegal_leaves_the_others_of_its_call_ended(store, tm
 def test_a_result_is_kept_as_text_or_json_and_is_none_without_one(store):
     numbers = added(store, *[ECHO] * 3)
     outcomes = [Outcome(0, None, '{"a": 1}', True), Outcome(3, "cold", "caf\u00e9\n"), Outcome(0)]
-    endings = store.run(numbers, "echo", lambda task: ending(
-        task, "failed" if task.id == numbers[1] else "succeeded", outcomes[numbers.index(task.id)]))
-    assert [one.task.id for one in endings] == numbers
+    store.settle([ending(task, "failed" if task.id == numbers[1] else "succeeded", outcome)
+                  for task, outcome in zip(store.claim(numbers, "qpu"), outcomes)])
     assert [store.result(number)[1:] for number in numbers] == [
         ('{"a": 1}', True), ("caf\u00e9\n", False), (None, True)]
     assert [store.get(number).status for number in numbers] == ["Success", "Runtime Error", "Success"]
@@ -423,7 +423,7 @@ def test_many_threads_at_once_lose_nothing_and_share_no_id(store, tmp_path):
     (lambda store, task: store.add([ECHO], "alice", IdempotencyKey("k", "another")), KeyReused, 1),
     (lambda store, task: store.add([ECHO, ECHO._replace(mode="other")], "alice"), sqlite3.IntegrityError, 4),
     (lambda store, task: store.add([ECHO._replace(job="\ud800")], "alice"), UnicodeEncodeError, 4),
-    (lambda store, task: store.run([1], "qpu", lambda task: None), TypeError, 4),
+    (lambda store, task: store.add([ECHO], "alice", foregone=lambda submission: 1), AttributeError, 4),
 ], ids=["an illegal transition", "a key with another body", "a constraint", "no text", "a defect"])
 def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(store, tmp_path, wrong, error, commits):
     store.add([ECHO], "alice", IdempotencyKey("k", "digest"))
@@ -500,22 +500,25 @@ def test_what_goes_wrong_in_the_one_who_is_told_does_not_end_the_writer(store, c
     assert caplog.text.count("after a write") == 2
 
 
-def test_a_patient_write_shares_the_commit_of_another(store, monkeypatch):
-    """An echo's end waits a moment for the client's next job."""
-    monkeypatch.setattr("oqc.store.PATIENCE", 20.0)
-    number, = added(store)
-    commits = []
-    store._writer.set_trace_callback(lambda statement: statement == "COMMIT" and commits.append(statement))
-    ended = []
-    thread = threading.Thread(target=lambda: ended.extend(store.run([number], "echo", lambda task: ending(
-        task, "succeeded"))))
-    thread.start()
-    while not store._patient:
-        pass
-    added(store)
-    thread.join()
-    assert len(commits) == 1 and [one.task.id for one in ended] == [number]
-    assert [store.get(number).status for number in (1, 2)] == ["Success", "Starting"]
+def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, clock):
+    ends = {0: Foregone("echo", "succeeded", Outcome(0)), 3: Foregone("echo", "failed", Outcome(3, "cold")), 75: None}
+    statements = []
+    store._writer.set_trace_callback(statements.append)
+    addition = store.add([ECHO._replace(return_code=code) for code in ends], "alice",
+                         foregone=lambda submission: ends[submission.return_code])
+    assert [statement.split()[0] for statement in statements] == ["BEGIN", "INSERT", "INSERT", "INSERT", "COMMIT"]
+    now = clock.now()
+    assert [store.get(number)[3:] for number in (1, 2, 3)] == [
+        ("Success", "echo", 0, None, now, now, now), ("Runtime Error", "echo", 3, "cold", now, now, now),
+        ("Starting", None, None, None, now, None, None)]
+    assert {job[3:] for job in addition.jobs} == {("Starting", None, None, None, now, None, None)}, "as they came in"
+    assert [(end.task, end.event, end.outcome) for end in addition.endings] == [
+        (jobs.Task(number, "X(90)", "echo", 1, 1000, 7, code), *ends[code][1:]) for number, code in ((1, 0), (2, 3))]
+    assert [row[0] for page in store.waiting() for row in page] == [3] and not list(store.running())
+    assert list(check(store.path)) == [], "each attempt was counted"
+    with pytest.raises(IllegalTransition):
+        store.settle(addition.endings[:1])
+    assert store.claim([1, 2], "qpu") == [] and not store.cancel(1)
 
 
 # Pages
@@ -640,8 +643,11 @@ def test_readers_can_write_nothing(store):
 def test_a_reader_sees_no_write_that_is_not_committed(store):
     number = waiting(store)
     seen = []
-    store.run([number], "echo", lambda task: seen.append(store.get(number)) or ending(task, "succeeded"))
-    assert seen[0].start_time is None and store.get(number).status == "Success"
+    def see(_submission):
+        store._claim([number], "qpu")
+        seen.append(store.get(number))
+    store.add([ECHO], "alice", foregone=see)
+    assert seen[0].start_time is None and store.get(number).runtime == "qpu"
 
 
 def test_readers_are_as_many_as_read_at_once_and_are_used_again(store):

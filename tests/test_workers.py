@@ -7,7 +7,7 @@ import pytest
 from conftest import HandClock
 
 from oqc import jobs
-from oqc.jobs import Ended, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, UnknownJob
+from oqc.jobs import Ended, IdempotencyKey, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, UnknownJob
 from oqc.store import Store
 from oqc.workers import Workers
 
@@ -121,12 +121,14 @@ class Lab:
     def open(self):
         self.store = Store(self.path, self.clock)
 
-    def add(self, mode="verbatim", count=1):
-        """The ids of new jobs; they are queued if there are workers."""
-        added = self.store.add([Submission("X(90)", mode, seed=1)] * count, "test").jobs
-        numbers = [job.id for job in added]
+    def add(self, mode="verbatim", count=1, return_code=0):
+        """The ids of new jobs; if there are workers, they take them up."""
+        foregone = self.workers.foregone if self.workers else lambda submission: None
+        added = self.store.add([Submission("X(90)", mode, seed=1, return_code=return_code)] * count, "test",
+                               foregone=foregone)
         if self.workers:
-            self.workers.enqueue(mode, numbers)
+            self.workers.take_up(added)
+        numbers = [job.id for job in added.jobs]
         return numbers if count > 1 else numbers[0]
 
     def end(self, number):
@@ -149,6 +151,68 @@ def still(lab):
     """The same on a clock that only the test moves."""
     lab.clock = lab.store.clock = StillClock()
     return lab
+
+
+# Echoes
+
+ECHO = {"name": "echo", "modes": ("echo",), "protocol": "echo"}
+
+
+def test_an_echo_ends_with_its_add_and_no_worker_sees_it(lab, caplog):
+    caplog.set_level("INFO")
+    echo = lab.runtime(**ECHO)
+    lab.start()
+    changes = lab.workers.changes
+    number, other = lab.add("echo"), lab.add("echo", return_code=3)
+    assert [lab.store.get(one)[3:7] for one in (number, other)] == [
+        ("Success", "echo", 0, None), ("Runtime Error", "echo", 3, "echo of return code 3")]
+    assert echo.ran == [] and lab.workers.waiting() == 0 and lab.workers.changes > changes
+    assert [lab.workers.describe("echo")[name] for name in ("ended", "failures", "state")] == [2, 1, "idle"]
+    assert {key: sum(counts[:-1]) for key, counts in lab.workers.durations().items()} == {
+        ("echo", "succeeded"): 1, ("echo", "failed"): 1}
+    assert f"job {other} failed on echo after 1 attempts: return code 3, echo of return code 3" in caplog.text
+
+
+def test_an_echo_that_is_to_be_tried_again_is_run_by_a_worker(lab):
+    echo = lab.runtime(lambda task, _: BUSY if task.attempt < 3 else DONE, **ECHO)
+    lab.start()
+    assert lab.end(lab.add("echo", return_code=75)).status == "Success"
+    assert [attempt for _, attempt, _ in echo.ran] == [1, 2, 3]
+    lab.policy = RetryPolicy(attempts=1)
+    lab.workers.stop()
+    lab.start()
+    assert lab.store.get(lab.add("echo", return_code=75))[3:6] == ("Runtime Error", "echo", 75), "no attempt is left"
+
+
+def test_echoes_wait_while_they_are_paused_and_one_that_comes_later_never_goes_before_them(lab):
+    attempt = Blocked()
+    echo = lab.runtime(attempt, **ECHO)
+    lab.start()
+    lab.workers.pause("echo", "")
+    first, second = lab.add("echo", 2)
+    assert [lab.store.get(one).status for one in (first, second)] == ["Starting"] * 2 and lab.workers.waiting() == 2
+    lab.workers.resume("echo")
+    attempt.wait()
+    third = lab.add("echo")
+    assert lab.store.get(third).start_time is None, "the second waits still"
+    for _ in range(3):
+        attempt.give(DONE)
+    assert lab.end(third).status == "Success" and echo.order == [first, second, third]
+
+
+def test_a_request_that_comes_again_has_nothing_run_again(lab):
+    qpu = lab.runtime()
+    lab.runtime(**ECHO)
+    lab.start()
+    for _ in range(2):
+        added = lab.store.add([Submission("X(90)", mode, seed=1) for mode in ("verbatim", "echo")], "test",
+                              IdempotencyKey("key", "digest"), lab.workers.foregone)
+        lab.workers.take_up(added)
+        lab.end(1)
+        lab.workers.pause("qpu", "")
+        assert [job.status for job in added.jobs] == ["Starting" if not added.replayed else "Success"] * 2
+    until(lambda: lab.workers.describe("qpu")["ended"] == lab.workers.describe("echo")["ended"] == 1)
+    assert qpu.order == [1] and lab.workers.waiting() == 0
 
 
 # Retries
