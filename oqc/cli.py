@@ -1,7 +1,6 @@
 """The command line: serve, the other commands, the exit statuses (2 usage, 78 configuration, 1 anything else)."""
 import argparse
 import os
-import platform
 import secrets
 import sys
 from typing import Any, Callable, Dict, List, Sequence
@@ -64,7 +63,7 @@ def _serve(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="oqc", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version",
-                        version=f"oqc {__version__}, Python {platform.python_version()}, SQLite {app.SQLITE_VERSION}")
+                        version=f"oqc {__version__}, Python {sys.version.split()[0]}, SQLite {app.SQLITE_VERSION}")
     add_flags(parser, os.environ)
     try:
         return int(app.serve(settings(parser.parse_args(arguments), os.environ)))

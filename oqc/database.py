@@ -7,8 +7,8 @@ import fcntl
 import os
 import sqlite3
 import struct
-from pathlib import Path
 from typing import Iterator, Optional, Sequence
+from urllib.parse import quote
 
 from oqc import jobs
 from oqc.jobs import DiskFull, StoreError
@@ -93,7 +93,7 @@ def observing(path: str) -> sqlite3.Connection:
     closed last, after a crash before the next server has seen them; one to a file without a WAL has to make one."""
     mode = "ro" if os.path.exists(path + "-wal") else "rw"
     try:
-        connection = sqlite3.connect(f"{Path(os.path.abspath(path)).as_uri()}?mode={mode}", uri=True, timeout=10)
+        connection = sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode={mode}", uri=True, timeout=10)
         connection.execute("PRAGMA query_only = 1")
         return connection
     except sqlite3.Error as error:

@@ -16,7 +16,6 @@ import struct
 import sys
 import tempfile
 import termios
-from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs, qubit
@@ -404,7 +403,7 @@ def _answer(output: bytes, retry_codes: Sequence[int]) -> Outcome:
 def _root() -> str:
     """Where children import oqc from: the folder that holds oqc/; or a copy of the .pyz in memory, since that file may
     be replaced while the server runs (memfd_create(2), where there is one)."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
     if not os.path.isfile(root) or not hasattr(os, "memfd_create"):
         return root
     with open(root, "rb") as file, open(os.memfd_create("oqc.pyz"), "wb", closefd=False) as copy:

@@ -171,6 +171,9 @@ def test_an_echo_ends_with_its_add_and_no_worker_sees_it(lab, caplog):
     assert {key: sum(counts[:-1]) for key, counts in lab.workers.durations().items()} == {
         ("echo", "succeeded"): 1, ("echo", "failed"): 1}
     assert f"job {other} failed on echo after 1 attempts: return code 3, echo of return code 3" in caplog.text
+    lab.workers.drain(threading.Event())        # nothing is taken from a queue any more
+    lab.add("echo")
+    assert lab.workers.waiting() == 0
 
 
 def test_an_echo_that_is_to_be_tried_again_is_run_by_a_worker(lab):
