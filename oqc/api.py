@@ -101,7 +101,7 @@ class Api:
         One of the two places where a surprise is caught and logged."""
         try:
             endpoint, arguments, name = self._endpoint(request)
-            made = endpoint(self, request._replace(key_name=name), *arguments)
+            made = endpoint(self, Request(*request[:-1], name), *arguments)
         except Exception as error:      # pylint: disable=broad-exception-caught # see above
             made = failure(error, request)
         if isinstance(made, Response):

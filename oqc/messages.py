@@ -89,9 +89,12 @@ def decode(body: bytes) -> Any:
         raise Malformed("body: a number is too long") from None
 
 
+JOB_ID = re.compile("[1-9][0-9]{0,18}")
+
+
 def job_id(name: str) -> int:
     """The id in a path, in its one spelling; raises UnknownJob for 07, ٣ and 2**63, as for an id never given out."""
-    if not re.fullmatch("[1-9][0-9]{0,18}", name) or int(name) >= 2 ** 63:
+    if not JOB_ID.fullmatch(name) or int(name) >= 2 ** 63:
         raise UnknownJob(name)
     return int(name)
 
@@ -99,7 +102,7 @@ def job_id(name: str) -> int:
 def parameters(query: str, allowed: Sequence[str]) -> Dict[str, str]:
     """The parameters of a query string; raises Malformed for one that is not allowed, or there twice."""
     found: Dict[str, str] = {}
-    for part in filter(None, query.split("&")):
+    for part in filter(None, query.split("&")) if query else ():
         name, _, value = part.partition("=")
         if name not in allowed or name in found:
             raise Malformed(f"unknown or repeated parameter {json.dumps(name[:40])}: allowed, once each, are "
@@ -189,11 +192,12 @@ def array(chunks: Iterable[Sequence[Any]], line: Callable[[Any], str] = job_line
 COLUMNS = (("id", 8), ("status", 13), ("code", 4), ("mode", 10), ("runtime", 12), ("created", 19), ("job", 0))
 MOST_OF_A_JOB = 60                  # characters of a job string in a table
 BAR = 20                            # characters of a bar from 0 to 1
+WANTS_TEXT = re.compile(rb"\s*text/plain\b")
 
 
 def wants_text(request: Request) -> bool:
     """Whether a client that can choose would rather have a table: its Accept names text/plain first."""
-    return re.match(rb"\s*text/plain\b", request.headers.get("accept", b"")) is not None
+    return WANTS_TEXT.match(request.headers.get("accept", b"")) is not None
 
 
 def text_response(text: str) -> Response:

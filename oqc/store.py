@@ -74,6 +74,7 @@ ENDED = {event: jobs.TRANSITIONS[jobs.TRANSITIONS[jobs.STARTING, "claimed"], eve
          for event in ("succeeded", "failed")}
 END = {event: _end_sql(event, "start_time IS NOT NULL AND attempts = ?") for event in ("succeeded", "failed")}
 CANCEL_WAITING = _end_sql("failed", "start_time IS NULL")
+GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
 TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
 
 
@@ -119,7 +120,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def get(self, number: int) -> Job:
         """The job with this id; raises UnknownJob."""
-        rows = self._read(f"SELECT {MEMBERS} FROM jobs WHERE id = ?", (number,))
+        rows = self._read(GET, (number,))
         if not rows:
             raise UnknownJob(number)
         return Job._make(rows[0])

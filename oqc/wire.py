@@ -178,6 +178,8 @@ class Connection:
     def next_request(self, limits: Limits) -> bool:
         """Whether the buffer holds a whole request: then `head` is its head. Raises Problem."""
         if self.head is None:
+            if not self.buffer:
+                return False
             raw, self.buffer = split_head(self.buffer, limits)
             if raw is None:
                 return False
