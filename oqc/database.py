@@ -28,13 +28,19 @@ def among(values: Sequence[str]) -> str:
     return "(" + ", ".join(f"'{value}'" for value in values) + ")"
 
 
+def either(column: str, values: Sequence[str]) -> str:
+    """That a column has one of the values, as a CHECK: IN makes a table of its values for each row that is written if
+    they are more than two, which doubles the time of an INSERT."""
+    return " OR ".join(f"{column} = '{value}'" for value in values)
+
+
 MIGRATIONS = (                      # the n-th brings a database from version n to n + 1
     f"""
     CREATE TABLE jobs (
         id INTEGER PRIMARY KEY AUTOINCREMENT,       -- or the id of a deleted last job is given out again
         job TEXT NOT NULL,
-        mode TEXT NOT NULL CHECK (mode IN {among(jobs.MODES)}),
-        status TEXT NOT NULL CHECK (status IN {among(jobs.STATUSES)}),
+        mode TEXT NOT NULL CHECK ({either("mode", jobs.MODES)}),
+        status TEXT NOT NULL CHECK ({either("status", jobs.STATUSES)}),
         runtime TEXT,
         return_code INTEGER,
         runtime_error TEXT,
