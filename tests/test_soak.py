@@ -15,10 +15,11 @@ def held(pid):
 
 
 def add_thousands(server, thousands):
-    """Add so many thousands of echo jobs, some of which fail, and wait for the end of each thousand."""
+    """Add so many thousands of jobs, echoes of which some fail, and simulations, which a worker has to run; wait for
+    the end of each thousand."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
-    body = json.dumps([{"job": "X(90), Y(180)", "mode": "echo", "return_code": number % 50 == 0}
-                       for number in range(1000)]).replace("true", "1").replace("false", "0")
+    kinds = [{"mode": "simulation"}, {"mode": "echo", "return_code": 1}] + [{"mode": "echo"}] * 18
+    body = json.dumps([{"job": "X(90), Y(180)", **kinds[number % 20]} for number in range(1000)])
     for _ in range(thousands):
         connection.request("POST", "/jobs/add/?wait=60", body, {"api_key": KEY})
         answer = connection.getresponse()
