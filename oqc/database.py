@@ -98,8 +98,9 @@ def observing(path: str) -> sqlite3.Connection:
     """A connection that leaves the file and its WAL as they are. One that is only query_only merges them if it is
     closed last, after a crash before the next server has seen them; one to a file without a WAL has to make one."""
     mode = "ro" if os.path.exists(path + "-wal") else "rw"
+    name = quote(os.fsencode(os.path.abspath(path)))
     try:
-        connection = sqlite3.connect(f"file:{quote(os.path.abspath(path))}?mode={mode}", uri=True, timeout=10)
+        connection = sqlite3.connect(f"file://{name}?mode={mode}", uri=True, timeout=10)
         connection.execute("PRAGMA query_only = 1")
         return connection
     except sqlite3.Error as error:

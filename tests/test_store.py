@@ -631,6 +631,19 @@ def test_a_commit_is_on_disk_before_it_is_told(store):
     assert store._write(lambda: settings(store._writer)) == ["wal", 2, 1, 0]      # 2: FULL, a sync at each commit
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+@pytest.mark.parametrize("name", [b"a b%20?mode=ro#&.db", b"caf\xe9.db", "\u00fc.db".encode()])
+def test_a_database_may_have_any_name(tmp_path, clock, name, slash):
+    """A URI names it to a reader that must not merge its WAL; two slashes at its begin would name a host there."""
+    path = f"{slash}{tmp_path}/{os.fsdecode(name)}"
+    for count in (1, 2):
+        store = Store(path, clock)
+        assert added(store) == [count]
+        assert not list(check(path))
+        store.close()
+    assert set(os.listdir(os.fsencode(tmp_path))) == {name, name + b".lock"}
+
+
 def test_readers_can_write_nothing(store):
     store.pauses()
     reader, = store._readers
