@@ -297,21 +297,21 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def _announce(self, runtime: _Runtime, endings: Sequence[Ending]) -> None:
         """Tell those who wait, and set the alarm for what is tried again; after it is on disk."""
         over = []
-        with self.lock:
-            for task, event, outcome, delay, seconds in endings:
-                if event in ("retry", "release"):
-                    self._enqueue_in(delay, task.mode, task.id)
-                    continue
-                over.append(task.id)
+        for task, event, outcome, delay, seconds in endings:
+            if event in ("retry", "release"):
+                self._enqueue_in(delay, task.mode, task.id)
+                continue
+            over.append(task.id)
+            with self.lock:         # for each: there may be 10,000, and the listener wants it, too
                 runtime.ended += 1
+                runtime.failures += event == "failed"
                 found = self._durations.setdefault((task.mode, event), [0.0] * (len(BUCKETS) + 2))
                 found[bisect.bisect_left(BUCKETS, seconds)] += 1
                 found[-1] += seconds
-                if event == "failed":
-                    runtime.failures += 1
-                    log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
-                             task.attempt, outcome.return_code, outcome.runtime_error)
-            self._tell(over)
+            if event == "failed":
+                log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
+                         task.attempt, outcome.return_code, outcome.runtime_error)
+        self._tell(over)
 
     def _insist(self, write: Callable[..., Any], *arguments: Any) -> Any:
         """Do a write that must not be lost; while the store cannot take it, again. None if the server stops first:
