@@ -14,9 +14,10 @@ from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused
 from oqc.config import ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
-from oqc.server import Limits, Server, notify, tls_context
 from oqc.store import Store
 from oqc.workers import Workers
+# last: what http.server brings fills the holes that compiling the others leaves, 1 MiB where no bytecode is kept
+from oqc.server import Limits, Server, notify, tls_context
 
 log = logging.getLogger("oqc")
 
