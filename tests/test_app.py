@@ -115,20 +115,15 @@ def test_a_standard_error_that_takes_nothing_costs_no_request(tmp_path, serve, s
         port = free.getsockname()[1]
     pipe = tmp_path / "started"
     os.mkfifo(pipe)
-    flags = ("--runtime", f"qpu={script(f'echo error >&2; echo started >{pipe}')}", "--port", str(port))
-    first = serve(*flags)
-    job = first.add("X(1)", "verbatim")
-    assert pipe.read_text(encoding="utf-8") == "started\n"      # opens when the runtime runs
-    first.wait(job)
-    first.request("POST", "/runtimes/qpu/pause/")
+    first = serve("--runtime", f"qpu={script('exit 75')}")      # asks to be tried again: by the next server
     waiting = first.add("X(2)", "verbatim")
-    first.request("POST", "/runtimes/qpu/resume/")
     first.process.kill()
     first.process.wait()
+    flags = ("--runtime", f"qpu={script(f'echo error >&2; echo started >{pipe}')}", "--port", str(port))
     silent = Server(tmp_path, *flags, command=("sh", "-c", f'exec "$@" {redirection}', "sh", *PYTHON), wait=False)
     silent.port = port
     try:
-        assert pipe.read_text(encoding="utf-8") == "started\n"      # it runs what waited, so it listens
+        assert pipe.read_text(encoding="utf-8") == "started\n"      # opens when the runtime runs: so the server listens
         assert silent.wait(waiting)["status"] == silent.wait(silent.add())["status"] == "Success"
         assert silent.request("GET", "/jobs/07/").body == b"0\n"
         standard = {os.readlink(f"/proc/{silent.process.pid}/fd/{number}") for number in (0, 1, 2)}
