@@ -109,10 +109,9 @@ class Api:
         else:
             made(lambda response: answer(response if isinstance(response, Response) else failure(response, request)))
 
-    def flush(self) -> bool:
-        """Write what requests wait for; called when no other is there to be handled at once. True: call it soon again.
-        """
-        return bool(self.store.flush())
+    def flush(self) -> None:
+        """Write what requests wait for; called when no other is there to be handled at once."""
+        self.store.flush()
 
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
         """(function, what its path says, name of the key); raises Problem."""

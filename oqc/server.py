@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self.date = clock.date()
         self._look_at = self._accept_at = 0.0               # monotonic: of the deadlines; of the listening socket
         self._close_at = FAR                                # monotonic: by then all connections are closed
-        self._more = False                                  # answers are to be written, so that nothing may be awaited
+        self._more = False                                  # there is more to do, so that nothing may be awaited
         self._listener = 0                                  # the id of the thread in serve_forever
         self._stopped = threading.Event()
         self._told: Deque[Callable[[], None]] = collections.deque()         # what the listener is to do, with a wake
@@ -70,7 +70,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Serve until stop()."""
         self._listener = threading.get_ident()
-        for sock, ready in ((self.socket, self._accept), (self._wake_end, self._take_back)):
+        for sock, ready in ((self.socket, self._accept), (self._wake_end, self._awake)):
             sock.setblocking(False)
             self._selector.register(sock, selectors.EVENT_READ, ready)
         self._wake_write_end.setblocking(False)
@@ -97,7 +97,9 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 log.exception("listener")
                 if isinstance(key.data, Connection):
                     self._forget(key.data)
-        self._more = self.api.flush()
+        self._more = False
+        self.api.flush()
+        self._do_what_was_told()
         self.service_actions()
 
     def _accept(self) -> None:
@@ -219,38 +221,35 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             answer(response)
             self._go_on(connection)
 
-        def answer_here(response: Response) -> None:
-            if not returned:
-                answer(response)
-            elif threading.get_ident() == self._listener:
-                answer_and_go_on(response)
-            elif isinstance(response.body, bytes):      # many come with one commit: one thread sends them quickest
+        def answer_soon(response: Response) -> None:
+            if isinstance(response.body, bytes):
                 self._tell(functools.partial(answer_and_go_on, response))
             else:
                 answer(response)
 
-        returned = not self.api.is_quick(request)
-        if returned:
-            self._in_thread(functools.partial(self.api.handle, request, answer_here))
-            return
-        self.api.handle(request, answer_here)
-        returned = True
+        if self.api.is_quick(request):
+            self._more = True
+            self.api.handle(request, answer_soon)
+        else:
+            self._in_thread(functools.partial(self.api.handle, request, answer_soon))
 
     def _watch(self, connection: Connection) -> None:
         if not connection.watched:
             connection.watched = True
             self._selector.register(connection.sock, selectors.EVENT_READ, connection)
 
-    def _take_back(self) -> None:
-        """Do what other threads have given the listener to do."""
+    def _awake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_end.recv(4096)
-        try:
-            while self._told:
+
+    def _do_what_was_told(self) -> None:
+        """Send answers and take connections back. Answers go out together: one at a time, each of them wakes a client
+        that has gone to sleep since the last, which costs a quarter of the rate at which 16 clients are shown jobs."""
+        for _ in range(len(self._told)):
+            try:
                 self._told.popleft()()
-        finally:
-            if self._told:              # one of them raised
-                self._wake()
+            except Exception:       # pylint: disable=broad-exception-caught # a defect costs one connection, not all
+                log.exception("listener")
 
     def _forget(self, connection: Connection) -> None:
         """Close a connection."""
@@ -394,7 +393,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _tell(self, what: Callable[[], None]) -> None:
         """Have the listener do this soon."""
         self._told.append(what)
-        self._wake()                    # each time: whoever left that to another could do so just after it was done
+        if threading.get_ident() != self._listener:
+            self._wake()                # each time: whoever left that to another could do so just after it was done
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):      # full of wakes; or the server has stopped

@@ -192,18 +192,15 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         else `then(None, error)`. For one thread, the one that calls flush."""
         self._soon.append(_Write(then, self._add, (submissions, submitter, key, foregone)))
 
-    def flush(self) -> bool:
+    def flush(self) -> None:
         """Write what add_soon was given: here, since handing it to another thread and back takes as long as the disk
-        does; by the writer thread if that is at work already, or the disk is slow. True if more was given meanwhile."""
+        does; by the writer thread if that is at work already, or the disk is slow."""
         group, self._soon = self._soon, []
-        if not group:
-            return False
-        if self._commit_seconds < SLOW and self._turn.acquire(blocking=False):
+        if group and self._commit_seconds < SLOW and self._turn.acquire(blocking=False):
             self._commit_in_turn(group)
         else:
             for write in group:
                 self._put(write)
-        return bool(self._soon)
 
     def prune(self, seconds: float) -> int:
         """Delete the jobs that ended longer ago than that, some at a time, so that others can write; how many."""

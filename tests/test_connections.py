@@ -18,42 +18,35 @@ from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.jobs import Addition, Job
 from oqc.messages import Request, Response
-from oqc.server import Limits, Server, tls_context
+from oqc.server import TICK, Limits, Server, tls_context
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Scripted:
-    """An Api that leaves every request to one function."""
+    """An Api that leaves every request to one function: in a thread, or in the listener if there is a flush."""
 
     keys = Keys({})
 
-    def __init__(self, handle):
+    def __init__(self, handle, flush):
         self.handle = handle
+        self.flush = flush or (lambda: None)
+        self.is_quick = lambda _: flush is not None
 
     @staticmethod
     def refuse(_):
         """Nothing is refused."""
 
-    @staticmethod
-    def flush():
-        """Nothing waits to be written."""
-
-    @staticmethod
-    def is_quick(_):
-        """Every request gets a thread."""
-        return False
-
 
 class Listening:
     """A server in this process."""
 
-    def __init__(self, handle, tls=None, **limits):
+    def __init__(self, handle, flush=None, tick=TICK, tls=None, **limits):  # pylint: disable=too-many-arguments # a server has them
         self.lines = []
-        self.server = Server(("127.0.0.1", 0), Scripted(handle), Clock(), limits=Limits(**limits),
+        self.server = Server(("127.0.0.1", 0), Scripted(handle, flush), Clock(), limits=Limits(**limits),
                              access=self.lines.append, tls=tls)
         self.port = self.server.server_port
-        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(tick,))
         self.thread.start()
 
     def until(self, condition):
@@ -222,6 +215,26 @@ def test_a_defect_in_what_the_listener_is_told_costs_nobody_else_an_answer(liste
     assert done[0].wait(20)
     server._tell(done[1].set)
     assert done[1].wait(20) and "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["at once", "with the next flush"])
+def test_requests_that_come_together_are_answered_in_order_and_nothing_is_awaited_between(listen, written):
+    """On one connection, so that each answer is what lets the next request be handled."""
+    came, waiting = [], []
+
+    def handle(request, answer):
+        came.append(request.path)
+        waiting.append(lambda: answer(Response(200, request.path.encode())))
+        if not written:
+            waiting.pop()()
+
+    def flush():
+        while waiting:
+            waiting.pop()()
+    server = listen(handle, flush=flush, tick=60.0)
+    paths = [f"/{number}" for number in range(20)]
+    with Wire(server, b"".join(GET.replace(b"/ ", f"{path} ".encode(), 1) for path in paths)) as client:
+        assert [client.answer()[2].decode() for _ in paths] == paths == came
 
 
 def test_stopping_ends_all_connections_and_lets_those_at_work_be_answered(listen, gate):
