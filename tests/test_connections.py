@@ -21,6 +21,7 @@ from oqc.messages import Request, Response
 from oqc.server import TICK, Limits, Server, tls_context
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+NOBODY = object()           # a connection that is closed already
 
 
 class Scripted:
@@ -54,6 +55,17 @@ class Listening:
         deadline = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < deadline
+
+    @contextlib.contextmanager
+    def held(self):
+        """Meanwhile its listener does nothing."""
+        held, go = threading.Event(), threading.Event()
+        self.server._tell(NOBODY, lambda: (held.set(), go.wait(20)))
+        assert held.wait(20)
+        try:
+            yield
+        finally:
+            go.set()
 
     def stop(self):
         """Stop, twice does no harm."""
@@ -109,7 +121,7 @@ def test_a_client_that_has_its_answer_is_not_at_work_any_more(listen):
     """A thread of the pool that sent the answer itself would tell the listener too late."""
     server = listen(connections=1)
     tell = server.server._tell
-    server.server._tell = lambda what: (time.sleep(0.1), tell(what))
+    server.server._tell = lambda *what: (time.sleep(0.1), tell(*what))
     with Wire(server, GET) as first:
         assert first.answer()[0] == 200
         with Wire(server, GET) as second:
@@ -195,26 +207,48 @@ def test_what_one_thread_tells_the_listener_is_done_although_another_tells_it_so
         def append(self, x):
             super().append(x)
             if not second:
-                second.append(threading.Thread(target=server._tell, args=(done[1].set,)))
+                second.append(threading.Thread(target=server._tell, args=(NOBODY, done[1].set)))
                 second[0].start()
                 second[0].join()
 
     server._told = Interrupted()
-    server._tell(done[0].set)
+    server._tell(NOBODY, done[0].set)
     assert done[0].wait(20) and done[1].wait(20)
 
 
 def test_a_defect_in_what_the_listener_is_told_costs_nobody_else_an_answer(listen, caplog):
-    server = listen().server
-    held, go, done = threading.Event(), threading.Event(), [threading.Event(), threading.Event()]
-    server._tell(lambda: (held.set(), go.wait(20)))
-    assert held.wait(20)
-    server._tell(lambda: 1 // 0)
-    server._tell(done[0].set)
-    go.set()
-    assert done[0].wait(20)
-    server._tell(done[1].set)
-    assert done[1].wait(20) and "ZeroDivisionError" in caplog.text
+    one, done = listen(), [threading.Event(), threading.Event()]
+    with Wire(one, GET) as client:
+        client.answer()
+        connection, = one.server.connections
+        with one.held():
+            one.server._tell(connection, lambda: 1 // 0)
+            one.server._tell(NOBODY, done[0].set)
+        assert client.closed(), "or nothing would ever end it"
+        assert done[0].wait(20)
+        one.server._tell(NOBODY, done[1].set)
+        assert done[1].wait(20) and "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("quick", [True, False], ids=["answered at once", "written first"])
+def test_of_many_who_come_at_once_nobody_is_turned_away_who_would_find_room_after_an_answer(listen, quick):
+    """As many as one look of the listener takes, at a server for two."""
+    waiting = []
+
+    def handle(_, answer):
+        waiting.append(answer)
+        if quick:
+            flush()
+
+    def flush():
+        while waiting:
+            waiting.pop()(Response(200, b"ok\n"))
+    one = listen(handle, flush=flush, connections=2)
+    with contextlib.ExitStack() as stack:
+        with one.held():
+            clients = [stack.enter_context(Wire(one, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")))
+                       for _ in range(40)]
+        assert [client.answer()[0] for client in clients] == [200] * 40
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["at once", "with the next flush"])
