@@ -319,15 +319,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def _write(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Have `work` done in the next transaction. Returns or raises what came of it, committed."""
-        done, came = threading.Lock(), []
-        done.acquire()              # pylint: disable=consider-using-with # `tell` releases it
-
-        def tell(value: Any, error: Optional[Exception]) -> None:
-            came.append((value, error))
-            done.release()
-        self._put(_Write(tell, work, arguments))
-        done.acquire()              # pylint: disable=consider-using-with # waits
-        value, error = came[0]
+        came: "queue.SimpleQueue[Tuple[Any, Optional[Exception]]]" = queue.SimpleQueue()
+        self._put(_Write(lambda value, error: came.put((value, error)), work, arguments))
+        value, error = came.get()
         if error is not None:
             raise error
         return value
