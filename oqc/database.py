@@ -220,17 +220,13 @@ def backup(path: str, target: str) -> None:
         raise StoreError(f"{target}: is there already; a backup never replaces a file") from None
     except OSError as error:
         raise StoreError(f"{target}: {error.strerror}") from None
-    source = copy = None
     try:
-        source, copy = observing(path), sqlite3.connect(target)
-        source.backup(copy, pages=-1)
-        copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
+        with contextlib.closing(observing(path)) as source, contextlib.closing(sqlite3.connect(target)) as copy:
+            source.backup(copy, pages=-1)
+            copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
     except (sqlite3.Error, StoreError) as error:
         os.unlink(target)
         raise explained(path, error) from error
-    finally:
-        for connection in filter(None, (source, copy)):
-            connection.close()
 
 
 def check(path: str) -> Iterator[str]:
@@ -239,14 +235,12 @@ def check(path: str) -> Iterator[str]:
     if not os.path.exists(path):
         raise StoreError(f"{path}: no such database")
     inspect(path, in_use=False)
-    reader = observing(path)
     try:
-        yield from (line for row in reader.execute("PRAGMA integrity_check") for line in row[0].splitlines()
-                    if line != "ok")
-        for what, condition in INVARIANTS:
-            for number, in reader.execute(f"SELECT id FROM jobs WHERE NOT coalesce({condition}, 1)"):
-                yield f"job {number}: {what}"
+        with contextlib.closing(observing(path)) as reader:
+            yield from (line for row in reader.execute("PRAGMA integrity_check") for line in row[0].splitlines()
+                        if line != "ok")
+            for what, condition in INVARIANTS:
+                for number, in reader.execute(f"SELECT id FROM jobs WHERE NOT coalesce({condition}, 1)"):
+                    yield f"job {number}: {what}"
     except sqlite3.Error as error:
         raise explained(path, error) from error
-    finally:
-        reader.close()
