@@ -129,15 +129,14 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """Up to `limit` jobs, as plain tuples of Job's members, that follow the id `after` in id order, or in
         descending order; `status=`, `mode=` keep only the jobs that have it. By keyset: a page deep in the list
         costs what the first one does."""
-        terms = [(f"{column} = ?", value) for column, value in equal.items() if value is not None]
+        terms: Dict[str, Any] = {f"{column} = ?": value for column, value in equal.items() if value is not None}
         if after is not None:
-            terms.append(("id < ?" if descending else "id > ?", after))
-        where = " AND ".join(term for term, _ in terms) or "1"
-        # the index of the failed is used only where the statement itself names that status
-        where = where.replace("status = ?", f"status = '{jobs.RUNTIME_ERROR}' AND status = ?"
-                              if equal.get("status") == jobs.RUNTIME_ERROR else "status = ?")
-        return self._read(f"SELECT {MEMBERS} FROM jobs WHERE {where} ORDER BY id {'DESC' if descending else 'ASC'} "
-                          "LIMIT ?", (*(value for _, value in terms), limit))
+            terms["id < ?" if descending else "id > ?"] = after
+        where = list(terms) or ["1"]
+        if equal.get("status") == jobs.RUNTIME_ERROR:   # its index is used only where the statement itself names it
+            where.append(f"status = '{jobs.RUNTIME_ERROR}'")
+        return self._read(f"SELECT {MEMBERS} FROM jobs WHERE {' AND '.join(where)} "
+                          f"ORDER BY id {'DESC' if descending else 'ASC'} LIMIT ?", (*terms.values(), limit))
 
     def result(self, number: int) -> Tuple[Job, Optional[str], bool]:
         """(job, what its runtime put out or None, whether that is JSON); raises UnknownJob."""
