@@ -63,16 +63,9 @@ def _marks(path: List[Vector]) -> Iterator[str]:
 
 def _arc(start: Vector, axis: str, degrees: int) -> List[Vector]:
     """The points on the way of a rotation; more than a whole turn is drawn as one."""
-    steps = max(1, math.ceil(min(degrees, 360) / STEP))
-    one, other = {"X": (1, 2), "Y": (2, 0), "Z": (0, 1)}[axis]      # a rotation about X turns y towards z, …
-    points = []
-    for number in range(steps + 1):
-        angle = math.radians(min(degrees, 360) * number / steps)
-        point = list(start)
-        point[one] = math.cos(angle) * start[one] - math.sin(angle) * start[other]
-        point[other] = math.sin(angle) * start[one] + math.cos(angle) * start[other]
-        points.append((point[0], point[1], point[2]))
-    return points
+    degrees = min(degrees, 360)
+    steps = max(1, math.ceil(degrees / STEP))
+    return [qubit.turned(start, axis, math.radians(degrees * number / steps)) for number in range(steps + 1)]
 
 
 def _lines(arcs: Iterable[List[Vector]]) -> Tuple[str, str]:

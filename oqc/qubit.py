@@ -82,6 +82,17 @@ def bloch(a: complex, b: complex) -> Vector:
     return 2 * product.real / norm, 2 * product.imag / norm, (p0 - p1) / norm
 
 
+def turned(vector: Vector, axis: str, angle: float) -> Vector:
+    """A Bloch vector after a rotation by so many radians about an axis."""
+    x, y, z = vector
+    cosine, sine = math.cos(angle), math.sin(angle)
+    if axis == "X":
+        return x, cosine * y - sine * z, sine * y + cosine * z
+    if axis == "Y":
+        return cosine * x + sine * z, y, cosine * z - sine * x
+    return cosine * x - sine * y, sine * x + cosine * y, z
+
+
 def path(job: str) -> List[Vector]:
     """The Bloch vectors before the first pulse of a job and after each: one more than there are pulses."""
     a, b = 1 + 0j, 0j
@@ -157,15 +168,10 @@ def emulation(job: str, shots: int, seed: int, device: Device) -> Dict[str, Any]
     x, y, z = 0.0, 0.0, 1.0
     for pulse in job.split(", "):
         axis, angle = pulse[0], math.radians(int(pulse[2:-1]))
-        angle *= 1 if axis == "Z" else 1 + device.over_rotation
-        cosine, sine = math.cos(angle), math.sin(angle)
-        if axis == "X":
-            y, z = cosine * y - sine * z, sine * y + cosine * z
-        elif axis == "Y":
-            x, z = cosine * x + sine * z, cosine * z - sine * x
+        if axis == "Z":
+            x, y, z = turned((x, y, z), axis, angle)
         else:
-            x, y = cosine * x - sine * y, sine * x + cosine * y
-        if axis != "Z":
+            x, y, z = turned((x, y, z), axis, angle * (1 + device.over_rotation))
             x, y, z = x * keep_xy, y * keep_xy, 1 + (z - 1) * keep_z
     z = max(-1.0, min(z, 1.0))          # rounding makes the vector of a perfect device a little longer than 1
     p1 = (1 - z) / 2 * (1 - device.readout_1) + (1 + z) / 2 * device.readout_0
