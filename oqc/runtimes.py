@@ -43,23 +43,17 @@ class Settings(NamedTuple):
     kill_grace: float = 5.0         # seconds from TERM to KILL
 
 
-class _Lifeline:
-    """The pipe whose closing tells every guard that the server is gone. One a process, made at the first runtime."""
-
-    read_end = -1
-
-    @classmethod
-    def descriptor(cls) -> int:
-        """The read end, which guards are given."""
-        if cls.read_end < 0:
-            read_end, _write_end = os.pipe()    # the write end is never closed: the kernel does it when we die
-            cls.read_end = fcntl.fcntl(read_end, fcntl.F_DUPFD_CLOEXEC, 10)
-            os.close(read_end)
-            with contextlib.suppress(ImportError, AttributeError, OSError):
-                import ctypes       # pylint: disable=import-outside-toplevel # memory that a server at rest can spare
-                # Linux: orphans of a group become our children, so that waiting for them is exact and they are reaped
-                ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        return cls.read_end
+@functools.lru_cache(maxsize=None)
+def _lifeline() -> int:
+    """The read end of the pipe whose closing tells every guard that the server is gone. Made at the first runtime."""
+    read_end, _write_end = os.pipe()    # the write end is never closed: the kernel does it when we die
+    lifeline = fcntl.fcntl(read_end, fcntl.F_DUPFD_CLOEXEC, 10)     # not 3, which guards have it as
+    os.close(read_end)
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import ctypes       # pylint: disable=import-outside-toplevel # memory that a server at rest can spare
+        # Linux: orphans of a group become our children, so that waiting for them is exact and they are reaped
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    return lifeline
 
 
 class Process:
@@ -79,8 +73,7 @@ class Process:
             self.pid = os.posix_spawn(
                 "/bin/sh", ["/bin/sh", "-c", GUARD, "oqc", *command], environment, setpgroup=0,
                 file_actions=[(os.POSIX_SPAWN_DUP2, feed_child, 0), (os.POSIX_SPAWN_DUP2, out_child, 1),
-                              (os.POSIX_SPAWN_DUP2, error_child, 2),
-                              (os.POSIX_SPAWN_DUP2, _Lifeline.descriptor(), 3)],
+                              (os.POSIX_SPAWN_DUP2, error_child, 2), (os.POSIX_SPAWN_DUP2, _lifeline(), 3)],
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ], setsigmask=[])
         except OSError:
             for descriptor in {out, error, self.input, feed_child} - {-1, feed}:
