@@ -1,18 +1,19 @@
 """The composition root: builds a server, starts its parts, waits for signals, stops them in the reverse order."""
+import functools
 import logging
 import os
 import queue
 import random
 import signal
 import threading
-from typing import Any, Optional
+from typing import Optional
 
 from oqc import runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
 from oqc.config import ConfigError, Settings, read_keys
-from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
+from oqc.jobs import MODES, MOST_SEED, RetryPolicy, StoreError
 from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
 from oqc.store import Store
 from oqc.workers import Workers
@@ -140,8 +141,8 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
         raise StartError(f"{files}: {error.strerror or error}") from None
     store = Store(settings.db, clock)
     common = runtimes.Settings(clock, settings.kill_grace)
-    workers = Workers(store, [(spec, _slot_maker(spec, common)) for spec in settings.runtimes], RetryPolicy(), clock,
-                      dice.random, max(1, settings.max_connections // 2))
+    workers = Workers(store, [(spec, functools.partial(runtimes.slot, spec, common)) for spec in settings.runtimes],
+                      RetryPolicy(), clock, dice.random, max(1, settings.max_connections // 2))
     api = Api(store, workers, Keys(dict(settings.keys)), lambda: dice.getrandbits(MOST_SEED.bit_length()),
               settings.max_waiting)
     try:
@@ -155,8 +156,7 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
                          "--port takes another one") from None
     workers.start()
     _say_what_there_is(settings, server)
-    listener = threading.Thread(target=server.serve_forever, args=(0.25,), name="listener", daemon=True)
-    listener.start()
+    threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
     notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
     while not signals.stop.is_set():
         if settings.keep_days:
@@ -194,12 +194,6 @@ def _say_what_there_is(settings: Settings, server: Server) -> None:
         f"{mode} on {', '.join(spec.name for spec in settings.runtimes if mode in spec.modes)}" for mode in MODES))
     if any(spec.name == "emulator" for spec in settings.runtimes):
         log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND names a runtime")
-
-
-def _slot_maker(spec: RuntimeSpec, common: runtimes.Settings) -> Any:
-    if spec.command is None and spec.protocol == "lines":
-        spec = spec._replace(command=runtimes.builtin_command(spec.name))
-    return lambda: runtimes.slot(spec, common)
 
 
 def _forget_old_jobs(settings: Settings, store: Store) -> None:

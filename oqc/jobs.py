@@ -120,12 +120,12 @@ class Task(NamedTuple):
 
 
 class RuntimeSpec(NamedTuple):
-    """A runtime as it is configured. A command of None is the echo, which needs no process."""
+    """A runtime as it is configured. A command of None is a built-in one."""
 
     name: str
     command: Optional[Tuple[str, ...]]
     modes: Tuple[str, ...] = ("verbatim",)
-    protocol: str = "exec"
+    protocol: str = "exec"          # or "lines"; or "echo", which needs no process
     slots: int = 1                  # how many of it run at once
     timeout: float = 60.0           # seconds an attempt may take
     retry_codes: Tuple[int, ...] = (TEMPFAIL,)

@@ -341,9 +341,9 @@ class EchoSlot(Slot):
 
 def slot(spec: RuntimeSpec, settings: Settings) -> Slot:
     """A slot for this runtime, by its protocol."""
-    if spec.command is None:
-        return EchoSlot(spec, settings)
-    return {"exec": ExecSlot, "lines": LinesSlot}[spec.protocol](spec, settings)
+    if spec.command is None and spec.protocol == "lines":
+        spec = spec._replace(command=builtin_command(spec.name))
+    return {"exec": ExecSlot, "lines": LinesSlot, "echo": EchoSlot}[spec.protocol](spec, settings)
 
 
 def _unstartable(error: OSError) -> Outcome:

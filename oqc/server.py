@@ -39,7 +39,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     """
 
     request_queue_size = 1024       # the backlog: 5 makes a crowd wait for seconds (net.core.somaxconn caps it)
-    daemon_threads = True
 
     def __init__(self, address: Tuple[str, int], api: Api, clock: Any, *, limits: Limits = Limits(),
                  access: Callable[[str], None] = lambda line: None, tls: Optional[ssl.SSLContext] = None) -> None:
