@@ -189,7 +189,7 @@ def array(chunks: Iterable[Sequence[Any]], line: Callable[[Any], str] = job_line
 
 # Plain tables, for a terminal
 
-COLUMNS = (("id", 8), ("status", 13), ("code", 4), ("mode", 10), ("runtime", 12), ("created", 19), ("job", 0))
+JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {}\n"
 MOST_OF_A_JOB = 60                  # characters of a job string in a table
 BAR = 20                            # characters of a bar from 0 to 1
 WANTS_TEXT = re.compile(rb"\s*text/plain\b")
@@ -214,25 +214,16 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 def job_rows(chunks: Iterable[Sequence[Sequence[Any]]]) -> Iterator[bytes]:
     """A table of jobs, in pieces: the widths of its columns are fixed, since it may be long."""
-    yield _row([name.upper() for name, _ in COLUMNS])
+    yield JOB_ROW.format("ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED", "JOB").encode()
     for chunk in chunks:
-        yield b"".join(_row((job[0], _state(job), job[5], job[2], job[4], job[7][:19].replace("T", " "), _cut(job[1])))
-                       for job in chunk)
+        yield "".join(map(_job_row, chunk)).encode()
 
 
-def _row(cells: Iterable[Any]) -> bytes:
-    pairs = zip(cells, COLUMNS)
-    return ("  ".join(("" if cell is None else str(cell)).ljust(width) for cell, (_, width) in pairs).rstrip()
-            + "\n").encode()
-
-
-def _state(job: Sequence[Any]) -> str:
-    """The status; of a job that runs, that it does."""
-    return "(running)" if job[8] and not job[9] else str(job[3])
-
-
-def _cut(job: str) -> str:
-    return job if len(job) <= MOST_OF_A_JOB else job[:MOST_OF_A_JOB - 4] + " ..."
+def _job_row(job: Sequence[Any]) -> str:
+    number, text, mode, status, runtime, code, _, created, start, end = job
+    return JOB_ROW.format(number, "(running)" if start and not end else status, "" if code is None else code, mode,
+                          runtime or "", created[:19].replace("T", " "),
+                          text if len(text) <= MOST_OF_A_JOB else text[:MOST_OF_A_JOB - 4] + " ...")
 
 
 def result_text(result: str) -> str:
