@@ -13,7 +13,6 @@ import shutil
 import stat
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
-from oqc import jobs
 from oqc.jobs import RuntimeSpec
 
 DOCUMENTED_KEY = b"$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
@@ -114,9 +113,8 @@ def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -
 
 def settings(options: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
     """The settings of a server; raises ConfigError."""
-    given = {name: getattr(options, name) for name in Settings._fields if hasattr(options, name)}
     commands = tuple(options.runtime or filter(None, [environment.get("OQC_RUNTIME")]))
-    made = Settings(**{**given, "runtime": commands})
+    made = Settings(**{**vars(options), "runtime": commands})
     if made.tls_key and not made.tls_cert:
         raise ConfigError("--tls-key: needs --tls-cert beside it")
     return made._replace(runtimes=_runtimes(made), keys=read_keys(made, environment))
@@ -208,10 +206,6 @@ def _command(text: str, fail: Fail) -> Tuple[str, ...]:
 
 def _spec(name: str, keys: Dict[str, str], fail: Fail) -> RuntimeSpec:
     """A runtime from the keys of its section."""
-    for key in keys:
-        if key not in RuntimeSpec._fields[1:]:
-            fail(key, f"unknown key; known are {', '.join(RuntimeSpec._fields[1:])}")
-
     def whole(key: str, text: str, most: int) -> int:
         if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
             fail(key, f"expected a whole number from 1 to {most}, found {text!r}")
@@ -222,22 +216,25 @@ def _spec(name: str, keys: Dict[str, str], fail: Fail) -> RuntimeSpec:
             fail(key, f"expected {' or '.join(allowed)}, found {text!r}")
         return text
 
-    def parts(key: str, default: str) -> List[str]:
-        return [part.strip() for part in keys.get(key, default).split(",")]
+    def seconds(key: str, text: str) -> float:
+        if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text) or not 0 < float(text) <= 1e7:
+            fail(key, f"expected seconds, more than 0, found {text!r}")
+        return float(text)
 
-    try:
-        timeout = float(keys.get("timeout", "60")) if DIGITS.fullmatch(keys.get("timeout", "60")) else 0.0
-    except ValueError:
-        timeout = 0.0
-    if not 0 < timeout <= 1e7:
-        fail("timeout", f"expected seconds, more than 0, found {keys['timeout']!r}")
-    return RuntimeSpec(
-        name, _command(keys.get("command", ""), fail),
-        tuple(one_of("modes", mode, ("verbatim", "simulation")) for mode in parts("modes", "verbatim")),
-        one_of("protocol", keys.get("protocol", "exec"), ("exec", "lines")),
-        whole("slots", keys.get("slots", "1"), 1000), timeout,
-        tuple(whole("retry_codes", code, 255) for code in parts("retry_codes", str(jobs.TEMPFAIL))),
-        one_of("interrupted", keys.get("interrupted", "retry"), ("retry", "fail")))
+    read: Dict[str, Callable[[str, str], Any]] = {
+        "command": lambda _, text: _command(text, fail),
+        "modes": lambda key, text: tuple(one_of(key, mode.strip(), ("verbatim", "simulation"))
+                                         for mode in text.split(",")),
+        "protocol": lambda key, text: one_of(key, text, ("exec", "lines")),
+        "slots": lambda key, text: whole(key, text, 1000),
+        "timeout": seconds,
+        "retry_codes": lambda key, text: tuple(whole(key, code.strip(), 255) for code in text.split(",")),
+        "interrupted": lambda key, text: one_of(key, text, ("retry", "fail")),
+    }
+    for key in keys:
+        if key not in read:
+            fail(key, f"unknown key; known are {', '.join(read)}")
+    return RuntimeSpec(name, **{key: read[key](key, text) for key, text in {"command": "", **keys}.items()})
 
 
 # Keys
