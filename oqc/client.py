@@ -393,7 +393,5 @@ def run(arguments: Sequence[str]) -> int:
     except OSError as error:        # only standard input is left
         say(f"oqc: standard input: {error.strerror}")
         return EX_FAILED
-    except KeyboardInterrupt:
-        return INTERRUPTED
     finally:
         say("", end="")
