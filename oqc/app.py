@@ -1,4 +1,5 @@
 """The composition root: builds a server, starts its parts, waits for signals, stops them in the reverse order."""
+import contextlib
 import functools
 import logging
 import os
@@ -62,26 +63,21 @@ class LogLines(logging.Handler):
             self.dropped += 1
 
     def _write(self) -> None:
-        line: Optional[str] = ""
-        while line is not None:
-            lines = []
-            line = self._lines.get()
+        running = True
+        while running:
+            lines = [self._lines.get()]
             self.clock.wait(self._urgent, GATHER)
             self._urgent.clear()
-            while line is not None:
-                lines.append(line)
-                if self._lines.empty():
-                    break
-                line = self._lines.get()
+            while not self._lines.empty():
+                lines.append(self._lines.get())
+            running = None not in lines
             if self.dropped:
                 lines.append(f"{self.dropped} lines were dropped: standard error was not read\n")
                 self.dropped = 0
-            try:
-                data = "".join(lines).encode("utf-8", "backslashreplace")
+            data = "".join(filter(None, lines)).encode("utf-8", "backslashreplace")
+            with contextlib.suppress(OSError):
                 while data:
                     data = data[os.write(2, data):]
-            except OSError:
-                pass
 
     def close(self) -> None:
         """Write what there is, unless nobody reads it."""
@@ -176,9 +172,8 @@ def _stop(settings: Settings, signals: Signals, clock: Clock, server: Server, wo
     deadline = clock.monotonic() + settings.drain
     workers.drain(signals.any)
     while workers.busy() and not signals.hurry.is_set() and clock.monotonic() < deadline:
+        clock.wait(signals.any, max(0.0, deadline - clock.monotonic()))
         signals.any.clear()
-        if workers.busy() and not signals.hurry.is_set():
-            clock.wait(signals.any, max(0.0, deadline - clock.monotonic()))
     workers.stop()
     server.stop()
     store.close()
@@ -216,15 +211,10 @@ def _read_keys_again(settings: Settings, api: Api) -> None:
 def _keep_standard_descriptors() -> None:
     """Open what of 0, 1 and 2 is closed, so that no socket or database gets its number; make sure that runtimes
     inherit no other descriptor than those."""
-    while True:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:
-            os.close(descriptor)
-            break
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
+    os.close(descriptor)
     for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
-        try:
-            if int(name) > 2:
+        if int(name) > 2:
+            with contextlib.suppress(OSError):      # the one that listdir itself had
                 os.set_inheritable(int(name), False)
-        except OSError:             # the one that listdir itself had
-            pass
