@@ -197,7 +197,8 @@ class Api:
                                    mode=choice(query, "mode", jobs.MODES))
         headers: Tuple[Tuple[str, str], ...] = ()
         if limit is None:
-            chunks = pages(select, after)
+            # the first is read now, so that a database that cannot be read is found before the answer begins
+            chunks = pages(select, select(after, PAGE))
         else:
             page = select(after, limit + 1)
             chunks = iter([page[:limit]])
@@ -384,14 +385,8 @@ def _options(_: Api, request: Request) -> Response:
     return Response(204, b"", headers=(("Allow", allow(route(request.path)[0])),))
 
 
-def pages(select: Callable[[Optional[int], int], List[Job]], after: Optional[int]) -> Iterator[List[Job]]:
-    """All that `select(after, limit)` gives, a page at a time. The first is read at once, so that a database that
-    cannot be read is found before the answer begins."""
-    first = select(after, PAGE)
-
-    def rest() -> Iterator[List[Job]]:
-        page = first
-        while page:
-            yield page
-            page = select(page[-1][0], PAGE) if len(page) == PAGE else []
-    return rest()
+def pages(select: Callable[[Optional[int], int], List[Job]], page: List[Job]) -> Iterator[List[Job]]:
+    """A page of PAGE jobs and all that follow it, of what `select(after, limit)` gives."""
+    while page:
+        yield page
+        page = select(page[-1][0], PAGE) if len(page) == PAGE else []
