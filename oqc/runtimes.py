@@ -417,17 +417,14 @@ def builtin(arguments: Sequence[str]) -> int:
     """`emulator [--t1-us …]` or `simulator`: answer the jobs that come as JSON lines on standard input."""
     parser = argparse.ArgumentParser(prog=f"oqc {arguments[0]}", description="A runtime over the protocol lines: "
                                      "reads a job a line on standard input and answers each in a line.")
-    device = qubit.Device()
     if arguments[0] == "emulator":
-        for name, default in device._asdict().items():
+        for name, default in qubit.Device()._asdict().items():
             parser.add_argument("--" + name.replace("_", "-"), type=float, default=default, help="default: %(default)s")
-    options = parser.parse_args(arguments[1:])
-    if arguments[0] == "emulator":
-        device = qubit.Device(**vars(options))
-        try:
-            device.check()
-        except ValueError as error:
-            parser.error(str(error))
+    device = qubit.Device(**vars(parser.parse_args(arguments[1:])))
+    try:
+        device.check()
+    except ValueError as error:
+        parser.error(str(error))
     for line in sys.stdin:
         task = json.loads(line)
         run = (task["job"], task["shots"], task["seed"])
