@@ -148,16 +148,15 @@ def inspect(path: str, in_use: bool) -> None:
         return
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise StoreError(f"{path}: is not a database; name another file with --db")
-    version, application = struct.unpack_from(">I", header, 60)[0], struct.unpack_from(">I", header, 68)[0]
+    page_size, pages, version, application = struct.unpack_from(">16xH10xI28xI4xI", header)
     if application != APPLICATION_ID:
         raise StoreError(f"{path}: is another program's database; name another file with --db")
     if version > VERSION:
         raise StoreError(f"{path}: was written by a newer oqc (version {version} of the database, this one knows "
                          f"{VERSION}); run that one")
-    wal = os.path.exists(path + "-wal")
-    page_size, pages = struct.unpack_from(">H", header, 16)[0], struct.unpack_from(">I", header, 28)[0]
-    if not wal and size < (65536 if page_size == 1 else page_size) * pages:
-        raise StoreError(f"{path}: is truncated, {size} bytes of {page_size * pages}; put a backup in its place")
+    wal, whole = os.path.exists(path + "-wal"), (65536 if page_size == 1 else page_size) * pages
+    if not wal and size < whole:
+        raise StoreError(f"{path}: is truncated, {size} bytes of {whole}; put a backup in its place")
     if in_use and not wal:
         raise StoreError(f"{path}-wal: is missing, and the jobs accepted last were in it; put it back, or remove "
                          f"{path}.lock to go on without them")
