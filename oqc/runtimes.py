@@ -56,6 +56,14 @@ def _lifeline() -> int:
     return lifeline
 
 
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
+    """A pipe whose ends are closed with these."""
+    ends = os.pipe()
+    reader.callback(os.close, ends[0])
+    writer.callback(os.close, ends[1])
+    return ends
+
+
 class Process:
     """A runtime's process, with its children in a process group of its own, and the pipes to it.
 
@@ -66,37 +74,28 @@ class Process:
         """Start it with the open file `feed` as its standard input, or with a pipe if that is None."""
         self.clock, self.answered, self.sent = clock, False, 0
         self.output, self.error = bytearray(), bytearray()
-        out, out_child = os.pipe()
-        error, error_child = os.pipe()
-        feed_child, self.input = os.pipe() if feed is None else (feed, -1)
-        try:
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:
+            out, out_child = _pipe(ours, childs)
+            error, error_child = _pipe(ours, childs)
+            feed_child, self.input = _pipe(childs, ours) if feed is None else (feed, -1)
             self.pid = os.posix_spawn(
                 "/bin/sh", ["/bin/sh", "-c", GUARD, "oqc", *command], environment, setpgroup=0,
                 file_actions=[(os.POSIX_SPAWN_DUP2, feed_child, 0), (os.POSIX_SPAWN_DUP2, out_child, 1),
                               (os.POSIX_SPAWN_DUP2, error_child, 2), (os.POSIX_SPAWN_DUP2, _lifeline(), 3)],
                 setsigdef=[signal.SIGPIPE, signal.SIGXFSZ], setsigmask=[])
-        except OSError:
-            for descriptor in {out, error, self.input, feed_child} - {-1, feed}:
-                os.close(descriptor)
-            raise
-        finally:
-            os.close(out_child)
-            os.close(error_child)
+            self.pipes = ours.pop_all()         # closed at the end
         self.poll = select.poll()
         self.sinks = {out: self.output, error: self.error}
-        self.pipes = [out, error]
         if feed is None:
-            os.close(feed_child)
             os.set_blocking(self.input, False)
-            self.pipes.append(self.input)
         for descriptor in (out, error):
             os.set_blocking(descriptor, False)
             self.poll.register(descriptor, select.POLLIN)
         self.exit_watch = -1
         with contextlib.suppress(AttributeError, OSError):      # before Linux 5.3, and elsewhere: looked at in turns
             self.exit_watch = os.pidfd_open(self.pid)           # type: ignore[attr-defined,unused-ignore]
+            self.pipes.callback(os.close, self.exit_watch)
             self.poll.register(self.exit_watch, select.POLLIN)
-            self.pipes.append(self.exit_watch)
 
     def exited(self) -> bool:
         """Whether the process itself has ended (its children may go on). It is not reaped yet: its id stays taken."""
@@ -192,8 +191,7 @@ class Process:
         with contextlib.suppress(ChildProcessError):
             while True:                         # its orphans are our children: the group has ended when none is left
                 os.waitpid(-self.pid, 0)
-        for descriptor in self.pipes:
-            os.close(descriptor)
+        self.pipes.close()
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
 
     def _signal(self, number: int) -> None:
