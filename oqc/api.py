@@ -98,11 +98,11 @@ class Api:
 
     def handle(self, request: Request, answer: Callable[[Response], None]) -> None:
         """Have `answer` called once with the answer to a request, now or, from another thread, when the store has it.
-        One of the two places where a surprise is caught and logged."""
+        Whatever goes wrong becomes an answer, too."""
         try:
             endpoint, arguments, name = self._endpoint(request)
             made = endpoint(self, Request(*request[:-1], name), *arguments)
-        except Exception as error:      # pylint: disable=broad-exception-caught # see above
+        except Exception as error:      # pylint: disable=broad-exception-caught # `failure` logs a surprise
             made = failure(error, request)
         if isinstance(made, Response):
             answer(made)

@@ -56,7 +56,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._resting: List["queue.SimpleQueue[Callable[[], None]]"] = []   # mailboxes of threads without work
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._wake_write_end = socket.socketpair()
-        super().__init__(address, Connection)  # the handler is never called so
+        super().__init__(address, Connection)   # in the place of a handler, which nothing calls
 
     def server_bind(self) -> None:
         """Bind without asking for the host's name: with a dead resolver, HTTPServer's hangs for half a minute."""

@@ -79,7 +79,7 @@ TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE i
 
 
 class Store:                        # pylint: disable=too-many-instance-attributes # each has a line that says why
-    """The jobs on disk. Every method is for any thread; one that writes returns when it is on disk.
+    """The jobs on disk. Methods are for any thread, but add_soon and flush; one that writes returns when it is on disk.
 
     Raises StoreError from everything when the database cannot be used, DiskFull when there is no room.
     """
@@ -239,7 +239,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         trouble = self.trouble or full
         return str(trouble) if trouble else None
 
-    # What the writer thread does
+    # What is done in a transaction, by whoever has the turn
 
     def _add(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey],
              foregone: Callable[[Submission], Optional[Foregone]]) -> Addition:
@@ -385,8 +385,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     def _read(self, statement: str, values: Sequence[Any] = ()) -> List[Any]:
         """All rows of one SELECT, on a connection that nobody else uses meanwhile."""
         try:
-            reader = self._readers.pop() if self._readers else connected(self.path)
-        except IndexError:          # another thread took the last one
+            reader = self._readers.pop()
+        except IndexError:          # all are in use
             reader = connected(self.path)
         try:
             return reader.execute(statement, values).fetchall()

@@ -215,7 +215,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 continue
             try:
                 self._run(runtime, slot, number)
-            except Exception:       # pylint: disable=broad-exception-caught # one of the two places: the thread goes on
+            except Exception:       # pylint: disable=broad-exception-caught # whatever it was, the thread goes on
                 log.exception("worker of %s: job %d", runtime.spec.name, number)
             finally:
                 with self.lock:
@@ -253,7 +253,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         begun = not attempt.interrupted()
         try:
             outcome = slot.run(task, attempt.interrupted) if begun else None
-        except Exception:           # pylint: disable=broad-exception-caught # as above: the job must not stay "running"
+        except Exception:           # pylint: disable=broad-exception-caught # the job must not stay "running"
             log.exception("%s: job %d", runtime.spec.name, task.id)
             outcome = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
         return self._decide(runtime, task, attempt, outcome, begun)._replace(seconds=self.clock.monotonic() - began)
