@@ -38,42 +38,30 @@ class _Write(NamedTuple):
     arguments: Tuple[Any, ...] = ()
 
 
-def _transition(event: str) -> Tuple[str, str]:
-    """(`status = …`, `status IN (…)`) of an event, from the one table."""
+def _update(event: str, changes: str, guard: str) -> str:
+    """What an event does to a job: from the statuses, and to the status, that the one table has for it."""
     moves = {start: end for (start, name), end in jobs.TRANSITIONS.items() if name == event}
     cases = " ".join(f"WHEN '{start}' THEN '{end}'" for start, end in moves.items())
-    return f"status = CASE status {cases} END", f"status IN {among(tuple(moves))}"
+    return (f"UPDATE jobs SET status = CASE status {cases} END, {changes} "
+            f"WHERE id = ? AND status IN {among(tuple(moves))} AND {guard}")
 
 
-def _claim_sql() -> str:
-    change, allowed = _transition("claimed")
-    return (f"UPDATE jobs SET {change}, runtime = ?, start_time = max(created_time, ?), attempts = attempts + 1, "
-            f"due = NULL WHERE id = ? AND {allowed} AND start_time IS NULL")
-
-
-def _retry_sql(attempts: str) -> str:
-    change, allowed = _transition("retry")
-    return (f"UPDATE jobs SET {change}, runtime = NULL, start_time = NULL, due = ?, attempts = {attempts} "
-            f"WHERE id = ? AND attempts = ? AND {allowed} AND start_time IS NOT NULL")
-
-
-def _end_sql(event: str, guard: str) -> str:
-    change, allowed = _transition(event)
-    return (f"UPDATE jobs SET {change}, return_code = ?, runtime_error = ?, due = NULL, "
-            f"end_time = max(coalesce(start_time, created_time), ?) WHERE id = ? AND {allowed} AND {guard}")
-
-
+# The values of each: what changes, in the order that it stands in; then the id and, of a job that runs, the attempt
+WAITS, RUNS = "start_time IS NULL", "start_time IS NOT NULL AND attempts = ?"
+ENDS = "return_code = ?, runtime_error = ?, due = NULL, end_time = max(coalesce(start_time, created_time), ?)"
+WAITS_AGAIN = "runtime = NULL, start_time = NULL, due = ?"
+CLAIM = _update("claimed", "runtime = ?, start_time = max(created_time, ?), attempts = attempts + 1, due = NULL", WAITS)
+RETRY = _update("retry", WAITS_AGAIN, RUNS)
+RELEASE = _update("retry", WAITS_AGAIN + ", attempts = attempts - 1", RUNS)
+END = {event: _update(event, ENDS, RUNS) for event in ("succeeded", "failed")}
+CANCEL_WAITING = _update("failed", ENDS, WAITS)
 INSERT = (f"INSERT INTO jobs (job, mode, created_time, shots, seed, echo_code, submitter, status) "
           f"VALUES (?, ?, ?, ?, ?, ?, ?, '{jobs.STARTING}')")
 INSERT_ENDED = (
     "INSERT INTO jobs (job, mode, created_time, shots, seed, echo_code, submitter, status, runtime, return_code, "
     "runtime_error, start_time, end_time, attempts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1)")
-CLAIM = _claim_sql()
-RETRY, RELEASE = _retry_sql("attempts"), _retry_sql("attempts - 1")
 ENDED = {event: jobs.TRANSITIONS[jobs.TRANSITIONS[jobs.STARTING, "claimed"], event]     # after one attempt
          for event in ("succeeded", "failed")}
-END = {event: _end_sql(event, "start_time IS NOT NULL AND attempts = ?") for event in ("succeeded", "failed")}
-CANCEL_WAITING = _end_sql("failed", "start_time IS NULL")
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
 TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
 
