@@ -18,7 +18,7 @@ from oqc.jobs import RuntimeSpec
 DOCUMENTED_KEY = b"$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(rb"[\t\x20-\x7e\x80-\xff]+")      # what a header can carry (RFC 9110, section 5.5)
-DIGITS = re.compile(r"[0-9.]+")     # int() and float() take 1_0 and ٣ as well
+WHOLE, DECIMAL = re.compile("[0-9]{1,19}"), re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")  # int, float take 1_0 and ٣ as well
 BUILT_IN = {"verbatim": "emulator", "simulation": "simulator", "echo": "echo"}      # and the modes they serve
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -51,15 +51,12 @@ class Settings(NamedTuple):
 
 def number(least: float, most: float, convert: Callable[[str], float] = int) -> Callable[[str], float]:
     """What argparse calls to read a number from `least` to `most`."""
+    pattern, kind = (WHOLE, "whole number") if convert is int else (DECIMAL, "number")
+
     def read(text: str) -> float:
-        try:
-            value = convert(text) if DIGITS.fullmatch(text) else least - 1
-        except ValueError:
-            value = least - 1
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"expected a {'whole ' if convert is int else ''}number from {least:g} "
-                                             f"to {most:g}, found {text[:40]!r}")
-        return value
+        if not pattern.fullmatch(text) or not least <= convert(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a {kind} from {least:g} to {most:g}, found {text[:40]!r}")
+        return convert(text)
     return read
 
 
@@ -103,9 +100,9 @@ def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -
     """Give a parser the server's flags, with their environment variables as defaults."""
     for name, default, metavar, meaning, read in FLAGS:
         variable = "OQC_" + name.replace("-", "_").upper()
-        shown = f"default: {default:g}" if isinstance(default, float) else f"default: {default}"
+        shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else default
         parser.add_argument("--" + name, metavar=metavar, type=read, default=environment.get(variable, default),
-                            help=f"{meaning} [{variable}; {shown if default is not None else 'default: none'}]")
+                            help=f"{meaning} [{variable}; default: {shown}]")
     parser.add_argument("--runtime", metavar="NAME=COMMAND", action="append", default=[],
                         help="a program that runs verbatim jobs; may be given several times [OQC_RUNTIME, one; "
                              "default: the bundled emulator]")
@@ -207,7 +204,7 @@ def _command(text: str, fail: Fail) -> Tuple[str, ...]:
 def _spec(name: str, keys: Dict[str, str], fail: Fail) -> RuntimeSpec:
     """A runtime from the keys of its section."""
     def whole(key: str, text: str, most: int) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
+        if not WHOLE.fullmatch(text) or not 1 <= int(text) <= most:
             fail(key, f"expected a whole number from 1 to {most}, found {text!r}")
         return int(text)
 
@@ -217,7 +214,7 @@ def _spec(name: str, keys: Dict[str, str], fail: Fail) -> RuntimeSpec:
         return text
 
     def seconds(key: str, text: str) -> float:
-        if not re.fullmatch(r"[0-9]+\.?[0-9]*|\.[0-9]+", text) or not 0 < float(text) <= 1e7:
+        if not DECIMAL.fullmatch(text) or not 0 < float(text) <= 1e7:
             fail(key, f"expected seconds, more than 0, found {text!r}")
         return float(text)
 
