@@ -263,14 +263,13 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """What becomes of a job after this outcome; after None it was cancelled, or the server stops."""
         with self.lock:
             runtime.running.pop(task.id, None)  # from here on nobody can interrupt it: exactly one of the two wins
-            if attempt.cancelled and (outcome is None or jobs.decide(outcome, task.attempt, self.policy) == "retry"):
+            event = "release" if outcome is None else jobs.decide(outcome, task.attempt, self.policy)
+            if attempt.cancelled and event in ("release", "retry"):
                 return Ending(task, "failed", Outcome(jobs.CANCELLED, "cancelled"))
             if outcome is None:
-                if begun and runtime.spec.interrupted == "fail":
-                    return Ending(task, "failed", INTERRUPTED)
-                return Ending(task, "release", INTERRUPTED)
+                failed = begun and runtime.spec.interrupted == "fail"
+                return Ending(task, "failed" if failed else event, INTERRUPTED)
             self._note_start(runtime, outcome)
-            event = jobs.decide(outcome, task.attempt, self.policy)
             if not outcome.started and runtime.failing:
                 event = "release"   # the runtime's fault: it costs the job no attempt
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
