@@ -39,6 +39,11 @@ class Malformed(ValueError):
     """What was sent is not a job; the text says what is wrong, where, and what is allowed."""
 
 
+def refuse_constant(name: str) -> Any:
+    """What json is to do with NaN, Infinity and -Infinity, which Python reads and JSON has not; raises Malformed."""
+    raise Malformed(f"{name} is not JSON")
+
+
 class UnknownJob(LookupError):
     """No job has this id."""
 

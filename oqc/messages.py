@@ -4,7 +4,7 @@ import logging
 import re
 from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-from oqc.jobs import DiskFull, Ended, Job, KeyReused, Malformed, StoreError, UnknownJob
+from oqc.jobs import DiskFull, Ended, Job, KeyReused, Malformed, StoreError, UnknownJob, refuse_constant
 
 log = logging.getLogger("oqc")
 
@@ -55,11 +55,7 @@ def _members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
     return members
 
 
-def _constant(name: str) -> Any:
-    raise Malformed(f"{name} is not JSON")
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_members, parse_constant=_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_members, parse_constant=refuse_constant)
 LAST_COMMA = re.compile(r",(?=\s*\}\s*\Z)")
 
 

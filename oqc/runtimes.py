@@ -355,15 +355,11 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 def _result(output: bytes) -> Tuple[Optional[str], bool]:
     """(standard output as text or None, whether it is JSON)."""
     text = bytes(output[:OUTPUT_MOST]).decode("utf-8", "replace")
     try:
-        json.loads(text, parse_constant=_refuse_constant)
+        json.loads(text, parse_constant=jobs.refuse_constant)
         return text.strip(), True
     except (ValueError, RecursionError):
         return text or None, False
@@ -373,7 +369,7 @@ def _answer(output: bytes, retry_codes: Sequence[int]) -> Outcome:
     """The outcome in an answer's line: {"return_code", "runtime_error", "result"}; PROTOCOL if it is none."""
     line = output.partition(b"\n")[0]
     try:
-        answer = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        answer = json.loads(line.decode("utf-8"), parse_constant=jobs.refuse_constant)
         code, error, result = answer["return_code"], answer.get("runtime_error"), answer.get("result")
         if isinstance(code, bool) or not isinstance(code, int) or not 0 <= code <= 255:
             raise ValueError("return_code")
