@@ -337,6 +337,13 @@ def without(*suffixes):
     return remove
 
 
+def with_large_pages(path):
+    """As another SQLite may have made it; cut off in its last page."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript("PRAGMA journal_mode = DELETE; PRAGMA page_size = 65536; VACUUM")
+    os.truncate(path, path.stat().st_size - 1)
+
+
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 40
 HARMS = {                           # what was there, what happened to it, and what the line says of it
     "pages overwritten": ("stopped", random_pages, "is damaged (", "put a backup in its place"),
@@ -346,6 +353,7 @@ HARMS = {                           # what was there, what happened to it, and w
     "its first bytes": ("stopped", lambda path: overwrite(path, 0, b"garbage!"), "is not a database", "--db"),
     "truncated": ("stopped", truncate(8192), "is truncated, 8192 bytes of ", "put a backup in its place"),
     "truncated within a page": ("stopped", truncate(9000), "is truncated, 9000 bytes of ", "backup"),
+    "truncated within a large page": ("stopped", with_large_pages, f"{(13 << 16) - 1} bytes of {13 << 16}; ", "backup"),
     "truncated within the header": ("stopped", truncate(50), "is not a database", "--db"),
     "truncated after a kill": ("killed", truncate(8192), "is damaged (", "backup"),
     "another program's database": ("stopped", another_program, "is another program's database", "--db"),

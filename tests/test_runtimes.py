@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -463,6 +464,34 @@ def test_what_cannot_be_started_for_want_of_descriptors_is_tried_again(monkeypat
         outcome = run("true", protocol=protocol)
         assert (outcome.return_code, outcome.transient, outcome.started) == (126, True, False)
         assert outcome.runtime_error == "could not be started: Too many open files"
+
+
+@contextlib.contextmanager
+def room_for(count):
+    """Meanwhile this process can open so many descriptors more."""
+    highest, taken = max(map(int, os.listdir("/proc/self/fd"))), [os.open(os.devnull, os.O_RDONLY)]
+    while taken[-1] < highest:      # whatever number is free below gives room, too
+        taken.append(os.open(os.devnull, os.O_RDONLY))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (taken[-1] + 1 + count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("protocol, room", [*(("exec", room) for room in range(5)),
+                                            *(("lines", room) for room in range(6))])
+def test_an_attempt_for_whose_next_file_or_pipe_there_is_no_descriptor_keeps_none(protocol, room):
+    with contextlib.closing(slot_for("true", protocol=protocol)) as slot:
+        before = possessions()
+        with room_for(room):
+            outcome = slot.run(TASK, lambda: False)
+        assert (outcome.return_code, outcome.runtime_error, outcome.transient, outcome.started) == (
+            126, "could not be started: Too many open files", True, False)
+        assert possessions() - before == set()
 
 
 # The echo
