@@ -127,7 +127,8 @@ class Api:
                           ("Allow", allowed))
         name = self.keys.name(request.headers) or ""
         if not name and endpoint not in PUBLIC:
-            raise Problem(401, NO_KEY, ("WWW-Authenticate", 'Bearer realm="oqc"'))
+            wrong = any(header in request.headers for header in (*KEY_HEADERS, "authorization"))
+            raise Problem(401, "this key is unknown here; " * wrong + NO_KEY, ("WWW-Authenticate", 'Bearer realm="oqc"'))
         return endpoint, arguments, name
 
     # Jobs
@@ -223,8 +224,7 @@ class Api:
         job, headers = self._job(request, name)
         if job.end_time is None:
             raise Problem(409, f"job {job.id} has not ended yet: {job.status}", *headers)
-        _, result, is_json = self.store.result(job.id)
-        result = result or "null"
+        result, is_json = self.store.result(job.id)
         if wants_text(request) or not is_json:
             return text_response(result_text(result))
         return Response(200, result.encode() + b"\n")
@@ -297,7 +297,7 @@ class Api:
     def metrics(self, _: Request) -> Response:
         """GET /metrics/: the same and the durations of jobs, for Prometheus."""
         return Response(200, metrics_text(
-            self.workers.buckets, self.store.status(), self.workers.durations(), self.workers.states()).encode(),
+            jobs.BUCKETS, self.store.status(), self.workers.durations(), self.workers.states()).encode(),
                         "text/plain; version=0.0.4; charset=utf-8")
 
     def health(self, _: Request) -> Response:

@@ -148,8 +148,8 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
                         access=lines.access if log.isEnabledFor(logging.INFO) else lambda line: None)
     except OSError as error:
         store.close()
-        raise StartError(f"{settings.host}:{settings.port}: {error.strerror or error}; is another server there? "
-                         "--port takes another one") from None
+        raise StartError(f"{settings.host}:{settings.port}: {error.strerror or error}; --host and --port "
+                         "name another address") from None
     workers.start()
     _say_what_there_is(settings, server)
     threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()

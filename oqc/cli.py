@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Sequence
 from oqc import __version__
 from oqc.config import NAME, ConfigError, add_flags, settings
 
-EX_FAILED, EX_CONFIG, EX_INTERRUPTED = 1, 78, 130
+EX_FAILED, EX_USAGE, EX_CONFIG, EX_INTERRUPTED = 1, 2, 78, 130
 
 DESCRIPTION = """\
 A job server for quantum-control pulses. Started without arguments it listens on 127.0.0.1:12021, keeps its jobs in
@@ -42,7 +42,11 @@ def main(arguments: List[str]) -> int:
     """Run the command line; the exit status."""
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")     # closed: before 3.10 argparse fails on None
     try:
-        return COMMANDS.get(arguments[0] if arguments else "", _serve)(arguments)
+        if not arguments or arguments[0].startswith("-"):
+            return _serve(arguments)
+        if arguments[0] not in COMMANDS:
+            return _fail(f"no command is called {arguments[0]}; without one it serves, and --help names all", EX_USAGE)
+        return COMMANDS[arguments[0]](arguments)
     except ConfigError as error:
         return _fail(str(error), EX_CONFIG)
 
@@ -118,7 +122,7 @@ def _key(arguments: Sequence[str]) -> int:
     return 0
 
 
-# What the first argument may be, and who gets all of them then; without one of these it is the server.
+# What the first argument may be, and who gets all of them then.
 COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
     **dict.fromkeys(CLIENT, _client),
     "key": _key,

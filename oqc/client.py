@@ -102,7 +102,10 @@ class Server:
             reason = value["detail"] if value else f"no job has the id {path.split('/')[2]}"    # 0: documented so
         except (ValueError, TypeError, LookupError):
             reason = f"{self.url}: {response.status} {response.reason}"
-        raise Failed(reason, EX_NOPERM if response.status == 401 else EX_FAILED, "Retry-After" in response.headers)
+        if response.status == 401:
+            raise Failed(f"{self.url}: does not know the key; --key-file, OQC_KEY_FILE or OQC_API_KEY has another",
+                         EX_NOPERM)
+        raise Failed(reason, passing="Retry-After" in response.headers)
 
     def patiently(self, ask: Callable[[int], Any], deadline: float) -> Any:
         """What `ask(seconds to wait)` gives: asked again, until the deadline, while that is None or the server is away
@@ -316,7 +319,8 @@ COMMANDS: Tuple[Tuple[str, Callable[[Server, argparse.Namespace], int], str, str
     ("add", add, "Add a job.", "job --mode --shots --seed --return-code --wait"),
     ("get", functools.partial(each, lambda server, path, _: server.show(path)), "Show jobs.", "ids"),
     ("list", listing, "Show all jobs, or a page of them.", "--status --mode --limit --after --order"),
-    ("wait", functools.partial(each, outcome), "Show jobs as they end.", "ids --seconds"),
+    ("wait", functools.partial(each, outcome), "Show jobs in this order, each as soon as it has ended.",
+     "ids --seconds"),
     ("cancel", functools.partial(each, lambda server, path, _: server.show(path, server.ask("DELETE", path))),
      "Cancel jobs.", "ids"),
     ("result", functools.partial(each, lambda server, path, _: server.show(path + "result/")),

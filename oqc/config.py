@@ -123,8 +123,10 @@ def _runtimes(made: Settings) -> Tuple[RuntimeSpec, ...]:
     """The configured runtimes, and built-in ones for the modes that they leave over; raises ConfigError."""
     found: List[RuntimeSpec] = []
     for text in made.runtime:
-        name, _, command = text.partition("=")
+        name, equals, command = text.partition("=")
         fail = _failing(f"--runtime {name}")
+        if not equals:
+            fail(None, "expected NAME=COMMAND")
         found.append(RuntimeSpec(_name(name, found, fail), _command(command, fail)))
     if made.config:
         found += _read_ini(made.config, found)

@@ -20,7 +20,8 @@ TRANSITIONS = {
 OPEN = tuple(sorted({status for status, _ in TRANSITIONS}))     # the statuses that a job can still leave
 
 # Return codes: the conventions of the shell, of timeout(1) and of sysexits.h.
-TEMPFAIL, PROTOCOL, SOFTWARE, TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, CANCELLED = 75, 76, 70, 124, 126, 127, 130
+DATAERR, SOFTWARE, TEMPFAIL, PROTOCOL = 65, 70, 75, 76
+TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, CANCELLED = 124, 126, 127, 130
 KILLED = 128 + 9
 
 # The documented pattern, with ASCII digits, and for fullmatch: `$` would let a trailing newline in.
@@ -29,9 +30,10 @@ PATTERN = re.compile(f"{PULSE}(?:, {PULSE})*")
 PULSE_PARTS = (                     # what a pulse is made of, in order, and what to call it where it is missing
     (re.compile(r"[XYZ]"), "a pulse such as X(90)"),
     (re.compile(r"\("), '"(" and an angle such as X(90)'),
-    (re.compile(r"[0-9]{1,3}"), "an angle of 1 to 3 digits"),
-    (re.compile(r"\)"), '")" after an angle of 1 to 3 digits'),
+    (re.compile(r"[0-9]{1,3}"), "an angle of 1 to 3 digits (whole degrees)"),
+    (re.compile(r"\)"), '")" after an angle of 1 to 3 digits (whole degrees)'),
 )
+BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)      # seconds, of the durations that are counted
 MOST_SHOTS, DEFAULT_SHOTS, MOST_SEED = 1_000_000, 1000, 2 ** 63 - 1
 
 

@@ -64,6 +64,8 @@ def decode(body: bytes) -> Any:
 
     The documented example of a body has a comma before its last brace, so that one is let through.
     """
+    if not body.strip():
+        raise Malformed('body: empty; expected a job such as {"job": "X(90)", "mode": "simulation"}')
     try:
         text = body.decode("utf-8")
         try:

@@ -420,8 +420,21 @@ def builtin(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     for line in sys.stdin:
-        task = json.loads(line)
-        run = (task["job"], task["shots"], task["seed"])
-        result = qubit.emulation(*run, device) if arguments[0] == "emulator" else qubit.simulation(*run)
-        print(json.dumps({"return_code": 0, "runtime_error": None, "result": result}), flush=True)
+        try:
+            task = _task(line)
+        except (ValueError, RecursionError) as error:
+            answer = {"return_code": jobs.DATAERR, "runtime_error": f"not a job: {error}"}
+        else:
+            result = qubit.emulation(*task, device) if arguments[0] == "emulator" else qubit.simulation(*task)
+            answer = {"return_code": 0, "runtime_error": None, "result": result}
+        print(json.dumps(answer), flush=True)
     return 0
+
+
+def _task(line: str) -> Tuple[str, int, int]:
+    """Job, shots and seed in a question's line; the last two may be left out by hand. Raises ValueError."""
+    asked = json.loads(line, parse_constant=jobs.refuse_constant)
+    if isinstance(asked, dict):
+        asked = {"mode": "simulation", **{name: asked[name] for name in ("job", "shots", "seed") if name in asked}}
+    submission = jobs.parse(asked)
+    return submission.job, submission.shots, submission.seed or 0

@@ -126,11 +126,13 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         return self._read(f"SELECT {MEMBERS} FROM jobs WHERE {' AND '.join(where)} "
                           f"ORDER BY id {'DESC' if descending else 'ASC'} LIMIT ?", (*terms.values(), limit))
 
-    def result(self, number: int) -> Tuple[Job, Optional[str], bool]:
-        """(job, what its runtime put out or None, whether that is JSON); raises UnknownJob."""
-        job = self.get(number)
-        rows = self._read("SELECT result, is_json FROM results WHERE id = ?", (number,))
-        return (job, rows[0][0], bool(rows[0][1])) if rows else (job, None, True)
+    def result(self, number: int) -> Tuple[str, bool]:
+        """(what a job's runtime put out, whether that is JSON); a null if it put out nothing. Raises UnknownJob."""
+        rows = self._read("SELECT coalesce(result, 'null'), coalesce(is_json, 1) "
+                          "FROM jobs LEFT JOIN results USING (id) WHERE id = ?", (number,))
+        if not rows:
+            raise UnknownJob(number)
+        return rows[0][0], bool(rows[0][1])
 
     def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
         """Pages of (id, mode, due) of the jobs that wait, in id order."""
@@ -198,9 +200,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             if batch < PRUNED_AT_ONCE:
                 return deleted
 
-    def claim(self, numbers: Sequence[int], runtime: str) -> List[Task]:
-        """Start an attempt at each of these jobs that still waits, and count it."""
-        return self._write(self._claim, numbers, runtime)
+    def claim(self, number: int, runtime: str) -> Optional[Task]:
+        """Start an attempt at a job, and count it; None if it does not wait any more."""
+        return self._write(self._claim, number, runtime)
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """End these attempts; raises IllegalTransition for one that does not run."""
@@ -272,10 +274,10 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         return self._writer.execute("DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)",
                                     (cutoff, PRUNED_AT_ONCE)).rowcount
 
-    def _claim(self, numbers: Sequence[int], runtime: str) -> List[Task]:
-        now, execute = self.clock.now(), self._writer.execute
-        claimed = [number for number in numbers if execute(CLAIM, (runtime, now, number)).rowcount]
-        return [Task._make(execute(TASK, (number,)).fetchone()) for number in claimed]
+    def _claim(self, number: int, runtime: str) -> Optional[Task]:
+        execute = self._writer.execute
+        claimed = execute(CLAIM, (runtime, self.clock.now(), number)).rowcount
+        return Task._make(execute(TASK, (number,)).fetchone()) if claimed else None
 
     def _settle(self, endings: Sequence[Ending]) -> None:
         now, execute, illegal = self.clock.now(), self._writer.execute, []

@@ -15,7 +15,6 @@ from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, Stor
 
 log = logging.getLogger("oqc")
 
-BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)      # seconds, of the durations that are counted
 SET_ASIDE_AFTER = 3                 # failures to start, in a row
 FIRST_PAUSE, MOST_PAUSE = 1.0, 60.0     # seconds a failing runtime is left alone, doubling
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
@@ -36,12 +35,13 @@ class _Attempt:
 class _Runtime:
     """A runtime and how it fares. Changed under Workers.lock."""
 
-    def __init__(self, spec: RuntimeSpec, since: str) -> None:
-        self.spec, self.since = spec, since
+    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Any], since: str) -> None:
+        self.spec, self.make_slot, self.since = spec, make_slot, since
         self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # full: its workers will look anyway
         self.paused: Optional[str] = None       # the reason
         self.unstartable = 0                    # failures to start, in a row
         self.aside_until = 0.0                  # monotonic seconds
+        self.why: Optional[str] = None          # of the last of them, once it is set aside for them
         self.running: Dict[int, _Attempt] = {}
         self.ended = self.failures = 0
 
@@ -67,27 +67,25 @@ class _Runtime:
 class Workers:                      # pylint: disable=too-many-instance-attributes # each has a line that says why
     """The worker threads of all runtimes, and what concerns jobs that wait or run."""
 
-    buckets = BUCKETS
-
     def __init__(self, store: Any, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Any]]], policy: RetryPolicy,
                  clock: Any, dice: Callable[[], float], most_waits: int = 256) -> None:
         """`runtimes`: each with what makes a runtimes.Slot of it. `dice` gives numbers from 0 to 1, for the delays.
         `most_waits`: how many may be in `wait` at once, each of which holds a thread."""
-        self.most_waits, self._waits, self.changes, self._began = most_waits, 0, 0, clock.monotonic()
-        self._durations: Dict[Tuple[str, str], List[float]] = {}
-        self.store, self.policy, self.clock, self.dice = store, policy, clock, dice
-        self.runtimes = {spec.name: _Runtime(spec, clock.now()) for spec, _ in runtimes}
+        self.store, self.policy, self.clock, self.dice, self.most_waits = store, policy, clock, dice, most_waits
+        self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
         self._echo = next((one for one in self.runtimes.values() if one.spec.protocol == "echo"), None)
-        self._slot_makers = {spec.name: make for spec, make in runtimes}
         self._queues: Dict[str, "queue.PriorityQueue[int]"] = {mode: queue.PriorityQueue() for mode in jobs.MODES}
+        self._began = clock.monotonic()
+        self.draining, self._stopped = threading.Event(), threading.Event()
+        self._idle = threading.Event()          # set by a worker that leaves no job running
+        self._threads: List[threading.Thread] = []
         self.lock = threading.Condition()       # over every _Runtime and _Attempt, and over what is below
         self._alarms: List[Tuple[float, str, int]] = []     # a heap: at these monotonic seconds a mode's id is due;
         self._alarm_set = threading.Event()                 # id 0: look again
         self._waiters: Dict[int, List[threading.Event]] = {}
         self._cancelled: Set[int] = set()       # ids that are still on a queue, or will be put on one by an alarm
-        self.draining, self._stopped = threading.Event(), threading.Event()
-        self._idle = threading.Event()          # set by a worker that leaves no job running
-        self._threads: List[threading.Thread] = []
+        self._durations: Dict[Tuple[str, str], List[float]] = {}
+        self.changes = self._waits = 0          # what has happened so far; who is in `wait` now
 
     # Life
 
@@ -104,7 +102,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 delay = 0.0 if due is None else min(due - self.clock.unix(), self.policy.most)
                 self._enqueue_in(delay, mode, number)
         self._threads = [threading.Thread(target=self._ring_alarms, name="alarms", daemon=True)] + [
-            threading.Thread(target=self._work, name=f"{name}-{number}", args=(runtime, self._slot_makers[name]()),
+            threading.Thread(target=self._work, name=f"{name}-{number}", args=(runtime, runtime.make_slot()),
                              daemon=True)
             for name, runtime in self.runtimes.items() for number in range(runtime.spec.slots)]
         for thread in self._threads:
@@ -241,7 +239,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def _run(self, runtime: _Runtime, slot: Any, number: int) -> None:
         """One attempt at a job, from the claim in the store to whoever waits for its end."""
-        for task in self._insist(self.store.claim, [number], runtime.spec.name) or ():
+        task = self._insist(self.store.claim, number, runtime.spec.name)
+        if task:                    # else it was cancelled, or the server stops
             ending = self._attempt(runtime, slot, task)
             self._insist(self.store.settle, [ending])
             self._announce(runtime, [ending])
@@ -278,6 +277,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Set a runtime aside that fails to start again and again, and take it back when it starts; say so once."""
         was_failing = runtime.failing
         runtime.unstartable = 0 if outcome.started else runtime.unstartable + 1
+        runtime.why = outcome.runtime_error if runtime.failing else None
         if runtime.failing:
             pause = min(MOST_PAUSE, FIRST_PAUSE * 2 ** min(30, runtime.unstartable - SET_ASIDE_AFTER))
             runtime.aside_until = self.clock.monotonic() + pause
@@ -299,13 +299,16 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         for task, event, outcome, delay, seconds in endings:
             if event in ("retry", "release"):
                 self._enqueue_in(delay, task.mode, task.id)
+                if event == "retry":
+                    log.info("job %d, attempt %d on %s: return code %d, %s; tried again in %.1f s", task.id,
+                             task.attempt, runtime.spec.name, outcome.return_code, outcome.runtime_error, delay)
                 continue
             over.append(task.id)
             with self.lock:         # for each: there may be 10,000, and the listener wants it, too
                 runtime.ended += 1
                 runtime.failures += event == "failed"
-                found = self._durations.setdefault((task.mode, event), [0.0] * (len(BUCKETS) + 2))
-                found[bisect.bisect_left(BUCKETS, seconds)] += 1
+                found = self._durations.setdefault((task.mode, event), [0.0] * (len(jobs.BUCKETS) + 2))
+                found[bisect.bisect_left(jobs.BUCKETS, seconds)] += 1
                 found[-1] += seconds
             if event == "failed":
                 log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
@@ -401,14 +404,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def pause(self, name: str, reason: str) -> Dict[str, Any]:
         """Let what runs on this runtime end and start no other; raises KeyError. Its description."""
+        runtime = self.runtimes[name]
+        since = self.store.pause(name, reason)
         with self.lock:
-            runtime = self.runtimes[name]
-            runtime.paused, before = reason, runtime.paused
-        try:
-            runtime.since = self.store.pause(name, reason)
-        except StoreError:
-            runtime.paused = before
-            raise
+            runtime.paused, runtime.since = reason, since
         self._tell()
         log.warning("runtime %s is paused: %s", name, reason or "no reason given")
         return self.describe(name)
@@ -430,7 +429,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         with self.lock:
             runtime = self.runtimes[name]
             return {"name": name, "modes": list(runtime.spec.modes), "protocol": runtime.spec.protocol,
-                    "slots": runtime.spec.slots, "state": runtime.state(), "reason": runtime.paused,
+                    "slots": runtime.spec.slots, "state": runtime.state(),
+                    "reason": runtime.why if runtime.paused is None else runtime.paused,
                     "running": sorted(runtime.running), "ended": runtime.ended, "failures": runtime.failures,
                     "since": runtime.since}
 
@@ -439,7 +439,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         return round(float(self.clock.monotonic() - self._began), 3)
 
     def durations(self) -> Dict[Tuple[str, str], List[float]]:
-        """{(mode, outcome): how many last attempts took up to each of BUCKETS, how many longer, and all seconds}."""
+        """{(mode, outcome): how many last attempts took up to each of jobs.BUCKETS, how many longer, all seconds}."""
         with self.lock:
             return {key: list(values) for key, values in self._durations.items()}
 

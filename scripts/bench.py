@@ -4,8 +4,8 @@
     scripts/bench.py [--quick] [--only PART,...] [--json FILE] [--oqc COMMAND]
 
 Every part starts a server of its own, on an empty database in a temporary folder and on a free port of the loopback
-address, asks it over HTTP, and stops it. One client asks, over one connection that is kept alive. All parts take a
-minute on two cores, and 500 MB of disk; --quick stores a tenth of the jobs.
+address, asks it over HTTP, and stops it. One client asks, over one connection that is kept alive. All parts take
+about half a minute on two cores, and 500 MB of disk; --quick stores a tenth of the jobs.
 """
 import argparse
 import contextlib

@@ -6,6 +6,7 @@ set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 fail() { echo "slurm_demo: $*" >&2; exit 1; }
+[ $# = 0 ] || fail "takes no arguments; its first lines say what it does"
 step() { printf '\n== %s\n' "$*"; }
 
 for tool in munged slurmctld slurmd srun squeue curl; do

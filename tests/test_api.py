@@ -226,6 +226,8 @@ def test_a_missing_or_wrong_key_is_401_and_the_answer_says_which_header_to_send(
         assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         for word in ("api_key", "X-API-Key", "Authorization: Bearer", "underscores_in_headers"):
             assert word in detail
+        came = {"api_key", "X-API-Key", "Authorization"} & set(headers)
+        assert detail.startswith("this key is unknown here; send " if came else "send ")
 
 
 def test_without_a_key_nothing_is_stored(server):
@@ -237,7 +239,8 @@ def test_without_a_key_nothing_is_stored(server):
 # Refusals of a body
 
 REFUSED = {
-    "nothing": (b"", "body: not JSON: "),
+    "nothing": (b"", 'body: empty; expected a job such as {"job": "X(90)", "mode": "simulation"}'),
+    "blanks": (b" \r\n", "body: empty; "),
     "text": (b"X(90)", "body: not JSON: "),
     "a form": (b"job=X(90)&mode=echo", "body: not JSON: "),
     "cut off": (b'{"job": "X(90)", "mode": "echo"', "body: not JSON: "),

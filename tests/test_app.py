@@ -101,8 +101,9 @@ def test_it_is_reached_under_the_name_localhost_as_in_the_documentation(server):
 
 
 def test_the_start_script_works_from_any_directory_and_passes_its_flags_on(serve, tmp_path):
-    absolute = ROOT / "scripts" / "start_server.sh"
-    for command in (absolute, os.path.relpath(absolute, tmp_path)):
+    absolute, link = ROOT / "scripts" / "start_server.sh", tmp_path / "oqc"
+    link.symlink_to(absolute)
+    for command in (absolute, os.path.relpath(absolute, tmp_path), link):
         server = serve(command=(str(command),), environment={"PYTHON": sys.executable, "PYTHONPATH": ""})
         assert server.line("database").endswith(f"database {tmp_path}/oqc.db")
         assert server.wait(server.add())["status"] == "Success"

@@ -73,14 +73,21 @@ def test_key_prints_a_new_line_for_the_keys_file_each_time(tmp_path):
     assert run(tmp_path, "key", "a b").returncode == run(tmp_path, "key").returncode == 2
 
 
-@pytest.mark.parametrize("arguments", [["--nothing"], ["serve"], ["--port"], ["--port", "x"], ["--por", "0"],
-                                       ["--log-level", "loud"], ["emulator", "--nothing"], [""]])
+@pytest.mark.parametrize("arguments", [["--nothing"], ["--port"], ["--port", "x"], ["--por", "0"],
+                                       ["--log-level", "loud"], ["emulator", "--nothing"]])
 def test_wrong_usage_ends_with_2_and_without_a_traceback(tmp_path, arguments):
     ended = run(tmp_path, *arguments)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.startswith("usage: oqc") and "Traceback" not in ended.stderr
     assert ": error: " in ended.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("word", ["serve", "stauts", ""])
+def test_a_command_that_is_unknown_is_2_and_one_line(tmp_path, word):
+    ended = run(tmp_path, word, "--port", "0")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"oqc: no command is called {word}; without one it serves, and --help names all\n"
 
 
 def test_a_wrong_environment_variable_ends_with_2_and_without_a_traceback(tmp_path):

@@ -281,8 +281,8 @@ def test_a_wrong_line_is_named_and_what_was_added_before_it_as_well(serve):
     server = serve()
     status, out, error = run(server, "add", "-", "--mode", "echo", text="\n" + lines(1000) + "\nX(1)\nX(9x)\nX(2)\n")
     assert (status, out.count("\n")) == (1, 1000)
-    assert error == ('oqc: line 1004: job: at character 4: expected ")" after an angle of 1 to 3 digits, found "x"; '
-                     "added 1000 jobs, 1 to 1000, before line 1003\n")
+    assert error == ('oqc: line 1004: job: at character 4: expected ")" after an angle of 1 to 3 digits (whole degrees), '
+                     'found "x"; added 1000 jobs, 1 to 1000, before line 1003\n')
     assert server.request("GET", "/jobs/1001/").status == 404
 
 
@@ -312,8 +312,9 @@ def test_what_the_server_refuses_is_1_and_its_reason(server, arguments, said):
     assert line(run(server, *arguments), 1).startswith(said)
 
 
-def test_a_wrong_key_is_77_and_says_what_to_send(server):
-    assert line(run(server, "status", OQC_API_KEY="wrong"), 77).startswith("send the key in the header api_key")
+def test_a_wrong_key_is_77_and_says_where_another_may_stand(server):
+    assert line(run(server, "status", OQC_API_KEY="wrong"), 77).endswith(
+        ": does not know the key; --key-file, OQC_KEY_FILE or OQC_API_KEY has another")
     assert line(run(server, "add", "X(1)", "--mode", "echo", "--wait", OQC_API_KEY="wrong"), 77)
 
 

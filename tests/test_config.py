@@ -141,7 +141,7 @@ def test_one_runtime_comes_from_the_environment_unless_a_flag_names_one():
 
 
 @pytest.mark.parametrize("text, reason", [
-    ("qpu", "--runtime qpu: names no program"), ("qpu=", "--runtime qpu: names no program"),
+    ("./qpu", "--runtime ./qpu: expected NAME=COMMAND"), ("qpu=", "--runtime qpu: names no program"),
     ("qpu=  ", "--runtime qpu: names no program"), ("qpu=''", "--runtime qpu: : no such program, or it may not"),
     ("qpu=./nothing-here", "--runtime qpu: ./nothing-here: no such program, or it may not be executed"),
     ("qpu=/", "--runtime qpu: /: no such program, or it may not be executed"),

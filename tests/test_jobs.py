@@ -8,7 +8,7 @@ from oqc import jobs
 from oqc.jobs import Malformed, Outcome, RetryPolicy, Submission
 
 SEED_MOST = 2 ** 63 - 1
-ANGLES = '")" after an angle of 1 to 3 digits'
+ANGLES = '")" after an angle of 1 to 3 digits (whole degrees)'
 NEXT = '", " and a pulse such as X(90)'
 
 
@@ -28,12 +28,12 @@ def test_every_string_of_the_documented_pattern_is_a_job(text):
     ("X", 2, '"(" and an angle such as X(90)', "the end"),
     ("X90", 2, '"(" and an angle such as X(90)', '"9"'),
     ("X (90)", 2, '"(" and an angle such as X(90)', '" "'),
-    ("X(", 3, "an angle of 1 to 3 digits", "the end"),
-    ("X()", 3, "an angle of 1 to 3 digits", '")"'),
-    ("X(-90)", 3, "an angle of 1 to 3 digits", '"-"'),
-    ("X(+90)", 3, "an angle of 1 to 3 digits", '"+"'),
-    ("X(٣)", 3, "an angle of 1 to 3 digits", r'"\u0663"'),
-    ("X(９)", 3, "an angle of 1 to 3 digits", r'"\uff19"'),
+    ("X(", 3, "an angle of 1 to 3 digits (whole degrees)", "the end"),
+    ("X()", 3, "an angle of 1 to 3 digits (whole degrees)", '")"'),
+    ("X(-90)", 3, "an angle of 1 to 3 digits (whole degrees)", '"-"'),
+    ("X(+90)", 3, "an angle of 1 to 3 digits (whole degrees)", '"+"'),
+    ("X(٣)", 3, "an angle of 1 to 3 digits (whole degrees)", r'"\u0663"'),
+    ("X(９)", 3, "an angle of 1 to 3 digits (whole degrees)", r'"\uff19"'),
     ("X(1٣)", 4, ANGLES, r'"\u0663"'),
     ("X(9.5)", 4, ANGLES, '"."'),
     ("X(90", 5, ANGLES, "the end"),
@@ -49,7 +49,7 @@ def test_every_string_of_the_documented_pattern_is_a_job(text):
     ("X(90),  Y(90)", 8, "a pulse such as X(90)", '" "'),
     ("X(90), y(90)", 8, "a pulse such as X(90)", '"y"'),
     ("X(90), Y90", 9, '"(" and an angle such as X(90)', '"9"'),
-    ("X(90), Y(a)", 10, "an angle of 1 to 3 digits", '"a"'),
+    ("X(90), Y(a)", 10, "an angle of 1 to 3 digits (whole degrees)", '"a"'),
     ("X(90), Y(1000)", 13, ANGLES, '"0"'),
     ("X(90), Y(180), X(90)\n", 21, NEXT, r'"\n"'),
     ("X(90), " * 50_000 + "Q", 350_001, "a pulse such as X(90)", '"Q"')], ids=lambda value: repr(value)[:16])

@@ -113,35 +113,35 @@ def waiting(store):
 def running(store):
     """A job that runs."""
     number = waiting(store)
-    store.claim([number], "qpu")
+    store.claim(number, "qpu")
     return number
 
 
 def retrying(store):
     """A job that waits to be tried again."""
     number = waiting(store)
-    store.settle([ending(store.claim([number], "qpu")[0], "retry", delay=5.0)])
+    store.settle([ending(store.claim(number, "qpu"), "retry", delay=5.0)])
     return number
 
 
 def running_again(store):
     """A job that runs for the second time."""
     number = retrying(store)
-    store.claim([number], "qpu")
+    store.claim(number, "qpu")
     return number
 
 
 def succeeded(store):
     """A job that ended well."""
     number = waiting(store)
-    store.settle([ending(store.claim([number], "qpu")[0], "succeeded")])
+    store.settle([ending(store.claim(number, "qpu"), "succeeded")])
     return number
 
 
 def failed(store):
     """A job that ended with an error."""
     number = waiting(store)
-    store.settle([ending(store.claim([number], "qpu")[0], "failed")])
+    store.settle([ending(store.claim(number, "qpu"), "failed")])
     return number
 
 
@@ -166,7 +166,7 @@ NEXT = {                            # the status, and whether it then runs, afte
 def happen(store, number, event):
     """Have an event happen to a job; whether the store said that it did."""
     if event == "claim":
-        return [task.id for task in store.claim([number], "qpu")] == [number]
+        return store.claim(number, "qpu") is not None
     if event == "cancel":
         return store.cancel(number)
     attempts = store._read("SELECT attempts FROM jobs WHERE id = ?", (number,))[0][0]
@@ -208,7 +208,7 @@ def test_the_members_of_a_job_tell_its_story(store, clock):
     assert store.get(number) == Job(number, "X(90)", "echo", "Starting", None, None, None, clock.now(), None, None)
     created = clock.now()
     clock.seconds += 1
-    task, = store.claim([number], "qpu")
+    task = store.claim(number, "qpu")
     assert task == jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
     began = clock.now()
     assert store.get(number) == Job(number, "X(90)", "echo", "Starting", "qpu", None, None, created, began, None)
@@ -216,7 +216,7 @@ def test_the_members_of_a_job_tell_its_story(store, clock):
     store.settle([ending(task, "retry", delay=9.0)])
     assert store.get(number) == Job(number, "X(90)", "echo", "Retrying", None, None, None, created, None, None)
     assert list(store.waiting()) == [[(number, "echo", clock.wall + 9.0)]] and not list(store.running())
-    task, = store.claim([number], "other")
+    task = store.claim(number, "other")
     assert task.attempt == 2 and list(store.running()) == [[(number, 2, "echo", "other")]]
     clock.seconds += 1
     store.settle([ending(task, "failed")])
@@ -229,9 +229,9 @@ def test_a_release_costs_no_attempt_and_a_retry_does(store):
     number = running(store)
     task = jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
     store.settle([ending(task, "release")])
-    assert store.claim([number], "qpu")[0].attempt == 1
+    assert store.claim(number, "qpu").attempt == 1
     store.settle([ending(task, "retry")])
-    assert store.claim([number], "qpu")[0].attempt == 2
+    assert store.claim(number, "qpu").attempt == 2
 
 
 def test_what_an_attempt_says_that_is_over_is_illegal_while_the_next_one_runs(store, tmp_path):
@@ -239,11 +239,11 @@ def test_what_an_attempt_says_that_is_over_is_illegal_while_the_next_one_runs(st
     before = rows(tmp_path)
     with pytest.raises(IllegalTransition, match=f"job {number}, attempt 1: succeeded"):
         store.settle([ending(jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0), "succeeded")])
-    assert rows(tmp_path) == before and store.result(number)[1:] == (None, True)
+    assert rows(tmp_path) == before and store.result(number) == ("null", True)
 
 
 def test_a_job_that_there_is_not_can_be_neither_read_nor_changed(store):
-    assert (store.claim([1], "qpu"), store.cancel(1)) == ([], False)
+    assert (store.claim(1, "qpu"), store.cancel(1)) == (None, False)
     with pytest.raises(IllegalTransition):
         store.settle([ending(jobs.Task(1, "X(90)", "echo", 1, 1000, 7, 0), "succeeded")])
     for read in (store.get, store.result):
@@ -260,13 +260,13 @@ def test_an_ending_that_is_illegal_leaves_the_others_of_its_call_ended(store, tm
     assert store.get(good).status == "Runtime Error" and rows(tmp_path, ended) == before
 
 
-def test_a_result_is_kept_as_text_or_json_and_is_none_without_one(store):
+def test_a_result_is_kept_as_text_or_json_and_is_null_without_one(store):
     numbers = added(store, *[ECHO] * 3)
     outcomes = [Outcome(0, None, '{"a": 1}', True), Outcome(3, "cold", "caf\u00e9\n"), Outcome(0)]
-    store.settle([ending(task, "failed" if task.id == numbers[1] else "succeeded", outcome)
-                  for task, outcome in zip(store.claim(numbers, "qpu"), outcomes)])
-    assert [store.result(number)[1:] for number in numbers] == [
-        ('{"a": 1}', True), ("caf\u00e9\n", False), (None, True)]
+    store.settle([ending(store.claim(number, "qpu"), "failed" if number == numbers[1] else "succeeded", outcome)
+                  for number, outcome in zip(numbers, outcomes)])
+    assert [store.result(number) for number in numbers] == [
+        ('{"a": 1}', True), ("caf\u00e9\n", False), ("null", True)]
     assert [store.get(number).status for number in numbers] == ["Success", "Runtime Error", "Success"]
 
 
@@ -432,11 +432,11 @@ def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(store, tmp_path,
     held = Held(store)
     held.ask("added", added, store)
     held.ask("wrong", wrong, store, jobs.Task(ended, "X(90)", "echo", 1, 1000, 7, 0))
-    held.ask("claimed", store.claim, [number], "qpu")
+    held.ask("claimed", store.claim, number, "qpu")
     held.ask("also", added, store)
     came = held.go()
     assert isinstance(came["wrong"], error)
-    assert (came["added"], [task.id for task in came["claimed"]], came["also"]) == ([4], [number], [5])
+    assert (came["added"], came["claimed"].id, came["also"]) == ([4], number, [5])
     assert rows(tmp_path, ended) == before and len(rows(tmp_path)) == 5
     assert store.get(1).status == "Starting" and store.get(number).runtime == "qpu"
     assert held.commits() in (commits, commits - 1), "one for all, or one for each that did nothing wrong"
@@ -520,7 +520,7 @@ def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, cloc
     assert not list(check(store.path)), "each attempt was counted"
     with pytest.raises(IllegalTransition):
         store.settle(addition.endings[:1])
-    assert store.claim([1, 2], "qpu") == [] and not store.cancel(1)
+    assert store.claim(1, "qpu") is store.claim(2, "qpu") is None and not store.cancel(1)
 
 
 # Pages
@@ -659,7 +659,7 @@ def test_a_reader_sees_no_write_that_is_not_committed(store):
     number = waiting(store)
     seen = []
     def see(_submission):
-        store._claim([number], "qpu")
+        store._claim(number, "qpu")
         seen.append(store.get(number))
     store.add([ECHO], "alice", foregone=see)
     assert seen[0].start_time is None and store.get(number).runtime == "qpu"
@@ -676,11 +676,11 @@ def test_a_wall_clock_that_jumps_back_lets_no_job_start_before_it_was_added_or_e
     created = clock.now()
     clock.seconds -= 30
     assert clock.now() < created
-    task, = store.claim([number], "qpu")
+    task = store.claim(number, "qpu")
     assert store.get(number).start_time == created
     clock.seconds += 35
     store.settle([ending(task, "retry")])
-    task, = store.claim([number], "qpu")
+    task = store.claim(number, "qpu")
     began = clock.now()
     clock.seconds -= 20
     store.settle([ending(task, "succeeded")])
@@ -705,7 +705,7 @@ def test_close_leaves_one_file_with_everything_in_it_and_an_empty_lock(opened, t
 def test_a_closed_store_refuses_every_write_and_waits_for_none(store):
     number = waiting(store)
     store.close()
-    for write in (lambda: added(store), lambda: store.cancel(number), lambda: store.claim([number], "qpu"),
+    for write in (lambda: added(store), lambda: store.cancel(number), lambda: store.claim(number, "qpu"),
                   lambda: store.settle([]), lambda: store.pause("qpu", "")):
         with pytest.raises(StoreError, match="is closed, the server is stopping"):
             write()

@@ -245,6 +245,16 @@ def test_a_job_that_is_answered_at_last_succeeds(lab):
     assert (job.status, job.return_code, job.runtime_error) == ("Success", 0, None)
 
 
+def test_an_attempt_that_is_followed_by_another_is_logged_with_its_reason(lab, caplog):
+    caplog.set_level("INFO")
+    lab.runtime(lambda task, _: BUSY if task.attempt < 3 else DONE)
+    lab.start()
+    lab.end(lab.add())
+    assert [record.getMessage() for record in caplog.records] == [
+        "job 1, attempt 1 on qpu: return code 75, busy; tried again in 0.5 s",
+        "job 1, attempt 2 on qpu: return code 75, busy; tried again in 1.0 s"]
+
+
 @pytest.mark.parametrize("code", [1, 70, 124, 137, 255])
 def test_an_answer_is_not_tried_again_whatever_its_code(lab, code):
     qpu = lab.runtime(Outcome(code, "so it is"))
@@ -407,16 +417,19 @@ def test_a_slow_job_delays_no_other_mode(lab):
 # A runtime that does not start
 
 def test_a_runtime_that_does_not_start_is_set_aside_and_says_so_once_until_it_starts_again(lab, caplog):
-    states = []
+    states, reasons = [], []
 
     def play(*_):
-        states.append(lab.workers.describe("qpu")["state"])
+        found = lab.workers.describe("qpu")
+        states.append(found["state"])
+        reasons.append(found["reason"])
         return GONE if len(states) < 12 else DONE
     qpu = lab.runtime(play)
     lab.start()
     numbers = lab.add(count=30)
     assert {lab.end(number).status for number in numbers} == {"Success"}
     assert max(attempt for _, attempt, _ in qpu.ran) <= 3       # its jobs are not burnt down
+    assert reasons == [None] * 3 + ["not found"] * 9 + [None] * (len(states) - 12)
     assert states[:3] == ["busy"] * 3 and set(states[3:12]) == {"failing"} and set(states[12:]) == {"busy"}
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("ERROR", "runtime qpu is set aside: it failed to start 3 times in a row (not found); its jobs wait, and it is "
@@ -490,7 +503,7 @@ def test_jobs_that_waited_run_in_order_after_a_restart(lab):
 def test_a_job_that_ran_is_run_again_in_its_turn(lab):
     qpu = lab.runtime()
     lab.add(count=3)
-    lab.store.claim([2], "qpu")         # as if the server had been killed now
+    lab.store.claim(2, "qpu")         # as if the server had been killed now
     lab.stop()
     lab.open()
     lab.start()
@@ -502,7 +515,7 @@ def test_a_job_that_ran_is_run_again_in_its_turn(lab):
 def test_a_job_that_ran_is_ended_if_its_runtime_says_so(lab):
     qpu = lab.runtime(interrupted="fail")
     number = lab.add()
-    lab.store.claim([number], "qpu")
+    lab.store.claim(number, "qpu")
     lab.start()
     job = lab.store.get(number)
     assert (job.status, job.return_code, job.runtime_error) == ("Runtime Error", 137, "interrupted, outcome unknown")
@@ -514,7 +527,7 @@ def test_a_job_that_ran_is_ended_if_its_runtime_says_so(lab):
 def test_a_job_of_a_runtime_that_is_no_longer_there_is_run_by_another(lab):
     lab.runtime(interrupted="fail")
     number = lab.add()
-    lab.store.claim([number], "an older one")
+    lab.store.claim(number, "an older one")
     lab.start()
     assert lab.end(number)[3:5] == ("Success", "qpu")
 
@@ -524,7 +537,7 @@ def test_a_job_that_takes_the_server_down_each_time_does_not_do_so_for_ever(lab)
     number = lab.add()
     lab.store.pause("qpu", "so that the test alone claims")
     for attempt in range(1, 6):
-        assert [task.attempt for task in lab.store.claim([number], "qpu")] == [attempt]
+        assert lab.store.claim(number, "qpu").attempt == attempt
         lab.start()                     # finds it running, as after a crash
         lab.workers.stop()
     job = lab.store.get(number)
@@ -535,7 +548,7 @@ def test_a_job_that_takes_the_server_down_each_time_does_not_do_so_for_ever(lab)
 def settled(lab, delay):
     """A job whose first attempt ended with 75, to be tried again after `delay` seconds."""
     number = lab.add()
-    task, = lab.store.claim([number], "qpu")
+    task = lab.store.claim(number, "qpu")
     lab.store.settle([jobs.Ending(task, "retry", BUSY, delay)])
     return number
 
