@@ -3,21 +3,24 @@
 No sockets and no SQL. What can go wrong is raised as what it is, and becomes an answer in one place, `Api.handle`.
 """
 import base64
+import contextlib
 import functools
 import hashlib
 import json
 import pkgutil
 import re
+import threading
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 from oqc import __version__, bloch, jobs
-from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, Submission
+from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, StoreError, Submission, UnknownJob
 from oqc.messages import (
     Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, metrics_text, number,
     parameters, problem_response, result_text, table, text_response, wants_text)
 
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
+HEAVY = 4                           # reads of many rows at once: more only keep each other, and all others, waiting
 MOST_JOBS = 10_000                  # in one array
 QUICK_BODY = 1 << 13                # bytes of a body that costs other clients no time
 MOST_WAIT = 300                     # seconds
@@ -82,6 +85,7 @@ class Api:
         """`choose_seed` gives a seed from 0 to 2**63 - 1 for a job that came without one."""
         self.store, self.workers, self.keys, self.choose_seed = store, workers, keys, choose_seed
         self.most_waiting = most_waiting
+        self._heavy = threading.BoundedSemaphore(HEAVY)
 
     def refuse(self, request: Request) -> Optional[Response]:
         """What can be refused before the body is read: no such path or method, no key; or None."""
@@ -92,9 +96,10 @@ class Api:
             return problem_response(problem)
 
     def is_quick(self, request: Request) -> bool:
-        """Whether `handle` returns soon enough for the thread that reads all connections."""
+        """Whether `handle` returns soon enough for the thread that reads all connections; an array may not."""
         endpoint = route(request.path)[0].get(request.method)
-        return endpoint in (Api.add, Api.get) and not request.query and len(request.body) <= QUICK_BODY
+        return endpoint in (Api.add, Api.get) and not request.query and (
+            len(request.body) <= QUICK_BODY and not request.body.startswith(b"["))
 
     def handle(self, request: Request, answer: Callable[[Response], None]) -> None:
         """Have `answer` called once with the answer to a request, now or, from another thread, when the store has it.
@@ -128,7 +133,7 @@ class Api:
         name = self.keys.name(request.headers) or ""
         if not name and endpoint not in PUBLIC:
             wrong = any(header in request.headers for header in (*KEY_HEADERS, "authorization"))
-            raise Problem(401, "this key is unknown here; " * wrong + NO_KEY, ("WWW-Authenticate", 'Bearer realm="oqc"'))
+            raise Problem(401, "this key is not known; " * wrong + NO_KEY, ("WWW-Authenticate", 'Bearer realm="oqc"'))
         return endpoint, arguments, name
 
     # Jobs
@@ -149,7 +154,9 @@ class Api:
 
         def response(added: Addition, wait: float = 0) -> Response:
             self.workers.take_up(added)
-            found, headers = self._ended(added.jobs, wait) if wait else (added.jobs, ())
+            found, headers = added.jobs, ()
+            with contextlib.suppress(UnknownJob, StoreError):   # whatever became of them since: they were added
+                found, headers = self._ended(added.jobs, wait) if wait else (found, headers)
             headers += (("Idempotent-Replayed", "true"),) if added.replayed else ()
             if many:
                 return Response(201, b"".join(array([found])), headers=headers)
@@ -193,20 +200,19 @@ class Api:
         after = number(query, "after", 0, 2 ** 63 - 1)
         limit = number(query, "limit", 1, MOST_LIMIT)
         order = choice(query, "order", ("asc", "desc")) or "asc"
-        select = functools.partial(self.store.page, descending=order == "desc",
-                                   status=choice(query, "status", jobs.STATUSES),
-                                   mode=choice(query, "mode", jobs.MODES))
-        headers: Tuple[Tuple[str, str], ...] = ()
+        equal = {"status": choice(query, "status", jobs.STATUSES), "mode": choice(query, "mode", jobs.MODES)}
+
+        def select(after: Optional[int], most: int) -> List[Job]:
+            with self._heavy:
+                return self.store.page(after, most, order == "desc", **equal)   # type: ignore[no-any-return]
+
+        page = select(after, limit or PAGE)     # now, so that a database that cannot be read is found before the answer
+        chunks, headers = iter([page]), ()
         if limit is None:
-            # the first is read now, so that a database that cannot be read is found before the answer begins
-            chunks = pages(select, select(after, PAGE))
-        else:
-            page = select(after, limit + 1)
-            chunks = iter([page[:limit]])
-            if len(page) > limit:
-                kept = "".join(f"&{name}={value.replace(' ', '%20')}" for name, value in query.items()
-                               if name != "after")
-                headers = (("Link", f'</jobs/list/?after={page[limit - 1][0]}{kept}>; rel="next"'),)
+            chunks = pages(select, page)
+        elif page and select(page[-1][0], 1):
+            kept = "".join(f"&{name}={value.replace(' ', '%20')}" for name, value in query.items() if name != "after")
+            headers = (("Link", f'</jobs/list/?after={page[-1][0]}{kept}>; rel="next"'),)
         text = wants_text(request)
         pieces = job_rows(chunks) if text else array(chunks)
         body: Union[bytes, Iterator[bytes]] = pieces if limit is None else b"".join(pieces)
@@ -287,7 +293,9 @@ class Api:
         self.workers.wait_for_change(self.workers.changes if since is None else since,
                                      number(query, "wait", 0, MOST_WAIT) or 0)
         change = self.workers.changes           # before the store is read: nothing after it goes unnoticed
-        found = {**self.store.status(), "paused": [name for name in self.workers.runtimes
+        with self._heavy:
+            stored = self.store.status()
+        found = {**stored, "paused": [name for name in self.workers.runtimes
                                                    if self.workers.describe(name)["state"] == "paused"],
                  "version": __version__, "uptime": self.workers.uptime(), "change": change}
         if wants_text(request):
@@ -296,9 +304,10 @@ class Api:
 
     def metrics(self, _: Request) -> Response:
         """GET /metrics/: the same and the durations of jobs, for Prometheus."""
-        return Response(200, metrics_text(
-            jobs.BUCKETS, self.store.status(), self.workers.durations(), self.workers.states()).encode(),
-                        "text/plain; version=0.0.4; charset=utf-8")
+        with self._heavy:
+            stored = self.store.status()
+        text = metrics_text(jobs.BUCKETS, stored, self.workers.durations(), self.workers.states())
+        return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def health(self, _: Request) -> Response:
         """GET /health/: whether the server can take jobs and run them; or 503 with the reasons. Needs no key."""
@@ -386,7 +395,7 @@ def _options(_: Api, request: Request) -> Response:
 
 
 def pages(select: Callable[[Optional[int], int], List[Job]], page: List[Job]) -> Iterator[List[Job]]:
-    """A page of PAGE jobs and all that follow it, of what `select(after, limit)` gives."""
+    """A page of jobs and all that follow it, of what `select(after, limit)` gives."""
     while page:
         yield page
-        page = select(page[-1][0], PAGE) if len(page) == PAGE else []
+        page = select(page[-1][0], PAGE)

@@ -72,7 +72,7 @@ class LogLines(logging.Handler):
                 lines.append(self._lines.get())
             running = None not in lines
             if self.dropped:
-                lines.append(f"{self.dropped} lines were dropped: standard error was not read\n")
+                lines.append(f"{self.dropped} lines were dropped: standard error took them too slowly\n")
                 self.dropped = 0
             data = "".join(filter(None, lines)).encode("utf-8", "backslashreplace")
             with contextlib.suppress(OSError):

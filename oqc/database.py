@@ -84,10 +84,16 @@ INVARIANTS = (                      # what `check` looks for beyond the constrai
 )
 
 
+def _uri(path: str, mode: str) -> str:
+    """What names a database to SQLite so that it does not make one where there is none."""
+    return f"file://{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
+
+
 def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
     """A connection in autocommit mode, for one thread at a time; raises StoreError."""
     try:
-        connection = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False, timeout=10)
+        connection = sqlite3.connect(_uri(path, "rw"), uri=True, isolation_level=None, check_same_thread=False,
+                                     timeout=10)
         connection.execute(f"PRAGMA query_only = {int(read_only)}")
         return connection
     except sqlite3.Error as error:
@@ -97,10 +103,8 @@ def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
 def observing(path: str) -> sqlite3.Connection:
     """A connection that leaves the file and its WAL as they are. One that is only query_only merges them if it is
     closed last, after a crash before the next server has seen them; one to a file without a WAL has to make one."""
-    mode = "ro" if os.path.exists(path + "-wal") else "rw"
-    name = quote(os.fsencode(os.path.abspath(path)))
     try:
-        connection = sqlite3.connect(f"file://{name}?mode={mode}", uri=True, timeout=10)
+        connection = sqlite3.connect(_uri(path, "ro" if os.path.exists(path + "-wal") else "rw"), uri=True, timeout=10)
         connection.execute("PRAGMA query_only = 1")
         return connection
     except sqlite3.Error as error:
@@ -200,11 +204,24 @@ def explained(path: str, error: Exception) -> Exception:
 
 def no_room(path: str) -> Optional[DiskFull]:
     """That the disk is as good as full, or None."""
-    disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
+    try:
+        disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
+    except OSError:                 # it is gone, or a server is that it lies on: that is another trouble
+        return None
     free = disk.f_bavail * disk.f_frsize
     if not disk.f_blocks or free >= LEAST_FREE:             # no blocks at all: a file system that does not count them
         return None
     return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk")
+
+
+def moved(path: str, file: os.stat_result) -> Optional[StoreError]:
+    """That the database at this path is not this file any more, or None: what is written into one without a name is
+    lost when it is closed."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.stat(path), file):
+            return None
+    return StoreError(f"{path}: was moved, replaced or deleted while the server uses it; put it back, or start the "
+                      "server again")
 
 
 def backup(path: str, target: str) -> None:

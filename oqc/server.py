@@ -27,7 +27,7 @@ ACCEPTED_AT_ONCE = 64
 MOST_LEAVING = 64                   # connections over the cap, while they are told that there is no room
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 KEEP_THREAD = 60.0                  # seconds a thread of the pool rests before it ends
-OVERLOADED = problem_response(Problem(503, "every connection is at work; try again soon", ("Retry-After", "1")))
+OVERLOADED = problem_response(Problem(503, "no connection or no thread is free; try again soon", ("Retry-After", "1")))
 
 
 class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attributes # each has a line that says why
@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._more = False                                  # there is more to do, so that nothing may be awaited
         self._listener = 0                                  # the id of the thread in serve_forever
         self._stopped = threading.Event()
-        self._told: Deque[Tuple[Connection, Callable[[], None]]] = collections.deque()  # what the listener is to do
+        self._told: Deque[Tuple[Connection, Callable[[Connection], None]]] = collections.deque()   # what to do, where
         self._resting: List["queue.SimpleQueue[Callable[[], None]]"] = []   # mailboxes of threads without work
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._wake_write_end = socket.socketpair()
@@ -71,7 +71,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._listener = threading.get_ident()
         for sock, ready in ((self.socket, self._accept), (self._wake_end, self._awake)):
             sock.setblocking(False)
-            self._selector.register(sock, selectors.EVENT_READ, ready)
+            self._selector.register(sock, selectors.EVENT_READ, (ready,))
         self._wake_write_end.setblocking(False)
         while self._close_at == FAR:
             self._look(poll_interval)
@@ -87,17 +87,18 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _look(self, seconds: float) -> None:
         for key, _ in self._selector.select(0 if self._more else seconds):
-            try:
-                if isinstance(key.data, Connection):
-                    self._readable(key.data)
-                else:
-                    key.data()
-            except Exception:       # pylint: disable=broad-exception-caught # a defect costs one connection, not all
-                log.exception("listener")
-                if isinstance(key.data, Connection):
-                    self._forget(key.data)
+            self._safely(*key.data)
         self._finish()
-        self.service_actions()
+        self._safely(self.service_actions)
+
+    def _safely(self, do: Callable[..., None], *about: Any) -> None:
+        """Do something about a connection, or in general: a defect costs that connection, and no other."""
+        try:
+            do(*about)
+        except Exception:           # pylint: disable=broad-exception-caught # see above
+            log.exception("listener")
+            if about:
+                self._forget(about[0])
 
     def _accept(self) -> None:
         """Take all new connections. What most of them have to say has arrived with them."""
@@ -122,7 +123,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 self._finish()          # who gets an answer may leave with it
                 room = self._has_room()
             self.connections[connection] = None
-            (self._readable if room else self._turn_away)(connection)
+            self._safely(self._readable if room else self._turn_away, connection)
 
     def _pause_accepting(self, error: OSError) -> None:
         """Without a descriptor to be had, the connection that waited longest gives up its own. The listening socket
@@ -211,25 +212,27 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         connection.busy, connection.deadline = True, FAR
         began = self.clock.monotonic()
 
-        def answer(response: Response) -> None:
-            self._answer(connection, head, response, began)
-
         def answer_soon(response: Response) -> None:
+            answer = functools.partial(self._answer, head=head, response=response, began=began)
             if isinstance(response.body, bytes):
-                self._tell(connection, functools.partial(answer, response))
+                self._tell(connection, answer)
             else:
-                answer(response)
+                answer(connection)
 
         if self.api.is_quick(request):
             self._more = True
             self.api.handle(request, answer_soon)
         else:
-            self._in_thread(functools.partial(self.api.handle, request, answer_soon))
+            try:
+                self._in_thread(functools.partial(self.api.handle, request, answer_soon))
+            except RuntimeError:        # the system has no more (RLIMIT_NPROC, a container's limit of pids)
+                log.warning("no thread can be started: %s %s is answered 503", head.method, head.path)
+                answer_soon(OVERLOADED)
 
     def _watch(self, connection: Connection) -> None:
         if not connection.watched:
             connection.watched = True
-            self._selector.register(connection.sock, selectors.EVENT_READ, connection)
+            self._selector.register(connection.sock, selectors.EVENT_READ, (self._readable, connection))
 
     def _awake(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -239,15 +242,11 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         """Write and answer what is at hand, and take connections back. Answers go out together: one at a time, each
         wakes a client that has gone to sleep since the last, and 16 clients are shown a quarter fewer jobs a second."""
         self._more = False
-        self.api.flush()
+        self._safely(self.api.flush)
         for _ in range(len(self._told)):
             connection, what = self._told.popleft()
-            try:
-                what()
-                self._go_on(connection)
-            except Exception:       # pylint: disable=broad-exception-caught # a defect costs one connection, not all
-                log.exception("listener")
-                self._forget(connection)
+            self._safely(what, connection)
+            self._safely(self._go_on, connection)
 
     def _forget(self, connection: Connection) -> None:
         """Close a connection."""
@@ -268,7 +267,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         if leaving and len(self.connections) - len(leaving) < self.limits.connections:
             waiting = leaving           # they have their answers
         if waiting:
-            self._forget(min(waiting, key=lambda one: one.since))
+            self._forget(min(waiting, key=lambda one: (one.head is not None, one.since)))   # an upload goes last
         return bool(waiting)
 
     def _refuse(self, connection: Connection, response: Response) -> None:
@@ -295,7 +294,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._look_at, self.date = now + TICK, self.clock.date()
         if self._accept_at and now >= self._accept_at and self._close_at == FAR:
             self._accept_at = 0.0
-            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+            self._selector.register(self.socket, selectors.EVENT_READ, (self._accept,))
         for connection in [one for one in list(self.connections) if one.deadline < now and not one.busy]:
             if connection.leaving or not (connection.buffer or connection.head):
                 self._forget(connection)
@@ -377,18 +376,18 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _give_back(self, connection: Connection, keep: bool) -> None:
         """Give a connection back to the listener, to go on or to be closed."""
-        def take() -> None:
-            if keep:
-                connection.since = self.clock.monotonic()
-                connection.deadline = connection.since + self.limits.idle_seconds
-            connection.ended, connection.busy = not keep, False
-
         if threading.get_ident() == self._listener:
-            take()                      # whoever called goes on with it
+            self._take(connection, keep)        # whoever called goes on with it
         else:
-            self._tell(connection, take)
+            self._tell(connection, functools.partial(self._take, keep=keep))
 
-    def _tell(self, connection: Connection, what: Callable[[], None]) -> None:
+    def _take(self, connection: Connection, keep: bool) -> None:
+        if keep:
+            connection.since = self.clock.monotonic()
+            connection.deadline = connection.since + self.limits.idle_seconds
+        connection.ended, connection.busy = not keep, False
+
+    def _tell(self, connection: Connection, what: Callable[[Connection], None]) -> None:
         """Have the listener do this soon, and go on with the connection."""
         self._told.append((connection, what))
         if threading.get_ident() != self._listener:

@@ -4,6 +4,7 @@ One connection writes and checkpoints, because SQLite 3.7.0 to 3.51.2 can corrup
 (https://sqlite.org/wal.html, "the WAL-reset bug"); it belongs to whoever has the turn. Every other one is `query_only`.
 """
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -12,7 +13,7 @@ import threading
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs
-from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, no_room, prepared
+from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, moved, no_room, prepared
 from oqc.jobs import (
     Addition, DiskFull, Ending, Foregone, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task,
     UnknownJob)
@@ -22,6 +23,9 @@ log = logging.getLogger("oqc")
 MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
+LARGE = 200                         # jobs in one add for which others would wait
+PAGE_BYTES = 4 << 20                # of job strings in a page, about
+MOST_READERS = 8                    # connections kept for the next read
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
 
@@ -66,6 +70,19 @@ GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
 TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
 
 
+def _up_to(rows: sqlite3.Cursor) -> List[Any]:
+    """The first of these jobs, until their strings have PAGE_BYTES: a job may have megabytes, and a page a thousand."""
+    found: List[Any] = []
+    size = 0
+    for some in iter(functools.partial(rows.fetchmany, 16), []):
+        found += some
+        size += sum(len(row[1]) for row in some)
+        if size > PAGE_BYTES:
+            break
+    rows.close()
+    return found
+
+
 class Store:                        # pylint: disable=too-many-instance-attributes # each has a line that says why
     """The jobs on disk. Methods are for any thread, but add_soon and flush; one that writes returns when it is on disk.
 
@@ -78,7 +95,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         self._lock_file = locked(path)
         try:
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
-            self._writer = prepared(path)
+            self._writer, self._file = prepared(path), os.stat(path)
             self._readers: List[sqlite3.Connection] = []
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
@@ -89,6 +106,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         self._writes: "queue.SimpleQueue[_Write]" = queue.SimpleQueue()
         self._soon: List[_Write] = []           # for the next flush; of the one thread that calls it
         self._turn = threading.Lock()           # held by whoever uses the writing connection
+        self._large = threading.Lock()          # held by whose large add is next, so that a small write waits for one
         self._commit_seconds = 0.0              # that the last commit took
         self._thread = threading.Thread(target=self._write_groups, name="writer", daemon=True)
         self._thread.start()
@@ -114,9 +132,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         return Job._make(rows[0])
 
     def page(self, after: Optional[int], limit: int, descending: bool = False, **equal: Optional[str]) -> List[Job]:
-        """Up to `limit` jobs, as plain tuples of Job's members, that follow the id `after` in id order, or in
-        descending order; `status=`, `mode=` keep only the jobs that have it. By keyset: a page deep in the list
-        costs what the first one does."""
+        """Up to `limit` jobs, fewer if they are long, as plain tuples of Job's members, that follow the id `after` in
+        id order, or in descending order; `status=`, `mode=` keep only the jobs that have it. By keyset: a page deep in
+        the list costs what the first one does."""
         terms: Dict[str, Any] = {f"{column} = ?": value for column, value in equal.items() if value is not None}
         if after is not None:
             terms["id < ?" if descending else "id > ?"] = after
@@ -124,7 +142,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         if equal.get("status") == jobs.RUNTIME_ERROR:   # its index is used only where the statement itself names it
             where.append(f"status = '{jobs.RUNTIME_ERROR}'")
         return self._read(f"SELECT {MEMBERS} FROM jobs WHERE {' AND '.join(where)} "
-                          f"ORDER BY id {'DESC' if descending else 'ASC'} LIMIT ?", (*terms.values(), limit))
+                          f"ORDER BY id {'DESC' if descending else 'ASC'} LIMIT ?", (*terms.values(), limit), _up_to)
 
     def result(self, number: int) -> Tuple[str, bool]:
         """(what a job's runtime put out, whether that is JSON); a null if it put out nothing. Raises UnknownJob."""
@@ -172,7 +190,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             foregone: Callable[[Submission], Optional[Foregone]] = lambda submission: None) -> Addition:
         """Store new jobs, all of them or none; as ended those of which `foregone` says how they end. With a key that
         came before, give back the jobs of that time; raises KeyReused if it came with another body."""
-        return self._write(self._add, submissions, submitter, key, foregone)
+        with self._large if len(submissions) > LARGE else contextlib.nullcontext():
+            return self._write(self._add, submissions, submitter, key, foregone)
 
     def add_soon(self, submissions: Sequence[Submission], submitter: str, key: Optional[IdempotencyKey],
                  then: Callable[[Any, Optional[Exception]], None],
@@ -226,7 +245,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._write(lambda: self._writer.execute(f"PRAGMA user_version = {VERSION}"))
-        trouble = self.trouble or full
+        trouble = self.trouble or full or moved(self.path, self._file)
         return str(trouble) if trouble else None
 
     # What is done in a transaction, by whoever has the turn
@@ -338,7 +357,11 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     def _commit_in_turn(self, group: List[_Write]) -> None:
         """Commit a group, give up the turn, and tell everybody."""
         began = self.clock.monotonic()
-        came = self._commit(group)
+        try:
+            came = self._commit(group)
+        except Exception as error:  # pylint: disable=broad-exception-caught # or nobody ever gets the turn again
+            log.exception("commit")
+            came = [(None, self._noted(error))] * len(group)
         self._commit_seconds = self.clock.monotonic() - began
         self._turn.release()
         for write, (value, error) in zip(group, came):
@@ -354,6 +377,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         if isinstance(self.trouble, Damaged):       # what is written into a damaged file may never be found again
             return [(None, self.trouble)] * len(group)
         try:
+            gone = moved(self.path, self._file)
+            if gone:
+                raise gone
             self._writer.execute("BEGIN IMMEDIATE")
             for write in group:
                 try:
@@ -361,29 +387,33 @@ class Store:                        # pylint: disable=too-many-instance-attribut
                 except Refused as error:
                     came.append((None, error))
             self._writer.execute("COMMIT")
-            if self.trouble and not (isinstance(self.trouble, DiskFull) and no_room(self.path)):
-                log.warning("the database can be written again")
-                self.trouble = None
-            return came
         except Exception as error:  # pylint: disable=broad-exception-caught # whoever waits gets it; the thread goes on
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError) or len(group) == 1:
+            if isinstance(error, (sqlite3.OperationalError, StoreError)) or len(group) == 1:
                 return [(None, self._noted(error))] * len(group)
             return [self._commit([write])[0] for write in group]
+        if self.trouble and not (isinstance(self.trouble, DiskFull) and no_room(self.path)):
+            log.warning("the database can be written again")
+            self.trouble = None
+        return came
 
-    def _read(self, statement: str, values: Sequence[Any] = ()) -> List[Any]:
-        """All rows of one SELECT, on a connection that nobody else uses meanwhile."""
+    def _read(self, statement: str, values: Sequence[Any] = (),
+              fetch: Callable[[sqlite3.Cursor], List[Any]] = sqlite3.Cursor.fetchall) -> List[Any]:
+        """The rows of one SELECT, on a connection that nobody else uses meanwhile."""
         try:
             reader = self._readers.pop()
         except IndexError:          # all are in use
             reader = connected(self.path)
         try:
-            return reader.execute(statement, values).fetchall()
+            return fetch(reader.execute(statement, values))
         except sqlite3.Error as error:
             raise self._noted(error) from error
         finally:
-            self._readers.append(reader)
+            if len(self._readers) < MOST_READERS:
+                self._readers.append(reader)
+            else:
+                reader.close()
 
     def _noted(self, error: Exception) -> Exception:
         """What an error means; an error of the database is remembered, and said once; damage until the next start."""

@@ -227,7 +227,7 @@ def test_a_missing_or_wrong_key_is_401_and_the_answer_says_which_header_to_send(
         for word in ("api_key", "X-API-Key", "Authorization: Bearer", "underscores_in_headers"):
             assert word in detail
         came = {"api_key", "X-API-Key", "Authorization"} & set(headers)
-        assert detail.startswith("this key is unknown here; send " if came else "send ")
+        assert detail.startswith("this key is not known; send " if came else "send ")
 
 
 def test_without_a_key_nothing_is_stored(server):

@@ -281,8 +281,8 @@ def test_a_wrong_line_is_named_and_what_was_added_before_it_as_well(serve):
     server = serve()
     status, out, error = run(server, "add", "-", "--mode", "echo", text="\n" + lines(1000) + "\nX(1)\nX(9x)\nX(2)\n")
     assert (status, out.count("\n")) == (1, 1000)
-    assert error == ('oqc: line 1004: job: at character 4: expected ")" after an angle of 1 to 3 digits (whole degrees), '
-                     'found "x"; added 1000 jobs, 1 to 1000, before line 1003\n')
+    assert error == ('oqc: line 1004: job: at character 4: expected ")" after an angle of 1 to 3 digits '
+                     '(whole degrees), found "x"; added 1000 jobs, 1 to 1000, before line 1003\n')
     assert server.request("GET", "/jobs/1001/").status == 404
 
 

@@ -12,15 +12,16 @@ import time
 import types
 
 import pytest
-from test_wire import Wire
+from test_wire import Wire, ask
 
-from oqc.api import Api, Keys
+from oqc.api import HEAVY, Api, Keys
 from oqc.clock import Clock
-from oqc.jobs import Addition, Job
+from oqc.jobs import Addition, Job, StoreError, UnknownJob
 from oqc.messages import Request, Response
 from oqc.server import TICK, Limits, Server, tls_context
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+UPLOAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
 NOBODY = object()           # a connection that is closed already
 
 
@@ -60,7 +61,7 @@ class Listening:
     def held(self):
         """Meanwhile its listener does nothing."""
         held, go = threading.Event(), threading.Event()
-        self.server._tell(NOBODY, lambda: (held.set(), go.wait(20)))
+        self.server._tell(NOBODY, lambda _: (held.set(), go.wait(20)))
         assert held.wait(20)
         try:
             yield
@@ -145,11 +146,11 @@ def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(li
     server = listen(connections=2)
     with Wire(server, b"GET / HT") as head, Wire(server) as body:
         server.until(lambda: any(one.buffer for one in list(server.server.connections)))
-        body.sock.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n")
+        body.sock.sendall(UPLOAD)
         assert body.answer()[0] == 100
-        with Wire(server, GET) as first, Wire(server, GET) as second:
-            assert first.answer()[0] == second.answer()[0] == 200
-            assert head.closed() and body.closed()
+        with Wire(server, UPLOAD) as first, Wire(server, GET) as second:
+            assert first.answer()[0] == 100 and head.closed()
+            assert second.answer()[0] == 200 and body.closed()
 
 
 def test_a_client_that_says_nothing_but_empty_lines_has_the_time_of_one_head(listen):
@@ -207,12 +208,12 @@ def test_what_one_thread_tells_the_listener_is_done_although_another_tells_it_so
         def append(self, x):
             super().append(x)
             if not second:
-                second.append(threading.Thread(target=server._tell, args=(NOBODY, done[1].set)))
+                second.append(threading.Thread(target=server._tell, args=(NOBODY, lambda _: done[1].set())))
                 second[0].start()
                 second[0].join()
 
     server._told = Interrupted()
-    server._tell(NOBODY, done[0].set)
+    server._tell(NOBODY, lambda _: done[0].set())
     assert done[0].wait(20) and done[1].wait(20)
 
 
@@ -222,12 +223,62 @@ def test_a_defect_in_what_the_listener_is_told_costs_nobody_else_an_answer(liste
         client.answer()
         connection, = one.server.connections
         with one.held():
-            one.server._tell(connection, lambda: 1 // 0)
-            one.server._tell(NOBODY, done[0].set)
+            one.server._tell(connection, lambda _: 1 // 0)
+            one.server._tell(NOBODY, lambda _: done[0].set())
         assert client.closed(), "or nothing would ever end it"
         assert done[0].wait(20)
-        one.server._tell(NOBODY, done[1].set)
+        one.server._tell(NOBODY, lambda _: done[1].set())
         assert done[1].wait(20) and "ZeroDivisionError" in caplog.text
+
+
+def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_connection(listen, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+    one = listen()
+    with monkeypatch.context() as patch, Wire(one) as client:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            client.sock.sendall(GET)
+            status, headers, _ = client.answer()
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+    assert ask(one, GET)[0] == 200
+    assert gone(one), "the descriptors are given back"
+
+
+def test_a_defect_at_the_first_request_of_a_connection_costs_that_connection_alone(listen, caplog):
+    one = listen(flush=lambda: None)
+    one.server.api.is_quick = lambda _: 1 // 0
+    with Wire(one, GET) as client:
+        assert client.closed()
+    one.server.api.is_quick = lambda _: True
+    assert ask(one, GET)[0] == 200 and "ZeroDivisionError" in caplog.text
+
+
+def test_a_defect_of_what_is_written_together_does_not_end_the_listener(listen, caplog):
+    waiting, broken = [], [True]
+
+    def flush():
+        if waiting and broken:
+            broken.clear()
+            raise OSError("the disk is away")
+        while waiting:
+            waiting.pop()(Response(200, b"ok\n"))
+    one = listen(lambda _, answer: waiting.append(answer), flush=flush)
+    with Wire(one, GET) as first:
+        one.until(lambda: not broken)
+        assert ask(one, GET)[0] == first.answer()[0] == 200 and "the disk is away" in caplog.text
+
+
+def test_an_upload_that_was_let_in_goes_last_when_room_is_made(listen):
+    one = listen(connections=2)
+    with Wire(one, UPLOAD) as upload:
+        assert upload.answer()[0] == 100
+        with Wire(one) as silent, Wire(one) as another:
+            assert silent.closed()
+            upload.sock.sendall(b"some body")
+            assert upload.answer()[0] == 200
+            another.sock.sendall(GET)
+            assert another.answer()[0] == 200
 
 
 @pytest.mark.parametrize("quick", [True, False], ids=["answered at once", "written first"])
@@ -308,7 +359,8 @@ def test_an_answer_after_the_stop_is_dropped(listen):
         answers[0](Response(200, b"late\n"))
 
 
-@pytest.mark.parametrize("count, query, how", [(1, "", "add_soon"), (1000, "", "add"), (1, "wait=0", "add")])
+@pytest.mark.parametrize("count, query, how", [(0, "", "add_soon"), (1, "", "add"), (1000, "", "add"),
+                                               (0, "wait=0", "add")])
 def test_only_what_the_listener_handles_is_left_to_its_flush(count, query, how):
     """What a thread of the pool leaves to it would lie there until the listener looks by itself."""
     asked, job = [], Job(1, "X(1)", "echo", "Starting", None, None, None, "T", None, None)
@@ -320,12 +372,54 @@ def test_only_what_the_listener_handles_is_left_to_its_flush(count, query, how):
     workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, foregone=None,
                                     take_up=lambda _: None)
     api = Api(store, workers, Keys({"me": b"k"}), lambda: 7)
-    body = json.dumps([{"job": "X(1)", "mode": "echo"}] * count).encode()
+    body = json.dumps([{"job": "X(1)", "mode": "echo"}] * count or {"job": "X(1)", "mode": "echo"}).encode()
     request = Request("POST", "/jobs/add/", query, {"api_key": b"k"}, body)
     answers = []
     assert api.is_quick(request) is (how == "add_soon")
     api.handle(request, answers.append)
     assert asked == [how] and [answer.status for answer in answers] == [201] * (how == "add")
+
+
+@pytest.mark.parametrize("error", [UnknownJob(1), StoreError("the disk is away")], ids=["pruned", "unreadable"])
+def test_jobs_that_were_added_are_answered_201_whatever_becomes_of_the_wait_for_them(error):
+    """With another answer they would be sent again, and run twice."""
+    def wait(*_):
+        raise error
+    job = Job(7, "X(1)", "echo", "Starting", None, None, None, "T", None, None)
+    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, foregone=None, wait=wait,
+                                    take_up=lambda _: None)
+    store, answers = types.SimpleNamespace(add=lambda *_: Addition([job])), []
+    api = Api(store, workers, Keys({"me": b"k"}), lambda: 7)
+    api.handle(Request("POST", "/jobs/add/", "wait=5", {"api_key": b"k"}, b'{"job": "X(1)", "mode": "echo"}'),
+               answers.append)
+    assert (answers[0].status, json.loads(answers[0].body)["id"]) == (201, 7)
+
+
+@pytest.mark.parametrize("path, query", [("/jobs/list/", "limit=9"), ("/jobs/list/", ""), ("/status/", ""),
+                                         ("/metrics/", "")])
+def test_of_reads_of_many_rows_only_some_go_on_at_once(path, query):
+    """More would keep each other and all others waiting for the interpreter."""
+    met, inside, most = threading.Condition(), [], []
+
+    def read(*_, **__):
+        with met:
+            inside.append(1)
+            most.append(len(inside))
+            met.notify_all()
+            met.wait_for(lambda: len(inside) > HEAVY, 0.1)
+            inside.pop()
+        return [] if path == "/jobs/list/" else {
+            "waiting": {}, "running": {}, "retrying": {}, "oldest_waiting_seconds": 0, "database_bytes": 0}
+    workers = types.SimpleNamespace(changes=0, wait_for_change=lambda *_: None, runtimes={}, uptime=lambda: 0,
+                                    durations=dict, states=dict)
+    api, answers = Api(types.SimpleNamespace(page=read, status=read), workers, Keys({"me": b"k"}), lambda: 7), []
+    threads = [threading.Thread(target=api.handle, args=(
+        Request("GET", path, query, {"api_key": b"k"}), answers.append)) for _ in range(2 * HEAVY)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [answer.status for answer in answers] == [200] * len(threads) and max(most) == HEAVY
 
 
 # TLS

@@ -256,6 +256,19 @@ def test_a_database_that_became_read_only_refuses_jobs_with_503_and_recovers(gat
     in_trouble(gated(environment=rigged), gate, mark.touch, mark.unlink, (503, READ_ONLY, READ_ONLY))
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["moved", "replaced"])
+def test_a_database_that_was_moved_away_refuses_jobs_with_503_until_it_is_back(gated, gate, tmp_path, replaced):
+    """What would be written into it is lost when the server closes it."""
+    file, elsewhere = tmp_path / "oqc.db", tmp_path / "elsewhere"
+
+    def move():
+        file.rename(elsewhere)
+        if replaced:
+            shutil.copy(elsewhere, file)
+    said = "was moved, replaced or deleted while the server uses it"
+    in_trouble(gated(), gate, move, lambda: elsewhere.rename(file), (503, said, said))
+
+
 # What a server does not start on
 
 @pytest.fixture(scope="module")

@@ -523,9 +523,11 @@ def test_a_built_in_runtime_answers_lines_on_the_command_line(name):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ("X(90)", "Expecting value: "), ("", "Expecting value: "), ("[" * 100_000, ""), ('["X(90)"]', "expected an object"),
+    ("X(90)", "Expecting value: "), ("", "Expecting value: "), ("[" * 100_000, ""),
+    ('["X(90)"]', "expected an object"),
     ("{}", "job: missing"), ('{"job": "X(90); Y(1)"}', "job: at character 6: "),
-    ('{"job": "X(9)", "shots": NaN}', "NaN"), ('{"job": "X(9)", "seed": "7"}', "seed: expected a whole number ")], ids=lambda value: value[:12])
+    ('{"job": "X(9)", "shots": NaN}', "NaN"), ('{"job": "X(9)", "seed": "7"}', "seed: expected a whole number ")],
+                         ids=lambda value: value[:12])
 def test_a_line_that_is_no_job_is_65_with_the_reason_and_the_next_is_answered(line, reason):
     ran = oqc("simulator", input=line + '\n{"job": "X(180)", "shots": 0}\n')
     refused, answered = map(json.loads, ran.stdout.splitlines())

@@ -12,10 +12,10 @@ from conftest import ROOT
 
 from oqc import jobs
 from oqc.clock import Clock
-from oqc.database import INVARIANTS, backup, check
+from oqc.database import INVARIANTS, backup, check, connected
 from oqc.jobs import (
     DiskFull, Ending, Foregone, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob)
-from oqc.store import IllegalTransition, Store, _Write
+from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store, _Write
 
 ECHO = Submission("X(90)", "echo", seed=7)
 GOOD, BAD, BUSY = Outcome(0, None, "[1]", True), Outcome(3, "cold"), Outcome(75, "busy", transient=True)
@@ -523,7 +523,80 @@ def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, cloc
     assert store.claim(1, "qpu") is store.claim(2, "qpu") is None and not store.cancel(1)
 
 
+def test_of_large_adds_one_at_a_time_is_before_a_small_write(store):
+    held = Held(store)
+    for name in "abcd":
+        held.threads.append(threading.Thread(target=added, args=(store, *[ECHO] * (LARGE + 1)), name=name))
+        held.threads[-1].start()
+    until = Clock.monotonic() + 0.2
+    while store._writes.qsize() < 2 and Clock.monotonic() < until:
+        pass
+    held.ask("small", added, store)
+    assert held.go()["small"] == [LARGE + 2]
+    assert len(store.page(None, 9999)) == 4 * (LARGE + 1) + 1
+
+
+def test_a_commit_that_goes_wrong_in_any_way_is_told_and_the_next_one_is_done(store, monkeypatch, caplog):
+    """The disk is away, so that nothing can be undone either, nor asked how much room there is."""
+    class Away:
+        """The writing connection, without its disk."""
+        in_transaction = True
+
+        @staticmethod
+        def execute(statement, *_):
+            raise sqlite3.OperationalError(f"disk I/O error: {statement}")
+
+    def no_answer(_):
+        raise OSError(116, "Stale file handle")
+    writer = store._writer
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_writer", Away)
+        patch.setattr(os, "statvfs", no_answer)
+        for _ in range(2):
+            with pytest.raises(StoreError, match="disk I/O error"):
+                added(store)
+            assert "disk I/O error" in store.unusable()
+        given = []
+        store.add_soon([ECHO], "alice", None, lambda addition, error: given.append(error))
+        store.flush()
+        assert isinstance(given[0], StoreError)
+    assert store._writer is writer and added(store) == [1] and store.unusable() is None
+    assert "can be written again" in caplog.text
+
+
+def test_a_database_that_was_moved_away_is_said_before_anything_is_written(store, tmp_path):
+    (tmp_path / "oqc.db").rename(tmp_path / "elsewhere")
+    assert "was moved, replaced or deleted" in store.unusable()
+    (tmp_path / "elsewhere").rename(tmp_path / "oqc.db")
+    assert store.unusable() is None
+
+
+def test_no_more_readers_are_kept_than_some(store, monkeypatch):
+    together, kept = threading.Barrier(3 * MOST_READERS), connected
+
+    def meeting(path):
+        reader = kept(path)
+        reader.create_function("meet", 0, lambda: together.wait(20))
+        return reader
+    monkeypatch.setattr("oqc.store.connected", meeting)
+    threads = [threading.Thread(target=store._read, args=("SELECT meet()",)) for _ in range(together.parties)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not together.broken and len(store._readers) == MOST_READERS
+
+
 # Pages
+
+def test_a_page_of_long_jobs_is_cut_before_it_fills_the_memory(store):
+    long = ECHO._replace(job="X(1)" + ", X(1)" * 50_000)        # 300 kB
+    numbers = added(store, *[long] * 64)
+    first = [row[0] for row in store.page(None, 1000)]
+    assert len(first) == 16 and first == numbers[:16]
+    assert [row[0] for row in store.page(16, 1000)] == numbers[16:32]
+    assert len(store.page(None, 10)) == 10
+
 
 def fill(tmp_path, count, open_every=0):
     """Have so many jobs in the closed database, of which each `open_every`-th waits and the others have ended."""
