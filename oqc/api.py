@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 from oqc import __version__, bloch, jobs
 from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, StoreError, Submission, UnknownJob
 from oqc.messages import (
-    Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, metrics_text, number,
-    parameters, problem_response, result_text, table, text_response, wants_text)
+    Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, json_response, metrics_text,
+    number, parameters, problem_response, result_text, table, text_response, wants_text)
 
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
@@ -270,7 +270,7 @@ class Api:
         if not match:
             raise Malformed("older-than: expected a time such as 90d, 12h, 30m or 0s")
         seconds = int(match[1]) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[match[2]]
-        return Response(200, json.dumps({"deleted": self.store.prune(seconds)}).encode() + b"\n")
+        return json_response({"deleted": self.store.prune(seconds)})
 
     # The server
 
@@ -300,7 +300,7 @@ class Api:
                  "version": __version__, "uptime": self.workers.uptime(), "change": change}
         if wants_text(request):
             return text_response(table([(name, json.dumps(value)) for name, value in found.items()], ("WHAT", "VALUE")))
-        return Response(200, json.dumps(found).encode() + b"\n")
+        return json_response(found)
 
     def metrics(self, _: Request) -> Response:
         """GET /metrics/: the same and the durations of jobs, for Prometheus."""
@@ -317,7 +317,7 @@ class Api:
         reasons += [f"no runtime for {mode} can be started" for mode in jobs.MODES
                     if all(state == "failing" for known, state in states if known == mode)]
         body = {"status": "failing", "reasons": reasons} if reasons else {"status": "ok"}
-        return Response(503 if reasons else 200, json.dumps(body).encode() + b"\n")
+        return json_response(body, 503 if reasons else 200)
 
     # Runtimes
 
@@ -352,7 +352,7 @@ class Api:
     @staticmethod
     def _runtime(change: Callable[..., Dict[str, Any]], *arguments: str) -> Response:
         try:
-            return Response(200, json.dumps(change(*arguments)).encode() + b"\n")
+            return json_response(change(*arguments))
         except KeyError:
             raise Problem(404, "no runtime has this name; GET /runtimes/ lists them") from None
 

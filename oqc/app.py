@@ -136,9 +136,8 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
         files = ", ".join(filter(None, (settings.tls_cert, settings.tls_key)))
         raise StartError(f"{files}: {error.strerror or error}") from None
     store = Store(settings.db, clock)
-    common = runtimes.Settings(clock, settings.kill_grace)
-    workers = Workers(store, [(spec, functools.partial(runtimes.slot, spec, common)) for spec in settings.runtimes],
-                      RetryPolicy(), clock, dice.random, max(1, settings.max_connections // 2))
+    slots = [(spec, functools.partial(runtimes.slot, spec, clock, settings.kill_grace)) for spec in settings.runtimes]
+    workers = Workers(store, slots, RetryPolicy(), clock, dice.random, max(1, settings.max_connections // 2))
     api = Api(store, workers, Keys(dict(settings.keys)), lambda: dice.getrandbits(MOST_SEED.bit_length()),
               settings.max_waiting)
     try:

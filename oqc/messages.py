@@ -129,23 +129,20 @@ def choice(query: Dict[str, str], name: str, allowed: Sequence[str]) -> Optional
 
 # What goes out
 
+STATUSES = ((Malformed, 400), (Ended, 409), (KeyReused, 422), (DiskFull, 507), (StoreError, 503))
+
+
 def failure(error: Exception, request: Request) -> Response:
     """The answer to a request that led to this error."""
-    problem = error if isinstance(error, Problem) else None
     if isinstance(error, UnknownJob):       # documented so: on error a 0 is returned
         return Response(404, b"0\n")
-    if isinstance(error, Malformed):
-        problem = Problem(400, str(error))
-    elif isinstance(error, Ended):
-        problem = Problem(409, str(error))
-    elif isinstance(error, KeyReused):
-        problem = Problem(422, str(error))
-    elif isinstance(error, StoreError):
-        problem = Problem(507 if isinstance(error, DiskFull) else 503, str(error), ("Retry-After", "10"))
-    elif problem is None:
+    if isinstance(error, Problem):
+        return problem_response(error)
+    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+    if status == 500:
         log.error("%s %r", request.method, request.path, exc_info=error)
-        problem = Problem(500, "a defect of the server; its log has it")
-    return problem_response(problem)
+        return problem_response(Problem(500, "a defect of the server; its log has it"))
+    return problem_response(Problem(status, str(error), *([("Retry-After", "10")] if status in (503, 507) else [])))
 
 
 def problem_response(problem: Problem) -> Response:
@@ -196,6 +193,11 @@ WANTS_TEXT = re.compile(rb"\s*text/plain\b")
 def wants_text(request: Request) -> bool:
     """Whether a client that can choose would rather have a table: its Accept names text/plain first."""
     return WANTS_TEXT.match(request.headers.get("accept", b"")) is not None
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    """A value as an answer, in one line."""
+    return Response(status, json.dumps(value).encode() + b"\n")
 
 
 def text_response(text: str) -> Response:

@@ -16,7 +16,7 @@ import struct
 import sys
 import tempfile
 import termios
-from typing import Any, Callable, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from oqc import jobs, qubit
 from oqc.jobs import Outcome, RuntimeSpec, Task
@@ -34,13 +34,6 @@ kill -TERM 0; sleep 2; kill -KILL 0 ) & )
 exec 3<&-; exec "$@" """
 
 PR_SET_CHILD_SUBREAPER = 36         # prctl(2)
-
-
-class Settings(NamedTuple):
-    """What all runtimes of a server have in common."""
-
-    clock: Any
-    kill_grace: float = 5.0         # seconds from TERM to KILL
 
 
 @functools.lru_cache(maxsize=None)
@@ -207,8 +200,9 @@ class Process:
 class Slot:
     """Room for one attempt at a time on a runtime. One worker thread runs it; any thread may `wake` it."""
 
-    def __init__(self, spec: RuntimeSpec, settings: Settings) -> None:
-        self.spec, self.settings = spec, settings
+    def __init__(self, spec: RuntimeSpec, clock: Any, kill_grace: float) -> None:
+        """`kill_grace`: seconds from TERM to KILL."""
+        self.spec, self.clock, self.kill_grace = spec, clock, kill_grace
         self.wake_end, self._wake_write_end = os.pipe()
         os.set_blocking(self._wake_write_end, False)
 
@@ -227,7 +221,7 @@ class Slot:
         os.close(self._wake_write_end)
 
     def _deadline(self) -> float:
-        return self.settings.clock.monotonic() + self.spec.timeout
+        return self.clock.monotonic() + self.spec.timeout
 
     def _late(self) -> str:
         return f"took longer than its timeout of {self.spec.timeout:g} s"
@@ -239,7 +233,7 @@ class Slot:
         assert self.spec.command is not None
         return Process(self.spec.command,
                        {**kept, "OQC_RUNTIME": self.spec.name, "QRMI_JOB_QPU_RESOURCES": self.spec.name, **environment},
-                       feed, self.settings.clock)
+                       feed, self.clock)
 
     def _outcome(self, code: int, process: Process, started: bool = True) -> Outcome:
         """What it means that the process ended with this code, or -n after signal n."""
@@ -270,7 +264,7 @@ class ExecSlot(Slot):
             return _unstartable(error)
         in_time = process.listen(self._deadline(), self.wake_end, interrupted)
         ended = process.exited()
-        code = process.end(self.settings.kill_grace)
+        code = process.end(self.kill_grace)
         if ended:
             return self._outcome(code, process)
         if in_time:
@@ -318,7 +312,7 @@ class LinesSlot(Slot):
     def _end(self) -> int:
         assert self.process is not None
         process, self.process = self.process, None
-        return process.end(self.settings.kill_grace)
+        return process.end(self.kill_grace)
 
     def _outcome(self, code: int, process: Process, started: bool = True) -> Outcome:
         """That it ended before it answered is no answer, whatever the code."""
@@ -337,11 +331,11 @@ class EchoSlot(Slot):
         return jobs.echo(task.return_code, self.spec.retry_codes)
 
 
-def slot(spec: RuntimeSpec, settings: Settings) -> Slot:
+def slot(spec: RuntimeSpec, clock: Any, kill_grace: float) -> Slot:
     """A slot for this runtime, by its protocol."""
     if spec.command is None and spec.protocol == "lines":
         spec = spec._replace(command=builtin_command(spec.name))
-    return {"exec": ExecSlot, "lines": LinesSlot, "echo": EchoSlot}[spec.protocol](spec, settings)
+    return {"exec": ExecSlot, "lines": LinesSlot, "echo": EchoSlot}[spec.protocol](spec, clock, kill_grace)
 
 
 def _unstartable(error: OSError) -> Outcome:

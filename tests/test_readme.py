@@ -20,6 +20,7 @@ from conftest import ROOT, Server
 
 from oqc import api, config, jobs, qubit
 from oqc.jobs import RuntimeSpec
+from oqc.messages import STATUSES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN_FOLDER, SHOWN_PORT = "/home/you/oqc", "12021"
@@ -185,6 +186,7 @@ def test_every_status_that_the_server_can_answer_is_in_the_readme():
     calls = [node for path in (ROOT / "oqc").glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
              if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Problem", "Response") and node.args]
     statuses = {leaf.value for call in calls for leaf in ast.walk(call.args[0]) if isinstance(leaf, ast.Constant)}
+    statuses |= {status for _, status in STATUSES}
     assert {200, 201, 204, 400, 401, 404, 405, 409, 413, 500, 503, 507} <= statuses
     for status in statuses:
         assert f"| {status} " in README, status

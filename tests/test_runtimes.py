@@ -43,7 +43,7 @@ def slot_for(command, kill_grace=20.0, clock=None, **spec):
     if isinstance(command, str):
         command = [command]
     return runtimes.slot(RuntimeSpec("qpu", tuple(map(str, command)), **{"timeout": 30.0, **spec}),
-                         runtimes.Settings(clock or Clock(), kill_grace))
+                         clock or Clock(), kill_grace)
 
 
 def run(*command, task=TASK, interrupted=lambda: False, **more):
@@ -497,7 +497,7 @@ def test_an_attempt_for_whose_next_file_or_pipe_there_is_no_descriptor_keeps_non
 # The echo
 
 def test_echo_gives_the_return_code_that_was_asked_for():
-    echo = runtimes.slot(RuntimeSpec("echo", None, ("echo",), "echo"), runtimes.Settings(Clock()))
+    echo = runtimes.slot(RuntimeSpec("echo", None, ("echo",), "echo"), Clock(), 5.0)
     with contextlib.closing(echo) as slot:
         for code in (0, 1, 75, 124, 255):
             outcome = slot.run(TASK._replace(return_code=code), lambda: False)
