@@ -84,16 +84,10 @@ INVARIANTS = (                      # what `check` looks for beyond the constrai
 )
 
 
-def _uri(path: str, mode: str) -> str:
-    """What names a database to SQLite so that it does not make one where there is none."""
-    return f"file://{quote(os.fsencode(os.path.abspath(path)))}?mode={mode}"
-
-
 def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
     """A connection in autocommit mode, for one thread at a time; raises StoreError."""
     try:
-        connection = sqlite3.connect(_uri(path, "rw"), uri=True, isolation_level=None, check_same_thread=False,
-                                     timeout=10)
+        connection = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False, timeout=10)
         connection.execute(f"PRAGMA query_only = {int(read_only)}")
         return connection
     except sqlite3.Error as error:
@@ -103,8 +97,10 @@ def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
 def observing(path: str) -> sqlite3.Connection:
     """A connection that leaves the file and its WAL as they are. One that is only query_only merges them if it is
     closed last, after a crash before the next server has seen them; one to a file without a WAL has to make one."""
+    mode = "ro" if os.path.exists(path + "-wal") else "rw"
+    name = quote(os.fsencode(os.path.abspath(path)))
     try:
-        connection = sqlite3.connect(_uri(path, "ro" if os.path.exists(path + "-wal") else "rw"), uri=True, timeout=10)
+        connection = sqlite3.connect(f"file://{name}?mode={mode}", uri=True, timeout=10)
         connection.execute("PRAGMA query_only = 1")
         return connection
     except sqlite3.Error as error:

@@ -227,12 +227,13 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 self._in_thread(functools.partial(self.api.handle, request, answer_soon))
             except RuntimeError:        # the system has no more (RLIMIT_NPROC, a container's limit of pids)
                 log.warning("no thread can be started: %s %s is answered 503", head.method, head.path)
+                self._more = True
                 answer_soon(OVERLOADED)
 
     def _watch(self, connection: Connection) -> None:
         if not connection.watched:
-            connection.watched = True
             self._selector.register(connection.sock, selectors.EVENT_READ, (self._readable, connection))
+            connection.watched = True
 
     def _awake(self) -> None:
         with contextlib.suppress(BlockingIOError):

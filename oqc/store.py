@@ -390,7 +390,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         except Exception as error:  # pylint: disable=broad-exception-caught # whoever waits gets it; the thread goes on
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-            if isinstance(error, (sqlite3.OperationalError, StoreError)) or len(group) == 1:
+            if isinstance(error, sqlite3.OperationalError) or len(group) == 1:
                 return [(None, self._noted(error))] * len(group)
             return [self._commit([write])[0] for write in group]
         if self.trouble and not (isinstance(self.trouble, DiskFull) and no_room(self.path)):
@@ -404,6 +404,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         try:
             reader = self._readers.pop()
         except IndexError:          # all are in use
+            gone = moved(self.path, self._file)
+            if gone:                # or it would read another file
+                raise self._noted(gone) from None
             reader = connected(self.path)
         try:
             return fetch(reader.execute(statement, values))

@@ -531,6 +531,19 @@ def test_a_page_that_is_full_to_the_last_job_has_no_link(listed):
     assert "Link" in server.request("GET", f"/jobs/list/?limit={JOBS - 1}").headers
 
 
+def test_jobs_of_megabytes_are_all_listed_and_a_page_of_them_is_cut_with_a_link_to_the_rest(serve):
+    server, body = serve(), [{"job": ", ".join(["X(1)"] * 50_000), "mode": "echo"}] * 10
+    for _ in range(4):
+        assert server.request("POST", "/jobs/add/", body).status == 201
+    assert [job["id"] for job in server.request("GET", "/jobs/list/").json] == list(range(1, 41))
+    path, pages = "/jobs/list/?limit=35", []
+    while path:
+        page = server.request("GET", path)
+        pages.append([job["id"] for job in page.json])
+        path = "Link" in page.headers and page.headers["Link"].split(">")[0][1:]
+    assert pages == [list(range(1, 17)), list(range(17, 33)), list(range(33, 41))]
+
+
 def test_a_listing_of_nothing_is_an_empty_array(serve):
     server = serve()
     for query in ("", "?limit=5", "?status=Retrying", "?after=9", "?order=desc&limit=1"):

@@ -234,13 +234,14 @@ def test_a_defect_in_what_the_listener_is_told_costs_nobody_else_an_answer(liste
 def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_connection(listen, monkeypatch):
     def refuse(_):
         raise RuntimeError("can't start new thread")
-    one = listen()
+    one = listen(tick=60.0)
     with monkeypatch.context() as patch, Wire(one) as client:
         patch.setattr(threading.Thread, "start", refuse)
-        for _ in range(2):
-            client.sock.sendall(GET)
-            status, headers, _ = client.answer()
-            assert (status, headers[b"retry-after"]) == (503, b"1")
+        for requests in (1, 3):
+            client.sock.sendall(requests * GET)
+            for _ in range(requests):       # and nothing is awaited between
+                status, headers, _ = client.answer()
+                assert (status, headers[b"retry-after"]) == (503, b"1")
     assert ask(one, GET)[0] == 200
     assert gone(one), "the descriptors are given back"
 
@@ -248,7 +249,9 @@ def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_con
 def test_a_defect_at_the_first_request_of_a_connection_costs_that_connection_alone(listen, caplog):
     one = listen(flush=lambda: None)
     one.server.api.is_quick = lambda _: 1 // 0
-    with Wire(one, GET) as client:
+    with one.held():
+        client = Wire(one, GET)     # so that the request is there when the connection is accepted
+    with client:
         assert client.closed()
     one.server.api.is_quick = lambda _: True
     assert ask(one, GET)[0] == 200 and "ZeroDivisionError" in caplog.text

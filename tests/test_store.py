@@ -567,6 +567,9 @@ def test_a_commit_that_goes_wrong_in_any_way_is_told_and_the_next_one_is_done(st
 def test_a_database_that_was_moved_away_is_said_before_anything_is_written(store, tmp_path):
     (tmp_path / "oqc.db").rename(tmp_path / "elsewhere")
     assert "was moved, replaced or deleted" in store.unusable()
+    with pytest.raises(StoreError, match="was moved, replaced or deleted"):
+        store.pauses()
+    assert not (tmp_path / "oqc.db").exists(), "or a reader would make another"
     (tmp_path / "elsewhere").rename(tmp_path / "oqc.db")
     assert store.unusable() is None
 
