@@ -210,7 +210,7 @@ class Api:
         chunks, headers = iter([page]), ()
         if limit is None:
             chunks = pages(select, page)
-        elif page and select(page[-1][0], 1):
+        elif may_go_on(page, limit) and select(page[-1][0], 1):
             kept = "".join(f"&{name}={value.replace(' ', '%20')}" for name, value in query.items() if name != "after")
             headers = (("Link", f'</jobs/list/?after={page[-1][0]}{kept}>; rel="next"'),)
         text = wants_text(request)
@@ -398,4 +398,9 @@ def pages(select: Callable[[Optional[int], int], List[Job]], page: List[Job]) ->
     """A page of jobs and all that follow it, of what `select(after, limit)` gives."""
     while page:
         yield page
-        page = select(page[-1][0], PAGE)
+        page = select(page[-1][0], PAGE) if may_go_on(page, PAGE) else []
+
+
+def may_go_on(page: List[Job], most: int) -> bool:
+    """Whether jobs may follow on a page of up to so many: it is full, or was cut because they are long."""
+    return len(page) == most or sum(len(job[1]) for job in page) > jobs.PAGE_BYTES

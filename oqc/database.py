@@ -84,6 +84,11 @@ INVARIANTS = (                      # what `check` looks for beyond the constrai
 )
 
 
+def resolved(path: str) -> str:
+    """The file that a link names: SQLite keeps the WAL beside that."""
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
 def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
     """A connection in autocommit mode, for one thread at a time; raises StoreError."""
     try:
@@ -216,16 +221,23 @@ def moved(path: str, file: os.stat_result) -> Optional[StoreError]:
     with contextlib.suppress(OSError):
         if os.path.samestat(os.stat(path), file):
             return None
-    return StoreError(f"{path}: was moved, replaced or deleted while the server uses it; put it back, or start the "
-                      "server again")
+    return StoreError(f"{path}: was moved, replaced or deleted while the server uses it; put it back, or stop the "
+                      f"server and remove {path}.lock and {path}-wal to go on with what is there now")
+
+
+def _known(path: str) -> str:
+    """The database that a command is to read; raises StoreError."""
+    if not os.path.exists(path):
+        raise StoreError(f"{path}: no such database")
+    path = resolved(path)
+    inspect(path, in_use=False)
+    return path
 
 
 def backup(path: str, target: str) -> None:
     """Copy the database to a new file while a server uses it; raises StoreError. All in one step: a copy some pages at
     a time begins again at every write (https://sqlite.org/c3ref/backup_finish.html), and so might never end."""
-    if not os.path.exists(path):
-        raise StoreError(f"{path}: no such database")
-    inspect(path, in_use=False)
+    path = _known(path)
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
@@ -244,9 +256,7 @@ def backup(path: str, target: str) -> None:
 def check(path: str) -> Iterator[str]:
     """What is wrong with a database, a line each: SQLite's integrity_check, and what must hold of every job. A server
     may use it meanwhile. Raises StoreError."""
-    if not os.path.exists(path):
-        raise StoreError(f"{path}: no such database")
-    inspect(path, in_use=False)
+    path = _known(path)
     try:
         with contextlib.closing(observing(path)) as reader:
             yield from (line for row in reader.execute("PRAGMA integrity_check") for line in row[0].splitlines()

@@ -34,6 +34,7 @@ PULSE_PARTS = (                     # what a pulse is made of, in order, and wha
     (re.compile(r"\)"), '")" after an angle of 1 to 3 digits (whole degrees)'),
 )
 BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)      # seconds, of the durations that are counted
+PAGE_BYTES = 4 << 20                # of job strings after which a page ends: a job may have megabytes, a page thousands
 MOST_SHOTS, DEFAULT_SHOTS, MOST_SEED = 1_000_000, 1000, 2 ** 63 - 1
 
 

@@ -413,7 +413,7 @@ def builtin(arguments: Sequence[str]) -> int:
         device.check()
     except ValueError as error:
         parser.error(str(error))
-    for line in sys.stdin:
+    for line in sys.stdin.buffer:
         try:
             task = _task(line)
         except (ValueError, RecursionError) as error:
@@ -425,9 +425,9 @@ def builtin(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _task(line: str) -> Tuple[str, int, int]:
+def _task(line: bytes) -> Tuple[str, int, int]:
     """Job, shots and seed in a question's line; the last two may be left out by hand. Raises ValueError."""
-    asked = json.loads(line, parse_constant=jobs.refuse_constant)
+    asked = json.loads(line.decode("utf-8"), parse_constant=jobs.refuse_constant)
     if isinstance(asked, dict):
         asked = {"mode": "simulation", **{name: asked[name] for name in ("job", "shots", "seed") if name in asked}}
     submission = jobs.parse(asked)

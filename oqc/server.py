@@ -166,13 +166,15 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _arrived(self, connection: Connection, data: bytes) -> None:
         """Take in what a client sent."""
-        if connection.buffer:
-            connection.buffer += data
-        else:
+        began = not connection.buffer
+        if began:
             connection.buffer = data
-            if connection.head is None:     # the first bytes of a request
-                connection.since = now = self.clock.monotonic()
-                connection.deadline = now + self.limits.head_seconds
+        else:
+            connection.buffer += data
+        if began or connection.head:        # a body that goes on arriving leaves its client less idle than others
+            connection.since = self.clock.monotonic()
+        if began and not connection.head:   # the first bytes of a request
+            connection.deadline = connection.since + self.limits.head_seconds
         self._go_on(connection)
 
     def _go_on(self, connection: Connection) -> None:
@@ -268,7 +270,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         if leaving and len(self.connections) - len(leaving) < self.limits.connections:
             waiting = leaving           # they have their answers
         if waiting:
-            self._forget(min(waiting, key=lambda one: (one.head is not None, one.since)))   # an upload goes last
+            self._forget(min(waiting, key=lambda one: one.since))
         return bool(waiting)
 
     def _refuse(self, connection: Connection, response: Response) -> None:

@@ -4,7 +4,6 @@ One connection writes and checkpoints, because SQLite 3.7.0 to 3.51.2 can corrup
 (https://sqlite.org/wal.html, "the WAL-reset bug"); it belongs to whoever has the turn. Every other one is `query_only`.
 """
 import contextlib
-import functools
 import logging
 import os
 import queue
@@ -13,7 +12,8 @@ import threading
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from oqc import jobs
-from oqc.database import VERSION, Damaged, among, connected, explained, inspect, locked, moved, no_room, prepared
+from oqc.database import (
+    VERSION, Damaged, among, connected, explained, inspect, locked, moved, no_room, prepared, resolved)
 from oqc.jobs import (
     Addition, DiskFull, Ending, Foregone, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task,
     UnknownJob)
@@ -24,7 +24,6 @@ MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
 LARGE = 200                         # jobs in one add for which others would wait
-PAGE_BYTES = 4 << 20                # of job strings in a page, about
 MOST_READERS = 8                    # connections kept for the next read
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
@@ -71,13 +70,13 @@ TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE i
 
 
 def _up_to(rows: sqlite3.Cursor) -> List[Any]:
-    """The first of these jobs, until their strings have PAGE_BYTES: a job may have megabytes, and a page a thousand."""
+    """The first of these jobs, until their strings have more than jobs.PAGE_BYTES."""
     found: List[Any] = []
     size = 0
-    for some in iter(functools.partial(rows.fetchmany, 16), []):
-        found += some
-        size += sum(len(row[1]) for row in some)
-        if size > PAGE_BYTES:
+    for row in rows:
+        found.append(row)
+        size += len(row[1])
+        if size > jobs.PAGE_BYTES:
             break
     rows.close()
     return found
@@ -91,7 +90,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def __init__(self, path: str, clock: Any) -> None:
         """Open `path`, creating it where there is none; raises StoreError and leaves the file as it was."""
-        self.path, self.clock = path, clock
+        self.path, self.clock = path, clock = resolved(path), clock
         self._lock_file = locked(path)
         try:
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)

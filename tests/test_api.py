@@ -541,7 +541,7 @@ def test_jobs_of_megabytes_are_all_listed_and_a_page_of_them_is_cut_with_a_link_
         page = server.request("GET", path)
         pages.append([job["id"] for job in page.json])
         path = "Link" in page.headers and page.headers["Link"].split(">")[0][1:]
-    assert pages == [list(range(1, 17)), list(range(17, 33)), list(range(33, 41))]
+    assert pages == [list(range(1, 15)), list(range(15, 29)), list(range(29, 41))]
 
 
 def test_a_listing_of_nothing_is_an_empty_array(serve):

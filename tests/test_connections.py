@@ -148,9 +148,9 @@ def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(li
         server.until(lambda: any(one.buffer for one in list(server.server.connections)))
         body.sock.sendall(UPLOAD)
         assert body.answer()[0] == 100
-        with Wire(server, UPLOAD) as first, Wire(server, GET) as second:
-            assert first.answer()[0] == 100 and head.closed()
-            assert second.answer()[0] == 200 and body.closed()
+        with Wire(server, GET) as first, Wire(server, GET) as second:
+            assert first.answer()[0] == second.answer()[0] == 200
+            assert head.closed() and body.closed()
 
 
 def test_a_client_that_says_nothing_but_empty_lines_has_the_time_of_one_head(listen):
@@ -257,6 +257,25 @@ def test_a_defect_at_the_first_request_of_a_connection_costs_that_connection_alo
     assert ask(one, GET)[0] == 200 and "ZeroDivisionError" in caplog.text
 
 
+def test_a_connection_that_cannot_be_watched_is_closed_and_no_other(listen, monkeypatch):
+    """As where the system has no more room for what epoll watches (epoll(7), max_user_watches)."""
+    one = listen()
+    register = one.server._selector.register
+
+    def refuse(sock, *about):
+        monkeypatch.setattr(one.server._selector, "register", register)
+        raise OSError(28, "No space left on device")
+    with Wire(one, GET) as other:
+        assert other.answer()[0] == 200
+        with one.held():
+            monkeypatch.setattr(one.server._selector, "register", refuse)
+            client = Wire(one)
+        with client:
+            assert client.closed()
+        other.sock.sendall(GET)
+        assert other.answer()[0] == ask(one, GET)[0] == 200
+
+
 def test_a_defect_of_what_is_written_together_does_not_end_the_listener(listen, caplog):
     waiting, broken = [], [True]
 
@@ -272,13 +291,20 @@ def test_a_defect_of_what_is_written_together_does_not_end_the_listener(listen, 
         assert ask(one, GET)[0] == first.answer()[0] == 200 and "the disk is away" in caplog.text
 
 
-def test_an_upload_that_was_let_in_goes_last_when_room_is_made(listen):
+def test_an_upload_that_goes_on_does_not_make_room_for_others(listen):
     one = listen(connections=2)
     with Wire(one, UPLOAD) as upload:
         assert upload.answer()[0] == 100
-        with Wire(one) as silent, Wire(one) as another:
+        connection, = one.server.connections
+        upload.sock.sendall(b"so")
+        one.until(lambda: len(connection.buffer) == 2)
+        with Wire(one) as silent, contextlib.ExitStack() as stack:
+            one.until(lambda: len(one.server.connections) == 2)
+            upload.sock.sendall(b"me")
+            one.until(lambda: len(connection.buffer) == 4)
+            another = stack.enter_context(Wire(one))
             assert silent.closed()
-            upload.sock.sendall(b"some body")
+            upload.sock.sendall(b" body")
             assert upload.answer()[0] == 200
             another.sock.sendall(GET)
             assert another.answer()[0] == 200

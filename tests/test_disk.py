@@ -12,6 +12,9 @@ import threading
 import pytest
 from conftest import KEY, ROOT, Server
 
+from oqc.database import check, locked
+from oqc.jobs import StoreError
+
 # Stands on PYTHONPATH, so that the server's own connection does what a test asks for by a file in its directory:
 # "full", "read-only", "no-locks", or "die" at a commit that ends a job: before it, or after it.
 SITECUSTOMIZE = """
@@ -388,6 +391,21 @@ def test_a_database_that_is_not_as_it_was_left_is_refused_in_a_line_and_stays_as
     harm(tmp_path / "oqc.db")
     line = refusal(tmp_path)
     assert line.startswith("oqc.db") and says in line and todo in line
+
+
+def test_a_link_to_a_database_is_that_database_also_after_a_kill(serve, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.db").symlink_to("disk/jobs.db")
+    server = serve("--db", "link.db")
+    job = server.wait(server.add())
+    with pytest.raises(StoreError, match="another oqc uses this database"):
+        locked(str(tmp_path / "disk/jobs.db"))
+    server.process.kill()
+    server.process.wait()
+    server = serve("--db", "link.db")
+    assert server.get(job) == job
+    assert not list(check(str(tmp_path / "link.db")))
+    assert server.stop() == 0 and set(files(tmp_path)) == {"disk/jobs.db", "link.db"}
 
 
 @pytest.mark.parametrize("state", ["stopped", "killed"])

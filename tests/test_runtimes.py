@@ -523,13 +523,14 @@ def test_a_built_in_runtime_answers_lines_on_the_command_line(name):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ("X(90)", "Expecting value: "), ("", "Expecting value: "), ("[" * 100_000, ""),
+    ("X(90)", "Expecting value: "), ("\udcff", "'utf-8' codec can't decode"),
+    ("", "Expecting value: "), ("[" * 100_000, ""),
     ('["X(90)"]', "expected an object"),
     ("{}", "job: missing"), ('{"job": "X(90); Y(1)"}', "job: at character 6: "),
     ('{"job": "X(9)", "shots": NaN}', "NaN"), ('{"job": "X(9)", "seed": "7"}', "seed: expected a whole number ")],
                          ids=lambda value: value[:12])
 def test_a_line_that_is_no_job_is_65_with_the_reason_and_the_next_is_answered(line, reason):
-    ran = oqc("simulator", input=line + '\n{"job": "X(180)", "shots": 0}\n')
+    ran = oqc("simulator", input=line + '\n{"job": "X(180)", "shots": 0}\n', encoding="utf-8", errors="surrogateescape")
     refused, answered = map(json.loads, ran.stdout.splitlines())
     assert refused["return_code"] == 65 and refused["runtime_error"].startswith(f"not a job: {reason}")
     assert answered["result"]["probabilities"] == [0.0, 1.0]
