@@ -262,7 +262,7 @@ def test_a_connection_that_cannot_be_watched_is_closed_and_no_other(listen, monk
     one = listen()
     register = one.server._selector.register
 
-    def refuse(sock, *about):
+    def refuse(*_):
         monkeypatch.setattr(one.server._selector, "register", register)
         raise OSError(28, "No space left on device")
     with Wire(one, GET) as other:
