@@ -387,8 +387,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
                     came.append((None, error))
             self._writer.execute("COMMIT")
         except Exception as error:  # pylint: disable=broad-exception-caught # whoever waits gets it; the thread goes on
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):    # then the next BEGIN fails, and this is tried again
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
             if isinstance(error, sqlite3.OperationalError) or len(group) == 1:
                 return [(None, self._noted(error))] * len(group)
             return [self._commit([write])[0] for write in group]

@@ -564,6 +564,41 @@ def test_a_commit_that_goes_wrong_in_any_way_is_told_and_the_next_one_is_done(st
     assert "can be written again" in caplog.text
 
 
+def test_a_defect_of_a_commit_does_not_keep_the_turn(store, monkeypatch, caplog):
+    def commit(_):
+        raise KeyError("defect")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_commit", commit)
+        with pytest.raises(KeyError):
+            added(store)
+    assert added(store) == [1] and "defect" in caplog.text
+
+
+def test_what_could_not_be_undone_is_undone_before_the_next_write(store, tmp_path):
+    class Stubborn:
+        """The writing connection; it fails once to undo something."""
+
+        def __init__(self, connection):
+            self.connection, self.failures = connection, 0
+
+        in_transaction = property(lambda self: self.connection.in_transaction)
+
+        def execute(self, statement, *values):
+            self.failures += statement == "ROLLBACK"
+            if statement == "ROLLBACK" and self.failures == 1:
+                raise sqlite3.OperationalError("disk I/O error")
+            return self.connection.execute(statement, *values)
+
+        def close(self):
+            self.connection.close()
+    store._writer = Stubborn(store._writer)
+    with pytest.raises(UnicodeEncodeError):
+        store.add([ECHO, ECHO._replace(job="\ud800")], "alice")
+    with pytest.raises(StoreError, match="within a transaction"):
+        added(store)
+    assert added(store) == [1] == [row[0] for row in rows(tmp_path)]
+
+
 def test_a_database_that_was_moved_away_is_said_before_anything_is_written(store, tmp_path):
     (tmp_path / "oqc.db").rename(tmp_path / "elsewhere")
     assert "was moved, replaced or deleted" in store.unusable()
