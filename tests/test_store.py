@@ -584,6 +584,7 @@ def test_what_could_not_be_undone_is_undone_before_the_next_write(store, tmp_pat
         in_transaction = property(lambda self: self.connection.in_transaction)
 
         def execute(self, statement, *values):
+            """Run it, but for the first ROLLBACK."""
             self.failures += statement == "ROLLBACK"
             if statement == "ROLLBACK" and self.failures == 1:
                 raise sqlite3.OperationalError("disk I/O error")
