@@ -98,8 +98,8 @@ class Api:
     def is_quick(self, request: Request) -> bool:
         """Whether `handle` returns soon enough for the thread that reads all connections; an array may not."""
         endpoint = route(request.path)[0].get(request.method)
-        return endpoint in (Api.add, Api.get) and not request.query and (
-            len(request.body) <= QUICK_BODY and not request.body.startswith(b"["))
+        return (endpoint in (Api.add, Api.get) and not request.query and len(request.body) <= QUICK_BODY
+                and not request.body.startswith(b"["))
 
     def handle(self, request: Request, answer: Callable[[Response], None]) -> None:
         """Have `answer` called once with the answer to a request, now or, from another thread, when the store has it.
@@ -155,8 +155,9 @@ class Api:
         def response(added: Addition, wait: float = 0) -> Response:
             self.workers.take_up(added)
             found, headers = added.jobs, ()
-            with contextlib.suppress(UnknownJob, StoreError):   # whatever became of them since: they were added
-                found, headers = self._ended(added.jobs, wait) if wait else (found, headers)
+            if wait:
+                with contextlib.suppress(UnknownJob, StoreError):   # whatever became of them since: they were added
+                    found, headers = self._ended(added.jobs, wait)
             headers += (("Idempotent-Replayed", "true"),) if added.replayed else ()
             if many:
                 return Response(201, b"".join(array([found])), headers=headers)
@@ -295,9 +296,8 @@ class Api:
         change = self.workers.changes           # before the store is read: nothing after it goes unnoticed
         with self._heavy:
             stored = self.store.status()
-        found = {**stored, "paused": [name for name in self.workers.runtimes
-                                                   if self.workers.describe(name)["state"] == "paused"],
-                 "version": __version__, "uptime": self.workers.uptime(), "change": change}
+        paused = [name for name in self.workers.runtimes if self.workers.describe(name)["state"] == "paused"]
+        found = {**stored, "paused": paused, "version": __version__, "uptime": self.workers.uptime(), "change": change}
         if wants_text(request):
             return text_response(table([(name, json.dumps(value)) for name, value in found.items()], ("WHAT", "VALUE")))
         return json_response(found)

@@ -90,7 +90,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def __init__(self, path: str, clock: Any) -> None:
         """Open `path`, creating it where there is none; raises StoreError and leaves the file as it was."""
-        self.path, self.clock = path, clock = resolved(path), clock
+        path = resolved(path)
+        self.path, self.clock = path, clock
         self._lock_file = locked(path)
         try:
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
