@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = ROOT / "tests" / "runtimes"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # hundreds of servers start here: each would compile itself anew
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has its jobs in the background ignore it, and
+                                                             # they their children, whose Ctrl-C is tried here
 # What the tests of the running server start: this checkout, or the single file that OQC_PYZ names.
 PROGRAM = (sys.executable, *((os.environ["OQC_PYZ"],) if "OQC_PYZ" in os.environ else ("-m", "oqc")))
 WORKERS = 3                         # processes that run the tests: with one more than cores, none of these has to wait
