@@ -3,6 +3,7 @@
 The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after it.
 """
 import bisect
+import contextlib
 import heapq
 import logging
 import queue
@@ -39,8 +40,7 @@ class _Runtime:
         self.spec, self.make_slot, self.since = spec, make_slot, since
         self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # full: its workers will look anyway
         self.paused: Optional[str] = None       # the reason
-        self.unstartable = 0                    # failures to start, in a row
-        self.aside_until = 0.0                  # monotonic seconds
+        self.unstartable, self.aside_until = 0, 0.0     # failures to start, in a row; monotonic seconds
         self.why: Optional[str] = None          # of the last of them, once it is set aside for them
         self.running: Dict[int, _Attempt] = {}
         self.ended = self.failures = 0
@@ -57,11 +57,9 @@ class _Runtime:
 
     def ring(self, times: int = 0) -> None:
         """Have so many workers that wait look at the queues, or all."""
-        try:
+        with contextlib.suppress(queue.Full):
             for _ in range(times or self.spec.slots):
                 self.bell.put_nowait(None)
-        except queue.Full:
-            pass
 
 
 class Workers:                      # pylint: disable=too-many-instance-attributes # each has a line that says why
@@ -79,6 +77,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self.draining, self._stopped = threading.Event(), threading.Event()
         self._idle = threading.Event()          # set by a worker that leaves no job running
         self._threads: List[threading.Thread] = []
+        self._pausing = threading.Lock()        # held while a pause comes or goes, in the store and then here
         self.lock = threading.Condition()       # over every _Runtime and _Attempt, and over what is below
         self._alarms: List[Tuple[float, str, int]] = []     # a heap: at these monotonic seconds a mode's id is due;
         self._alarm_set = threading.Event()                 # id 0: look again
@@ -405,9 +404,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def pause(self, name: str, reason: str) -> Dict[str, Any]:
         """Let what runs on this runtime end and start no other; raises KeyError. Its description."""
         runtime = self.runtimes[name]
-        since = self.store.pause(name, reason)
-        with self.lock:
-            runtime.paused, runtime.since = reason, since
+        with self._pausing:
+            since = self.store.pause(name, reason)
+            with self.lock:
+                runtime.paused, runtime.since = reason, since
         self._tell()
         log.warning("runtime %s is paused: %s", name, reason or "no reason given")
         return self.describe(name)
@@ -415,11 +415,12 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def resume(self, name: str) -> Dict[str, Any]:
         """Let a paused runtime run jobs again; raises KeyError. Its description."""
         runtime = self.runtimes[name]
-        self.store.resume(name)
-        with self.lock:
-            if runtime.paused is not None:
-                runtime.paused, runtime.since = None, self.clock.now()
-                log.warning("runtime %s is resumed", name)
+        with self._pausing:
+            self.store.resume(name)
+            with self.lock:
+                if runtime.paused is not None:
+                    runtime.paused, runtime.since = None, self.clock.now()
+                    log.warning("runtime %s is resumed", name)
         runtime.ring()
         self._tell()
         return self.describe(name)

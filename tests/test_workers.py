@@ -784,6 +784,22 @@ def test_a_pause_that_cannot_be_stored_is_none(lab, monkeypatch):
     assert lab.end(lab.add()).status == "Success"
 
 
+def test_a_resume_that_comes_during_a_pause_leaves_table_and_memory_of_one_mind(lab, monkeypatch):
+    store_pause, other = lab.store.pause, threading.Thread(target=lambda: lab.workers.resume("qpu"))
+
+    def pause(*said):
+        since = store_pause(*said)
+        other.start()
+        other.join(0.2)             # it has to wait for the pause, or else ends in this time
+        return since
+    lab.runtime()
+    lab.start()
+    monkeypatch.setattr(lab.store, "pause", pause)
+    lab.workers.pause("qpu", "cable")
+    other.join(20)
+    assert (lab.workers.describe("qpu")["state"], lab.store.pauses()) == ("idle", {})
+
+
 def test_a_runtime_nobody_knows_cannot_be_paused(lab):
     lab.runtime()
     lab.start()
