@@ -180,8 +180,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _go_on(self, connection: Connection) -> None:
         """Answer the requests in a connection's buffer, and wait for more when there is none that is whole."""
         if connection not in self.connections:
-            return                      # closed since it was given back
-        while not (connection.busy or connection.ended or connection.leaving):
+            return                      # closed when it was given back, or since
+        while not (connection.busy or connection.leaving):
             try:
                 if not connection.next_request(self.limits):
                     if connection.head and not isinstance(connection.buffer, bytearray):
@@ -191,9 +191,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 self._refuse(connection, problem_response(problem))
                 return
             self._handle(connection)
-        if connection.ended:
-            self._forget(connection)
-        elif not connection.busy and connection in self.connections:
+        if not connection.busy and connection in self.connections:
             self._watch(connection)
 
     def _await_body(self, connection: Connection, head: Head) -> None:
@@ -386,9 +384,10 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _take(self, connection: Connection, keep: bool) -> None:
         if keep:
-            connection.since = self.clock.monotonic()
+            connection.busy, connection.since = False, self.clock.monotonic()
             connection.deadline = connection.since + self.limits.idle_seconds
-        connection.ended, connection.busy = not keep, False
+        else:
+            self._forget(connection)
 
     def _tell(self, connection: Connection, what: Callable[[Connection], None]) -> None:
         """Have the listener do this soon, and go on with the connection."""

@@ -163,7 +163,7 @@ class Connection:
     request in hand. Only the owner reads, writes or closes it, and a busy one becomes the listener's again last.
     """
 
-    __slots__ = ("sock", "peer", "buffer", "head", "busy", "watched", "ended", "leaving", "since", "deadline")
+    __slots__ = ("sock", "peer", "buffer", "head", "busy", "watched", "leaving", "since", "deadline")
 
     def __init__(self, sock: Any, peer: Tuple[Any, ...], now: float, deadline: float) -> None:
         self.sock, self.peer = sock, f"{peer[0]}:{peer[1]}"
@@ -171,7 +171,6 @@ class Connection:
         self.head: Optional[Head] = None        # of the request whose body is awaited
         self.busy = False                       # a request is in somebody's hands
         self.watched = False                    # in the selector
-        self.ended = False                      # to be closed by the listener
         self.leaving = 0                        # after a refusal: 1 and the bytes dropped since
         self.since, self.deadline = now, deadline           # when it became idle or its request incomplete
 
