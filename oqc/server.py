@@ -166,14 +166,11 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _arrived(self, connection: Connection, data: bytes) -> None:
         """Take in what a client sent."""
-        began = not connection.buffer
-        if began:
-            connection.buffer = data
-        else:
-            connection.buffer += data
+        began = not connection.buffer and not connection.head       # these are the first bytes of a request
+        connection.buffer += data
         if began or connection.head:        # a body that goes on arriving leaves its client less idle than others
             connection.since = self.clock.monotonic()
-        if began and not connection.head:   # the first bytes of a request
+        if began:
             connection.deadline = connection.since + self.limits.head_seconds
         self._go_on(connection)
 
@@ -404,9 +401,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         one: method and path are printable ASCII."""
         request = name = "-"
         if head is not None:
-            request = f"{head.method} {head.path}"
-            if '"' in request or "\\" in request:
-                request = request.replace("\\", "\\\\").replace('"', '\\"')
+            request = f"{head.method} {head.path}".replace("\\", "\\\\").replace('"', '\\"')
             name = self.api.keys.name(head.headers) or name
         took = (self.clock.monotonic() - began) * 1000
         self.access(f'{connection.peer} "{name}" "{request}" {status} {size} {took:.1f}')
