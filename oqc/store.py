@@ -66,6 +66,7 @@ INSERT_ENDED = (
 ENDED = {event: jobs.TRANSITIONS[jobs.TRANSITIONS[jobs.STARTING, "claimed"], event]     # after one attempt
          for event in ("succeeded", "failed")}
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
+PRUNE = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)"
 TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
 
 
@@ -214,7 +215,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """Delete the jobs that ended longer ago than that, some at a time, so that others can write; how many."""
         cutoff, deleted = self.clock.ago(seconds), 0
         while True:
-            batch: int = self._write(self._prune, cutoff)
+            batch: int = self._write(self._writer.execute, PRUNE, (cutoff, PRUNED_AT_ONCE)).rowcount
             deleted += batch
             if batch < PRUNED_AT_ONCE:
                 return deleted
@@ -229,22 +230,25 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; False if it does not wait."""
-        return self._write(self._cancel, number)
+        values = (jobs.CANCELLED, "cancelled", self.clock.now(), number)
+        return bool(self._write(self._writer.execute, CANCEL_WAITING, values).rowcount)
 
     def pause(self, runtime: str, reason: str) -> str:
         """Remember that a runtime is paused, and why; gives back since when."""
-        return self._write(self._pause, runtime, reason)
+        since: str = self.clock.now()
+        self._write(self._writer.execute, "INSERT OR REPLACE INTO pauses VALUES (?, ?, ?)", (runtime, reason, since))
+        return since
 
     def resume(self, runtime: str) -> None:
         """Forget that a runtime is paused."""
-        self._write(self._resume, runtime)
+        self._write(self._writer.execute, "DELETE FROM pauses WHERE runtime = ?", (runtime,))
 
     def unusable(self) -> Optional[str]:
         """Why jobs cannot be stored, or soon cannot be, or None. Trouble that may have passed since is tried again."""
         full = no_room(self.path)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
-                self._write(lambda: self._writer.execute(f"PRAGMA user_version = {VERSION}"))
+                self._write(self._writer.execute, f"PRAGMA user_version = {VERSION}")
         trouble = self.trouble or full or moved(self.path, self._file)
         return str(trouble) if trouble else None
 
@@ -289,10 +293,6 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         rows = execute(f"SELECT {MEMBERS} FROM jobs WHERE id BETWEEN ? AND ? ORDER BY id", before[1:]).fetchall()
         return Addition([Job._make(row) for row in rows], replayed=True) if rows else None
 
-    def _prune(self, cutoff: str) -> int:
-        return self._writer.execute("DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)",
-                                    (cutoff, PRUNED_AT_ONCE)).rowcount
-
     def _claim(self, number: int, runtime: str) -> Optional[Task]:
         execute = self._writer.execute
         claimed = execute(CLAIM, (runtime, self.clock.now(), number)).rowcount
@@ -312,18 +312,6 @@ class Store:                        # pylint: disable=too-many-instance-attribut
                 execute("INSERT INTO results VALUES (?, ?, ?)", (task.id, outcome.result, outcome.is_json))
         if illegal:
             raise IllegalTransition("; ".join(illegal))
-
-    def _cancel(self, number: int) -> bool:
-        values = (jobs.CANCELLED, "cancelled", self.clock.now(), number)
-        return bool(self._writer.execute(CANCEL_WAITING, values).rowcount)
-
-    def _pause(self, runtime: str, reason: str) -> str:
-        since = self.clock.now()
-        self._writer.execute("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?)", (runtime, reason, since))
-        return since
-
-    def _resume(self, runtime: str) -> None:
-        self._writer.execute("DELETE FROM pauses WHERE runtime = ?", (runtime,))
 
     def _write(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Have `work` done in the next transaction. Returns or raises what came of it, committed."""
@@ -430,9 +418,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def _open_pages(self, columns: str, condition: str) -> Iterator[List[Any]]:
         """Pages of these columns (the id first) of the jobs that have not ended."""
-        page: List[Any] = [(0,)]
-        while page:
-            page = self._read(f"SELECT {columns} FROM jobs WHERE end_time IS NULL AND {condition} AND id > ? "
-                              "ORDER BY id LIMIT 1000", (page[-1][0],))
-            if page:
-                yield page
+        last = 0
+        while page := self._read(f"SELECT {columns} FROM jobs WHERE end_time IS NULL AND {condition} AND id > ? "
+                                 "ORDER BY id LIMIT 1000", (last,)):
+            yield page
+            last = page[-1][0]
