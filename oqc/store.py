@@ -58,11 +58,9 @@ RETRY = _update("retry", WAITS_AGAIN, RUNS)
 RELEASE = _update("retry", WAITS_AGAIN + ", attempts = attempts - 1", RUNS)
 END = {event: _update(event, ENDS, RUNS) for event in ("succeeded", "failed")}
 CANCEL_WAITING = _update("failed", ENDS, WAITS)
-INSERT = (f"INSERT INTO jobs (job, mode, created_time, shots, seed, echo_code, submitter, status) "
-          f"VALUES (?, ?, ?, ?, ?, ?, ?, '{jobs.STARTING}')")
-INSERT_ENDED = (
-    "INSERT INTO jobs (job, mode, created_time, shots, seed, echo_code, submitter, status, runtime, return_code, "
-    "runtime_error, start_time, end_time, attempts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1)")
+INSERT = (
+    "INSERT INTO jobs (job, mode, shots, seed, echo_code, created_time, submitter, status, runtime, return_code, "
+    "runtime_error, start_time, end_time, attempts) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)")
 ENDED = {event: jobs.TRANSITIONS[jobs.TRANSITIONS[jobs.STARTING, "claimed"], event]     # after one attempt
          for event in ("succeeded", "failed")}
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
@@ -259,26 +257,20 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         replay = self._replay(submitter, key) if key else None
         if replay:
             return replay
-        now, added, endings = self.clock.now(), [], []
+        now, execute, added, endings = self.clock.now(), self._writer.execute, [], []
         for submission in submissions:
-            job, mode, shots, seed, echo_code = submission
+            job, mode, *asked = submission      # shots, seed, return_code: as a Task ends
             end = foregone(submission)
-            number = self._insert((job, mode, now, shots, seed, echo_code, submitter), now, end)
+            state = ((ENDED[end.event], end.runtime, end.outcome.return_code, end.outcome.runtime_error, now, now, 1)
+                     if end else (jobs.STARTING, None, None, None, None, None, 0))
+            number = execute(INSERT, (*submission, now, submitter, *state)).lastrowid or 0
             added.append(Job(number, job, mode, jobs.STARTING, None, None, None, now, None, None))
             if end:
-                endings.append(Ending(Task(number, job, mode, 1, shots, seed, echo_code), end.event, end.outcome))
+                endings.append(Ending(Task(number, job, mode, 1, *asked), end.event, end.outcome))
         if key:
-            self._writer.execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
-                                 (submitter, *key, self.clock.unix(), added[0].id, added[-1].id))
+            execute("INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
+                    (submitter, *key, self.clock.unix(), added[0].id, added[-1].id))
         return Addition(added, endings=endings)
-
-    def _insert(self, values: Tuple[Any, ...], now: str, end: Optional[Foregone]) -> int:
-        """The id of a new job."""
-        if end is None:
-            return self._writer.execute(INSERT, values).lastrowid or 0
-        return self._writer.execute(INSERT_ENDED, (
-            *values, ENDED[end.event], end.runtime, end.outcome.return_code, end.outcome.runtime_error, now, now
-        )).lastrowid or 0
 
     def _replay(self, submitter: str, key: IdempotencyKey) -> Optional[Addition]:
         """The jobs that were added when this key came before, if it did; raises KeyReused."""
