@@ -89,10 +89,12 @@ def resolved(path: str) -> str:
     return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
+def connected(path: str, read_only: bool = True, mode: str = "rw") -> sqlite3.Connection:
     """A connection in autocommit mode, for one thread at a time; raises StoreError."""
+    name = quote(os.fsencode(os.path.abspath(path)))
     try:
-        connection = sqlite3.connect(os.path.abspath(path), isolation_level=None, check_same_thread=False, timeout=10)
+        connection = sqlite3.connect(f"file://{name}?mode={mode}", uri=True, isolation_level=None,
+                                     check_same_thread=False, timeout=10)
         connection.execute(f"PRAGMA query_only = {int(read_only)}")
         return connection
     except sqlite3.Error as error:
@@ -102,14 +104,7 @@ def connected(path: str, read_only: bool = True) -> sqlite3.Connection:
 def observing(path: str) -> sqlite3.Connection:
     """A connection that leaves the file and its WAL as they are. One that is only query_only merges them if it is
     closed last, after a crash before the next server has seen them; one to a file without a WAL has to make one."""
-    mode = "ro" if os.path.exists(path + "-wal") else "rw"
-    name = quote(os.fsencode(os.path.abspath(path)))
-    try:
-        connection = sqlite3.connect(f"file://{name}?mode={mode}", uri=True, timeout=10)
-        connection.execute("PRAGMA query_only = 1")
-        return connection
-    except sqlite3.Error as error:
-        raise explained(path, error) from error
+    return connected(path, mode="ro" if os.path.exists(path + "-wal") else "rw")
 
 
 def locked(path: str) -> int:
