@@ -156,15 +156,13 @@ def job_line(job: Sequence[Any]) -> str:
     jobs is made of nothing else. Only runtime_error can hold what JSON has to escape."""
     number, text, mode, status, runtime, code, error, created, start, end = job
     return (f'{{"id": {number}, "job": "{text}", "mode": "{mode}", "status": "{status}", '
-            f'"runtime": {"null" if runtime is None else _quote(runtime)}, '
-            f'"return_code": {"null" if code is None else code}, '
+            f'"runtime": {_quote(runtime)}, "return_code": {"null" if code is None else code}, '
             f'"runtime_error": {"null" if error is None else json.dumps(error)}, "created_time": "{created}", '
-            f'"start_time": {"null" if start is None else _quote(start)}, '
-            f'"end_time": {"null" if end is None else _quote(end)}}}')
+            f'"start_time": {_quote(start)}, "end_time": {_quote(end)}}}')
 
 
-def _quote(text: str) -> str:
-    return f'"{text}"'
+def _quote(text: Optional[str]) -> str:
+    return "null" if text is None else f'"{text}"'
 
 
 def job_json(job: Job) -> bytes:
