@@ -15,8 +15,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 from oqc import __version__, bloch, jobs
 from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, StoreError, Submission, UnknownJob
 from oqc.messages import (
-    Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, json_response, metrics_text,
-    number, parameters, problem_response, result_text, table, text_response, wants_text)
+    PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, json_response,
+    metrics_text, number, parameters, problem_response, result_text, table, text_response, wants_text)
 
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
@@ -217,13 +217,13 @@ class Api:
         text = wants_text(request)
         pieces = job_rows(chunks) if text else array(chunks)
         body: Union[bytes, Iterator[bytes]] = pieces if limit is None else b"".join(pieces)
-        return Response(200, body, "text/plain; charset=utf-8" if text else "application/json", headers)
+        return Response(200, body, PLAIN if text else "application/json", headers)
 
     def get(self, request: Request, name: str) -> Response:
         """GET /jobs/{id}/: the job, or 404 and a 0 (documented so). `?wait=` seconds for its end."""
         job, headers = self._job(request, name)
         if wants_text(request):
-            return text_response(b"".join(job_rows([[job]])).decode())
+            return Response(200, b"".join(job_rows([[job]])), PLAIN, headers)
         return Response(200, job_json(job), headers=headers)
 
     def result(self, request: Request, name: str) -> Response:

@@ -185,6 +185,7 @@ def array(chunks: Iterable[Sequence[Any]], line: Callable[[Any], str] = job_line
 JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {}\n"
 MOST_OF_A_JOB = 60                  # characters of a job string in a table
 BAR = 20                            # characters of a bar from 0 to 1
+PLAIN = "text/plain; charset=utf-8"
 WANTS_TEXT = re.compile(rb"\s*text/plain\b")
 
 
@@ -200,7 +201,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 def text_response(text: str) -> Response:
     """A table as an answer."""
-    return Response(200, text.encode(), "text/plain; charset=utf-8")
+    return Response(200, text.encode(), PLAIN)
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
