@@ -1,4 +1,4 @@
-"""The command line: serve, the other commands, the exit statuses (2 usage, 78 configuration, 1 anything else)."""
+"""The command line: serve, the other commands, the exit statuses (2 usage, 78 configuration, 130 Ctrl-C, 1 else)."""
 import argparse
 import os
 import secrets
@@ -49,6 +49,8 @@ def main(arguments: List[str]) -> int:
         return COMMANDS[arguments[0]](arguments)
     except ConfigError as error:
         return _fail(str(error), EX_CONFIG)
+    except KeyboardInterrupt:
+        return EX_INTERRUPTED
 
 
 def _app() -> Any:
@@ -77,11 +79,8 @@ def _serve(arguments: Sequence[str]) -> int:
 
 def _client(arguments: Sequence[str]) -> int:
     """A command that asks a server."""
-    try:
-        from oqc import client  # pylint: disable=import-outside-toplevel # a server needs nothing of it
-        return client.run(arguments)
-    except KeyboardInterrupt:
-        return EX_INTERRUPTED
+    from oqc import client      # pylint: disable=import-outside-toplevel # a server needs nothing of it
+    return client.run(arguments)
 
 
 def _fail(reason: str, status: int) -> int:

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -96,6 +97,16 @@ def test_a_wrong_environment_variable_ends_with_2_and_without_a_traceback(tmp_pa
         flag = "--" + variable[4:].lower().replace("_", "-")
         assert (ended.returncode, "Traceback" in ended.stderr) == (2, False), ended.stderr
         assert f"argument {flag}: expected " in ended.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_in_the_emulator_is_130_without_a_traceback(tmp_path):
+    with subprocess.Popen([*PYTHON, "emulator"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) as program:
+        program.stdin.write('{"job": "X(90)"}\n')
+        program.stdin.flush()
+        assert program.stdout.readline()        # it listens
+        program.send_signal(signal.SIGINT)
+        assert (program.wait(60), program.stderr.read()) == (130, "")
 
 
 # What keeps the server from starting
