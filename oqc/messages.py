@@ -201,7 +201,7 @@ def json_response(value: Any, status: int = 200) -> Response:
 
 def text_response(text: str) -> Response:
     """A table as an answer."""
-    return Response(200, text.encode(), PLAIN)
+    return Response(200, text.encode("utf-8", "replace"), PLAIN)        # half of a surrogate pair is no text
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -226,15 +226,18 @@ def _job_row(job: Sequence[Any]) -> str:
 
 
 def result_text(result: str) -> str:
-    """A result as lines of text: of a simulation its Bloch vector, P(1) with a bar, and the counts."""
+    """A result as lines of text: of a simulation its Bloch vector, P(1) with a bar, and the counts. A runtime may put
+    out anything: what only resembles a simulation is shown as it is."""
     try:
         found = json.loads(result)
         p1 = float(found["probabilities"][1])
+        if not 0 <= p1 <= 1:
+            raise ValueError("no probability")
         lines = [f"{axis:6} {value:9.6f}" for axis, value in zip("xyz", found.get("bloch", ()))]
         lines.append(f"P(1)   {p1:9.6f}  {'#' * round(p1 * BAR):.<{BAR}}")
         lines += [f"count{bit} {count:9d}" for bit, count in found.get("counts", {}).items()]
         return "\n".join(lines) + "\n"
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return result if result.endswith("\n") else result + "\n"
 
 

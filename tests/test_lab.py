@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import KEY, ROOT
 
-from oqc import api
+from oqc import api, messages
 from oqc.clock import Clock
 from oqc.jobs import RetryPolicy, RuntimeSpec, Submission
 from oqc.store import Store
@@ -171,6 +171,19 @@ def test_a_simulation_as_text_shows_its_vector_and_p1_with_a_bar(server):
     assert text[:4] == ["x       0.000000", "y      -1.000000", "z       0.000000",
                         "P(1)    0.500000  ##########.........."]
     assert [line.split()[0] for line in text[4:]] == ["count0", "count1"]
+
+
+@pytest.mark.parametrize("result", [
+    "[" * 100_000, '{"probabilities": [0, 1e999]}', '{"probabilities": [0, 1e12]}', '{"probabilities": [0, -1]}',
+    f'{{"probabilities": [0, {"1" * 400}]}}', f'{{"probabilities": [0, 1], "bloch": [{"1" * 400}]}}',
+    '{"probabilities": [0, 1], "counts": {"0": 1.5}}', '{"probabilities": {"1": 1}}'])
+def test_a_result_that_only_resembles_one_of_a_simulation_is_shown_as_it_is(result):
+    assert messages.result_text(result) == result + "\n"
+
+
+def test_half_of_a_surrogate_pair_in_a_result_is_shown_as_a_question_mark():
+    text = messages.result_text('{"probabilities": [0, 1], "counts": {"\\ud800": 1}}')
+    assert messages.text_response(text).body.endswith(b"\ncount?         1\n")
 
 
 def test_json_is_what_a_client_gets_that_does_not_ask(server):
