@@ -47,7 +47,7 @@ class Head(NamedTuple):
     expects: bool                   # whether the client waits for a 100 before it sends the body
 
 
-def split_head(buffer: Union[bytes, bytearray], limits: Limits) -> Tuple[Optional[bytes], Union[bytes, bytearray]]:
+def split_head(buffer: bytes, limits: Limits) -> Tuple[Optional[bytes], bytes]:
     """(the head at the begin of what a client sent, without its last empty line, or None; the rest). Raises Problem."""
     if len(buffer) > 2 and buffer.startswith(b"\r\n"):     # RFC 9112, section 2.2: an empty line may come before
         buffer = buffer[2:]
@@ -57,7 +57,7 @@ def split_head(buffer: Union[bytes, bytearray], limits: Limits) -> Tuple[Optiona
     if end > limits.head or (end < 0 and len(buffer) > limits.head):
         raise Problem(431, f"the head is longer than {limits.head} bytes")
     if end >= 0:
-        return bytes(buffer[:end]), buffer[end + 4:]
+        return buffer[:end], buffer[end + 4:]
     lines = buffer.count(b"\r\n")
     if buffer.count(b"\n") > lines or buffer.count(b"\r") - buffer.endswith(b"\r") > lines:
         raise Problem(400, "a line ends with something else than CR LF")
