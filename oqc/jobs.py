@@ -210,13 +210,6 @@ def parse(value: Any) -> Submission:
     """The submission in one decoded JSON value; raises Malformed."""
     if type(value) is not dict:     # pylint: disable=unidiomatic-typecheck # JSON makes exact types, and True is an int
         raise Malformed(f"expected an object with job and mode, found {_kind(value)}")
-    if len(value) == 2 and PATTERN.fullmatch(_text(value, "job")) and value.get("mode") in MODES:
-        return Submission(value["job"], value["mode"])
-    return _parse_slowly(value)
-
-
-def _parse_slowly(value: Dict[str, Any]) -> Submission:
-    """parse for everything but the plain good job: with the optional members, and with the reason for a refusal."""
     for name in value:
         if name not in Submission._fields:
             raise Malformed(f"unknown member {json.dumps(name)[:80]}: allowed are {', '.join(Submission._fields)}")
