@@ -213,7 +213,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """Delete the jobs that ended longer ago than that, some at a time, so that others can write; how many."""
         cutoff, deleted = self.clock.ago(seconds), 0
         while True:
-            batch: int = self._write(self._writer.execute, PRUNE, (cutoff, PRUNED_AT_ONCE)).rowcount
+            batch = self._change(PRUNE, cutoff, PRUNED_AT_ONCE)
             deleted += batch
             if batch < PRUNED_AT_ONCE:
                 return deleted
@@ -228,25 +228,24 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; False if it does not wait."""
-        values = (jobs.CANCELLED, "cancelled", self.clock.now(), number)
-        return bool(self._write(self._writer.execute, CANCEL_WAITING, values).rowcount)
+        return bool(self._change(CANCEL_WAITING, jobs.CANCELLED, "cancelled", self.clock.now(), number))
 
     def pause(self, runtime: str, reason: str) -> str:
         """Remember that a runtime is paused, and why; gives back since when."""
         since: str = self.clock.now()
-        self._write(self._writer.execute, "INSERT OR REPLACE INTO pauses VALUES (?, ?, ?)", (runtime, reason, since))
+        self._change("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?)", runtime, reason, since)
         return since
 
     def resume(self, runtime: str) -> None:
         """Forget that a runtime is paused."""
-        self._write(self._writer.execute, "DELETE FROM pauses WHERE runtime = ?", (runtime,))
+        self._change("DELETE FROM pauses WHERE runtime = ?", runtime)
 
     def unusable(self) -> Optional[str]:
         """Why jobs cannot be stored, or soon cannot be, or None. Trouble that may have passed since is tried again."""
         full = no_room(self.path)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
-                self._write(self._writer.execute, f"PRAGMA user_version = {VERSION}")
+                self._change(f"PRAGMA user_version = {VERSION}")
         trouble = self.trouble or full or moved(self.path, self._file)
         return str(trouble) if trouble else None
 
@@ -304,6 +303,10 @@ class Store:                        # pylint: disable=too-many-instance-attribut
                 execute("INSERT INTO results VALUES (?, ?, ?)", (task.id, outcome.result, outcome.is_json))
         if illegal:
             raise IllegalTransition("; ".join(illegal))
+
+    def _change(self, statement: str, *values: Any) -> int:
+        """How many rows one statement changed, in the next transaction."""
+        return self._write(lambda: self._writer.execute(statement, values).rowcount)
 
     def _write(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Have `work` done in the next transaction. Returns or raises what came of it, committed."""

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from oqc import jobs
 from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Task
@@ -82,8 +82,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self._alarms: List[Tuple[float, str, int]] = []     # a heap: at these monotonic seconds a mode's id is due;
         self._alarm_set = threading.Event()                 # id 0: look again
         self._waiters: Dict[int, List[threading.Event]] = {}
-        self._cancelled: Set[int] = set()       # ids that are still on a queue, or will be put on one by an alarm
         self._durations: Dict[Tuple[str, str], List[float]] = {}
+        self._cancelled = 0                     # jobs that are still on a queue, or will be put on one by an alarm
         self.changes = self._waits = 0          # what has happened so far; who is in `wait` now
 
     # Life
@@ -169,7 +169,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def waiting(self) -> int:
         """How many jobs wait to be run now."""
-        return max(0, sum(waiting.qsize() for waiting in self._queues.values()) - len(self._cancelled))
+        return max(0, sum(waiting.qsize() for waiting in self._queues.values()) - self._cancelled)
 
     def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
         """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
@@ -232,17 +232,19 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if not waiting:
                 return None
             number = min(waiting, key=lambda one: one.queue[0]).get_nowait()
-            self._cancelled.discard(number)
             runtime.running[number] = _Attempt(slot)
             return number
 
     def _run(self, runtime: _Runtime, slot: Any, number: int) -> None:
         """One attempt at a job, from the claim in the store to whoever waits for its end."""
         task = self._insist(self.store.claim, number, runtime.spec.name)
-        if task:                    # else it was cancelled, or the server stops
-            ending = self._attempt(runtime, slot, task)
-            self._insist(self.store.settle, [ending])
-            self._announce(runtime, [ending])
+        if not task:                # it was cancelled, or the server stops
+            with self.lock:
+                self._cancelled -= 1
+            return
+        ending = self._attempt(runtime, slot, task)
+        self._insist(self.store.settle, [ending])
+        self._announce(runtime, [ending])
 
     def _attempt(self, runtime: _Runtime, slot: Any, task: Task) -> Ending:
         """Run a job that is claimed; what becomes of it."""
@@ -389,15 +391,13 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if job.end_time is not None:
                 raise Ended(job)
             with self.lock:
-                attempt = next((runtime.running[number] for runtime in self.runtimes.values()
-                                if number in runtime.running), None)
+                attempt = next((one.running[number] for one in self.runtimes.values() if number in one.running), None)
                 if attempt:
                     attempt.cancelled = asked = True
                     attempt.slot.wake()
             self._wait(number, self.clock.monotonic() + 1.0)
         with self.lock:
-            if not any(number in runtime.running for runtime in self.runtimes.values()):
-                self._cancelled.add(number)
+            self._cancelled += 1
             self._tell([number])
         return self.store.get(number)           # type: ignore[no-any-return]
 

@@ -651,6 +651,30 @@ def test_a_job_that_waits_for_its_next_attempt_is_cancelled_at_once_and_never_ru
     assert qpu.order == [1, 2, 3]
 
 
+def test_a_job_that_is_cancelled_between_its_turn_and_its_claim_is_counted_once(lab, monkeypatch):
+    claim, cancel, cancelled = lab.store.claim, lab.store.cancel, threading.Event()
+
+    def claim_late(*arguments):
+        assert cancelled.wait(20)
+        return claim(*arguments)
+
+    def cancel_and_let_go(number):
+        found = cancel(number)
+        cancelled.set()
+        until(lambda: not lab.workers.busy())
+        return found
+    lab.runtime()
+    lab.start()
+    monkeypatch.setattr(lab.store, "claim", claim_late)
+    monkeypatch.setattr(lab.store, "cancel", cancel_and_let_go)
+    number = lab.add()
+    until(lab.workers.busy)
+    assert told(lab.workers.cancel(number)) == CANCELLED
+    lab.workers.pause("qpu", "")
+    lab.add()
+    assert lab.workers.waiting() == 1
+
+
 def test_a_job_that_has_ended_and_one_that_is_unknown_cannot_be_cancelled(lab):
     lab.runtime()
     lab.start()
