@@ -231,6 +231,23 @@ def test_a_defect_in_what_the_listener_is_told_costs_nobody_else_an_answer(liste
         assert done[1].wait(20) and "ZeroDivisionError" in caplog.text
 
 
+def test_a_body_has_its_time_from_the_head_on_however_it_is_cut(listen, monkeypatch):
+    one, awaited = listen(), []
+    monkeypatch.setattr(one.server.api, "refuse", awaited.append)       # asked when a body begins to be awaited
+
+    def arrived(count):
+        return all(len(connection.buffer) == count for connection in one.server.connections)
+    with Wire(one, UPLOAD) as client:
+        assert client.file.readline() == b"HTTP/1.1 100 Continue\r\n" and client.file.readline() == b"\r\n"
+        deadlines = [connection.deadline for connection in one.server.connections]
+        for count in range(1, 9):
+            client.sock.sendall(b"x")
+            one.until(lambda count=count: arrived(count))
+        assert [connection.deadline for connection in one.server.connections] == deadlines and len(awaited) == 1
+        client.sock.sendall(b"x")
+        assert client.answer()[0] == 200
+
+
 def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_connection(listen, monkeypatch):
     def refuse(_):
         raise RuntimeError("can't start new thread")
