@@ -16,7 +16,7 @@ from oqc import __version__, bloch, jobs
 from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, StoreError, Submission, UnknownJob
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, json_response,
-    metrics_text, number, parameters, problem_response, result_text, table, text_response, wants_text)
+    metrics_text, number, parameters, problem_response, result_text, table, text_response, wants_text, whole_lines)
 
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
@@ -232,9 +232,9 @@ class Api:
         if job.end_time is None:
             raise Problem(409, f"job {job.id} has not ended yet: {job.status}", *headers)
         result, is_json = self.store.result(job.id)
-        if wants_text(request) or not is_json:
-            return text_response(result_text(result))
-        return Response(200, result.encode() + b"\n")
+        if is_json and not wants_text(request):
+            return Response(200, result.encode() + b"\n")
+        return text_response(result_text(result) if is_json else whole_lines(result))
 
     def picture(self, _: Request, name: str) -> Response:
         """GET /jobs/{id}/bloch.svg: the path of a simulation on the Bloch sphere."""

@@ -238,7 +238,12 @@ def result_text(result: str) -> str:
         lines += [f"count{bit} {count:9d}" for bit, count in found.get("counts", {}).items()]
         return "\n".join(lines) + "\n"
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        return result if result.endswith("\n") else result + "\n"
+        return whole_lines(result)
+
+
+def whole_lines(text: str) -> str:
+    """A text with a line feed at its end."""
+    return text if text.endswith("\n") else text + "\n"
 
 
 # Metrics

@@ -181,6 +181,17 @@ def test_a_result_that_only_resembles_one_of_a_simulation_is_shown_as_it_is(resu
     assert messages.result_text(result) == result + "\n"
 
 
+@pytest.mark.parametrize("said", ['{"probabilities": [0.4, 0.6], "fidelity": NaN}', '{"probabilities": [0, Infinity]}'])
+def test_what_is_no_json_is_given_back_as_the_runtime_put_it_out(serve, script, said):
+    server = serve("--runtime", "qpu=" + script(f"cat <<'END'\n{said}\nEND"))
+    number = server.add("X(90)", "verbatim")["id"]
+    server.wait(number)
+    for headers in ({}, TEXT):
+        answer = server.request("GET", f"/jobs/{number}/result/", headers=headers)
+        assert (answer.status, answer.body.decode()) == (200, said + "\n")
+        assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+
+
 def test_half_of_a_surrogate_pair_in_a_result_is_shown_as_a_question_mark():
     text = messages.result_text('{"probabilities": [0, 1], "counts": {"\\ud800": 1}}')
     assert messages.text_response(text).body.endswith(b"\ncount?         1\n")
