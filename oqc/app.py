@@ -145,11 +145,16 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
                         limits=Limits(body=settings.max_body, connections=settings.max_connections),
                         tls=tls,
                         access=lines.access if log.isEnabledFor(logging.INFO) else lambda line: None)
+    except (OSError, TypeError) as error:       # TypeError: half of a surrogate pair in the host
+        store.close()
+        raise StartError(f"{settings.host}:{settings.port}: {getattr(error, 'strerror', None) or error}; --host and "
+                         "--port name another address") from None
+    try:
+        workers.start()
     except OSError as error:
         store.close()
-        raise StartError(f"{settings.host}:{settings.port}: {error.strerror or error}; --host and --port "
-                         "name another address") from None
-    workers.start()
+        raise StartError(f"no room for so many slots: {error.strerror}; each takes two descriptors (ulimit -n), and "
+                         "more while a job runs in it") from None
     _say_what_there_is(settings, server)
     threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
     notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")

@@ -179,6 +179,7 @@ def prepared(path: str) -> sqlite3.Connection:
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("PRAGMA foreign_keys = 1")
+    writer.execute("SELECT 1 FROM jobs LIMIT 1")        # makes the WAL, which from here on has to be there after a kill
     return writer
 
 

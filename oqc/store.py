@@ -96,10 +96,10 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
             self._writer, self._file = prepared(path), os.stat(path)
             self._readers: List[sqlite3.Connection] = []
+            os.pwrite(self._lock_file, b"in use\n", 0)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
             raise (error if isinstance(error, StoreError) else explained(path, error)) from None
-        os.pwrite(self._lock_file, b"in use\n", 0)
         self._closed, self._gate = False, threading.Lock()      # nothing is put on the queue after the last write
         self.trouble: Optional[StoreError] = None       # why the last write, or a read since, did not succeed
         self._writes: "queue.SimpleQueue[_Write]" = queue.SimpleQueue()

@@ -130,6 +130,19 @@ def test_an_address_that_this_machine_does_not_have_is_one_line(tmp_path, host, 
     assert one_line(run(tmp_path, "--host", host, "--port", 0, OQC_API_KEY="x"), 1).startswith(f"{host}:0: {reason}")
 
 
+def test_a_host_that_is_no_text_is_one_line(tmp_path):
+    host = os.fsdecode(b"h\xff")
+    assert one_line(run(tmp_path, "--host", host, "--port", 0, OQC_API_KEY="x"), 1).startswith("h\\udcff:0: ")
+
+
+def test_more_slots_than_there_are_descriptors_are_one_line_and_leave_the_database_as_it_was(tmp_path, serve):
+    (tmp_path / "oqc.ini").write_text("[runtime qpu]\ncommand = cat\nslots = 50\n", encoding="ascii")
+    limited = ("sh", "-c", 'ulimit -n 64; exec "$0" "$@"', *PYTHON)
+    said = one_line(run(tmp_path, "--port", 0, "--config", "oqc.ini", command=limited), 1)
+    assert said.startswith("no room for so many slots: Too many open files; ") and "ulimit -n" in said
+    assert serve().add()["id"] == 1
+
+
 def database(path, application=None, version=0, table="CREATE TABLE t (x)"):
     """A SQLite file of somebody."""
     connection = sqlite3.connect(path)

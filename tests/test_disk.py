@@ -596,3 +596,15 @@ def test_a_cancelled_job_waits_no_more(gated, gate):
         for job in jobs:
             gate()
         assert [server.wait(job)["status"] for job in jobs] == ["Success"] * 3
+
+
+def test_a_kill_before_anything_is_read_or_written_costs_no_later_start(serve, tmp_path):
+    dies = ("import os, sys; from oqc.clock import Clock; from oqc.store import Store; store = Store('oqc.db', Clock());"
+            "os.kill(os.getpid(), 9)")
+    for number in (1, 2):           # with a database that is new, and one that is not
+        killed = subprocess.run([sys.executable, "-c", dies], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                check=False)
+        assert killed.returncode == -9
+        server = serve()
+        assert server.add()["id"] == number
+        assert server.stop() == 0
