@@ -186,6 +186,7 @@ JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {}\n"
 MOST_OF_A_JOB = 60                  # characters of a job string in a table
 BAR = 20                            # characters of a bar from 0 to 1
 PLAIN = "text/plain; charset=utf-8"
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")          # what a terminal obeys
 WANTS_TEXT = re.compile(rb"\s*text/plain\b")
 
 
@@ -206,7 +207,7 @@ def text_response(text: str) -> Response:
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """Aligned columns under a header row, the last one as long as it is."""
-    text = [["" if cell is None else str(cell) for cell in row] for row in (header, *rows)]
+    text = [["" if cell is None else CONTROL.sub("?", str(cell)) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*text)]
     return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n" for row in text)
 

@@ -193,8 +193,7 @@ class Process:
 
     def last_words(self) -> Optional[str]:
         """The last line of its standard error that is not blank."""
-        lines = self.error.decode("utf-8", "replace").replace("\0", "\ufffd").strip().splitlines()
-        return lines[-1].strip() if lines else None
+        return _last_line(self.error.decode("utf-8", "replace"))
 
 
 class Slot:
@@ -299,7 +298,7 @@ class LinesSlot(Slot):
         if b"\n" in process.output or len(process.output) > OUTPUT_MOST:
             outcome = _answer(bytes(process.output), self.spec.retry_codes)
             process.answered = True
-            if outcome.return_code == jobs.PROTOCOL and outcome.transient:
+            if b"\n" not in process.output or (outcome.return_code == jobs.PROTOCOL and outcome.transient):
                 self._end()
             return outcome
         # one that ends before it takes a job has not started; after that, the job may be what it dies of
@@ -342,6 +341,12 @@ def _unstartable(error: OSError) -> Outcome:
     return Outcome(jobs.NOT_EXECUTABLE, f"could not be started: {error.strerror}", transient=True, started=False)
 
 
+def _last_line(text: str) -> Optional[str]:
+    """The last line that is not blank."""
+    lines = text.replace("\0", "\ufffd").strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
 def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
@@ -361,7 +366,9 @@ def _result(output: bytes) -> Tuple[Optional[str], bool]:
 
 def _answer(output: bytes, retry_codes: Sequence[int]) -> Outcome:
     """The outcome in an answer's line: {"return_code", "runtime_error", "result"}; PROTOCOL if it is none."""
-    line = output.partition(b"\n")[0]
+    line, end, _ = output.partition(b"\n")
+    if not end:                     # the job ran: another attempt would take as long, and say as much
+        return Outcome(jobs.PROTOCOL, "an answer longer than 1 MiB; its beginning is the result", *_result(output))
     try:
         answer = json.loads(line.decode("utf-8"), parse_constant=jobs.refuse_constant)
         code, error, result = answer["return_code"], answer.get("runtime_error"), answer.get("result")
@@ -374,7 +381,7 @@ def _answer(output: bytes, retry_codes: Sequence[int]) -> Outcome:
         shown = line[:80].decode("utf-8", "replace")
         return Outcome(jobs.PROTOCOL, f"not an answer: {json.dumps(shown)}", transient=True)
     if code:
-        error = (error or f"return code {code}").encode("utf-8", "replace")[:ERROR_MOST].decode("utf-8", "ignore")
+        error = (_last_line(error or "") or f"return code {code}").encode("utf-8", "replace")[:ERROR_MOST].decode("utf-8", "ignore")
     return Outcome(code, error if code else None, text, True, transient=code in retry_codes)
 
 

@@ -173,6 +173,14 @@ def test_a_simulation_as_text_shows_its_vector_and_p1_with_a_bar(server):
     assert [line.split()[0] for line in text[4:]] == ["count0", "count1"]
 
 
+def test_nothing_in_a_table_moves_the_terminal(serve):
+    server = serve()
+    said = server.request("POST", "/runtimes/emulator/pause/", {"reason": "a\x1b[2J\nb\x9b"})
+    assert said.json["reason"] == "a\x1b[2J\nb\x9b"
+    text = server.request("GET", "/runtimes/", headers=TEXT).body.decode()
+    assert "  a?[2J?b?  " in text and len(text.splitlines()) == 4
+
+
 @pytest.mark.parametrize("result", [
     "[" * 100_000, '{"probabilities": [0, 1e999]}', '{"probabilities": [0, 1e12]}', '{"probabilities": [0, -1]}',
     f'{{"probabilities": [0, {"1" * 400}]}}', f'{{"probabilities": [0, 1], "bloch": [{"1" * 400}]}}',

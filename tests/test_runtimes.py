@@ -15,7 +15,7 @@ from conftest import ROOT, RUNTIMES, descendants
 
 from oqc import jobs, runtimes
 from oqc.clock import Clock
-from oqc.jobs import RuntimeSpec, Task
+from oqc.jobs import Outcome, RuntimeSpec, Task
 
 TASK = Task(7, "X(90)", "verbatim", 2, 100, 42, 0)
 TRUE = '{"return_code": 0}\n'
@@ -266,6 +266,13 @@ def test_lines_passes_return_code_and_error_on():
     assert (ignored.return_code, ignored.runtime_error) == (0, None)
 
 
+def test_a_runtime_error_over_lines_is_its_last_line_as_on_standard_error():
+    several, blank, null = lines('{"return_code": 1, "runtime_error": "Traceback:\\n  here\\nValueError: boom\\n \\n"}\n',
+                                 '{"return_code": 1, "runtime_error": " \\n"}\n',
+                                 '{"return_code": 1, "runtime_error": "a\\u0000b"}\n', tasks=3)
+    assert [one.runtime_error for one in (several, blank, null)] == ["ValueError: boom", "return code 1", "a\ufffdb"]
+
+
 def test_of_a_runtime_error_over_lines_2_kib_are_kept():
     outcome, = lines('{"return_code": 1, "runtime_error": "' + "\u00e9" * 3000 + '"}\n')
     assert outcome.runtime_error == "\u00e9" * 1024
@@ -290,9 +297,17 @@ def test_bytes_that_are_not_utf_8_are_no_answer(script):
     assert (outcome.return_code, outcome.transient) == (76, True)
 
 
-def test_a_line_of_more_than_a_mib_is_no_answer(script):
-    outcome = run(script("cat /dev/zero"), protocol="lines")
-    assert (outcome.return_code, outcome.transient) == (76, True)
+def test_of_a_line_of_more_than_a_mib_the_beginning_is_kept_and_its_job_is_not_run_again(script):
+    started = script("echo >>$0.starts; yes | tr -d '\\n'")
+    with contextlib.closing(slot_for(started, protocol="lines")) as slot:
+        for starts in (1, 2):       # what follows in the pipe is no answer to the next job
+            outcome = slot.run(TASK, lambda: False)
+            assert outcome == Outcome(76, "an answer longer than 1 MiB; its beginning is the result",
+                                      "y" * (1 << 20))
+            assert len(Path(started + ".starts").read_text(encoding="ascii")) == starts
+    fits = run(script("""echo "{\\"return_code\\": 0, \\"result\\": \\"$(head -c 1048000 /dev/zero | tr '\\0' x)\\"}"; cat"""),
+               protocol="lines")
+    assert (fits.return_code, len(fits.result)) == (0, 1048002)
 
 
 @pytest.mark.parametrize("status", [0, 3])
