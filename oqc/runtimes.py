@@ -16,7 +16,8 @@ import struct
 import sys
 import tempfile
 import termios
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+import threading
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from oqc import jobs, qubit
 from oqc.jobs import Outcome, RuntimeSpec, Task
@@ -63,6 +64,9 @@ class Process:
     All reading is done in the thread that waits for it. What it writes beyond what is kept is read and dropped.
     """
 
+    children: List[int] = []        # the ids of those that are not reaped yet; with `spawning`, which keeps it true
+    spawning = threading.Lock()
+
     def __init__(self, command: Sequence[str], environment: Dict[str, str], feed: Optional[int], clock: Any) -> None:
         """Start it with the open file `feed` as its standard input, or with a pipe if that is None."""
         self.clock, self.answered, self.sent = clock, False, 0
@@ -71,11 +75,13 @@ class Process:
             out, out_child = _pipe(ours, childs)
             error, error_child = _pipe(ours, childs)
             feed_child, self.input = _pipe(childs, ours) if feed is None else (feed, -1)
-            self.pid = os.posix_spawn(
-                "/bin/sh", ["/bin/sh", "-c", GUARD, "oqc", *command], environment, setpgroup=0,
-                file_actions=[(os.POSIX_SPAWN_DUP2, feed_child, 0), (os.POSIX_SPAWN_DUP2, out_child, 1),
-                              (os.POSIX_SPAWN_DUP2, error_child, 2), (os.POSIX_SPAWN_DUP2, _lifeline(), 3)],
-                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ], setsigmask=[])
+            with self.spawning:
+                self.pid = os.posix_spawn(
+                    "/bin/sh", ["/bin/sh", "-c", GUARD, "oqc", *command], environment, setpgroup=0,
+                    file_actions=[(os.POSIX_SPAWN_DUP2, feed_child, 0), (os.POSIX_SPAWN_DUP2, out_child, 1),
+                                  (os.POSIX_SPAWN_DUP2, error_child, 2), (os.POSIX_SPAWN_DUP2, _lifeline(), 3)],
+                    setsigdef=[signal.SIGPIPE, signal.SIGXFSZ], setsigmask=[])
+                self.children.append(self.pid)
             self.pipes = ours.pop_all()         # closed at the end
         self.poll = select.poll()
         self.sinks = {out: self.output, error: self.error}
@@ -184,8 +190,17 @@ class Process:
         with contextlib.suppress(ChildProcessError):
             while True:                         # its orphans are our children: the group has ended when none is left
                 os.waitpid(-self.pid, 0)
+        self._reap_others()
         self.pipes.close()
         return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+
+    def _reap_others(self) -> None:
+        """Reap what left its process group and has ended since: as orphans they became our children as well."""
+        with self.spawning, contextlib.suppress(ChildProcessError):     # there is no child at all
+            self.children.remove(self.pid)
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None and (
+                    ended.si_pid not in self.children):     # whose own thread reaps it
+                os.waitpid(ended.si_pid, 0)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -218,9 +233,6 @@ class Slot:
         """End what is left between attempts."""
         os.close(self.wake_end)
         os.close(self._wake_write_end)
-
-    def _deadline(self) -> float:
-        return self.clock.monotonic() + self.spec.timeout
 
     def _late(self) -> str:
         return f"took longer than its timeout of {self.spec.timeout:g} s"
@@ -261,7 +273,7 @@ class ExecSlot(Slot):
                     ("SEED", task.seed))}, feed.fileno())
         except OSError as error:    # no process, no descriptor, no memory to be had: not the job's fault
             return _unstartable(error)
-        in_time = process.listen(self._deadline(), self.wake_end, interrupted)
+        in_time = process.listen(self.clock.monotonic() + self.spec.timeout, self.wake_end, interrupted)
         ended = process.exited()
         code = process.end(self.kill_grace)
         if ended:
@@ -277,7 +289,7 @@ class LinesSlot(Slot):
     process: Optional[Process] = None
 
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
-        deadline = self._deadline()
+        deadline = self.clock.monotonic() + self.spec.timeout
         if self.process is not None and self.process.exited():      # between two attempts: nobody was harmed
             self._end()
         if self.process is None:
@@ -304,7 +316,7 @@ class LinesSlot(Slot):
         # one that ends before it takes a job has not started; after that, the job may be what it dies of
         started, ended, code = process.answered or process.took(), process.exited(), self._end()
         if ended:
-            return self._outcome(code, process, started) if code else Outcome(
+            return self._outcome(code, process, started)._replace(transient=True) if code else Outcome(
                 jobs.PROTOCOL, process.last_words() or "ended without an answer", transient=True, started=started)
         return None if in_time else Outcome(jobs.TIMED_OUT, self._late())
 
@@ -312,10 +324,6 @@ class LinesSlot(Slot):
         assert self.process is not None
         process, self.process = self.process, None
         return process.end(self.kill_grace)
-
-    def _outcome(self, code: int, process: Process, started: bool = True) -> Outcome:
-        """That it ended before it answered is no answer, whatever the code."""
-        return super()._outcome(code, process, started)._replace(transient=True)
 
     def close(self) -> None:
         if self.process is not None:
@@ -381,7 +389,8 @@ def _answer(output: bytes, retry_codes: Sequence[int]) -> Outcome:
         shown = line[:80].decode("utf-8", "replace")
         return Outcome(jobs.PROTOCOL, f"not an answer: {json.dumps(shown)}", transient=True)
     if code:
-        error = (_last_line(error or "") or f"return code {code}").encode("utf-8", "replace")[:ERROR_MOST].decode("utf-8", "ignore")
+        words = _last_line(error or "") or f"return code {code}"
+        error = words.encode("utf-8", "replace")[:ERROR_MOST].decode("utf-8", "ignore")
     return Outcome(code, error if code else None, text, True, transient=code in retry_codes)
 
 

@@ -310,6 +310,20 @@ def test_of_a_line_of_more_than_a_mib_the_beginning_is_kept_and_its_job_is_not_r
     assert (fits.return_code, len(fits.result)) == (0, 1048002)
 
 
+def test_what_left_its_group_and_has_ended_is_reaped_by_a_later_attempt(script, tmp_path):
+    os.mkfifo(tmp_path / "go")
+    leaves = script(f"setsid sh -c 'echo $$ >{tmp_path}/id; read -r line <{tmp_path}/go' >/dev/null 2>&1 &\n"
+                    f"until [ -s {tmp_path}/id ]; do sleep 0.01; done")
+    assert run(leaves).return_code == 0
+    orphan = int((tmp_path / "id").read_text(encoding="ascii"))
+    assert os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None      # our child, and it goes on
+    (tmp_path / "go").write_text("\n", encoding="ascii")
+    os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
+    assert run("true").return_code == 0
+    with pytest.raises(ChildProcessError):
+        os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+
 @pytest.mark.parametrize("status", [0, 3])
 def test_ending_without_an_answer_over_lines_is_worth_another_attempt(status):
     answered, ended = lines(TRUE, f"={status}", tasks=2)
