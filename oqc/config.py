@@ -67,6 +67,13 @@ def level(text: str) -> str:
     return text
 
 
+def file_name(text: str) -> str:
+    """What argparse calls to read a file's name; an empty one is a shell's variable that was never set."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file, found nothing")
+    return text
+
+
 class Flag(NamedTuple):
     """A setting as the command line has it; its environment variable is OQC_ and its name."""
 
@@ -80,17 +87,17 @@ class Flag(NamedTuple):
 FLAGS = (
     Flag("host", "127.0.0.1", "ADDRESS", "address to listen on"),
     Flag("port", 12021, "PORT", "port to listen on; 0 takes a free one", number(0, 65535)),
-    Flag("db", "oqc.db", "FILE", "database, created if it is not there"),
-    Flag("config", None, "FILE", "INI file that describes the runtimes"),
+    Flag("db", "oqc.db", "FILE", "database, created if it is not there", file_name),
+    Flag("config", None, "FILE", "INI file that describes the runtimes", file_name),
     Flag("kill-grace", 5.0, "SECONDS", "from asking a runtime to end (TERM) to ending it (KILL)",
          number(0, 3600, float)),
     Flag("drain", 30.0, "SECONDS", "that running jobs get to end when the server is stopped", number(0, 86400, float)),
     Flag("max-body", 4 << 20, "BYTES", "largest request body", number(1024, 1 << 30)),
     Flag("max-connections", 512, "N", "connections at once", number(1, 100_000)),
     Flag("max-waiting", 1_000_000, "N", "jobs that may wait before new ones are refused", number(1, 10 ** 9)),
-    Flag("keys-file", None, "FILE", "API keys, one name:key a line, mode 0600"),
-    Flag("tls-cert", None, "FILE", "certificate (PEM), to serve HTTPS"),
-    Flag("tls-key", None, "FILE", "its private key (PEM), if it is not in the same file"),
+    Flag("keys-file", None, "FILE", "API keys, one name:key a line, mode 0600", file_name),
+    Flag("tls-cert", None, "FILE", "certificate (PEM), to serve HTTPS", file_name),
+    Flag("tls-key", None, "FILE", "its private key (PEM), if it is not in the same file", file_name),
     Flag("keep-days", 0, "DAYS", "that a job is kept after its end; 0 keeps it for ever", number(0, 100_000)),
     Flag("log-level", "info", "LEVEL", "least severe lines to log: " + ", ".join(LEVELS), level),
 )
@@ -222,8 +229,8 @@ def _spec(name: str, keys: Dict[str, str], fail: Fail) -> RuntimeSpec:
 
     read: Dict[str, Callable[[str, str], Any]] = {
         "command": lambda _, text: _command(text, fail),
-        "modes": lambda key, text: tuple(one_of(key, mode.strip(), ("verbatim", "simulation"))
-                                         for mode in text.split(",")),
+        "modes": lambda key, text: tuple(dict.fromkeys(one_of(key, mode.strip(), ("verbatim", "simulation"))
+                                                       for mode in text.split(","))),
         "protocol": lambda key, text: one_of(key, text, ("exec", "lines")),
         "slots": lambda key, text: whole(key, text, 1000),
         "timeout": seconds,

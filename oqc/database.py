@@ -183,7 +183,7 @@ def prepared(path: str) -> sqlite3.Connection:
     return writer
 
 
-def explained(path: str, error: Exception) -> Exception:
+def explained(path: str, error: BaseException) -> BaseException:
     """What an error of SQLite means to an operator; any other is given back as it is."""
     if isinstance(error, OSError):
         return StoreError(f"{path}: {error.strerror}")
@@ -244,7 +244,7 @@ def backup(path: str, target: str) -> None:
         with contextlib.closing(observing(path)) as source, contextlib.closing(sqlite3.connect(target)) as copy:
             source.backup(copy, pages=-1)
             copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
-    except (sqlite3.Error, StoreError) as error:
+    except BaseException as error:          # Ctrl-C as well: a part of a copy is no backup
         os.unlink(target)
         raise explained(path, error) from error
 

@@ -440,5 +440,10 @@ def tls_context(certificate: Optional[str], key: Optional[str]) -> Optional[ssl.
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(certificate, key, _refuse_to_ask)
     return context
+
+
+def _refuse_to_ask() -> str:
+    """In place of OpenSSL's question at the terminal, which may be nobody's and cannot be interrupted."""
+    raise OSError(0, "the key has a pass phrase; openssl pkey -in KEY -out PLAIN takes it off")

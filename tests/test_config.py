@@ -133,6 +133,20 @@ def test_runtimes_on_the_command_line_serve_verbatim_and_the_built_in_ones_the_r
     assert [spec.name for spec in made.runtimes[2:]] == ["simulator", "echo"]
 
 
+@pytest.mark.parametrize("name", ["db", "config", "keys-file", "tls-cert", "tls-key"])
+def test_an_empty_name_of_a_file_is_a_usage_error_and_no_default(name, capsys):
+    for flags, environment in ((["--" + name, ""], {}), ([], {"OQC_" + name.upper().replace("-", "_"): ""})):
+        with pytest.raises(SystemExit) as ended:
+            settings(*flags, **environment)
+        assert ended.value.code == 2
+        assert f"argument --{name}: expected the name of a file, found nothing" in capsys.readouterr().err
+
+
+def test_a_mode_that_is_there_twice_is_one(ini):
+    assert settings("--config", ini("[runtime a]\ncommand = true\nmodes = verbatim,verbatim")).runtimes[0].modes == (
+        "verbatim",)
+
+
 def test_one_runtime_comes_from_the_environment_unless_a_flag_names_one():
     assert settings(OQC_RUNTIME="qpu=true").runtimes[0].name == "qpu"
     assert [spec.name for spec in settings("--runtime", "a=true", OQC_RUNTIME="b=true").runtimes] == [

@@ -234,7 +234,7 @@ def test_a_runtime_gets_no_secret_of_the_server(serve, keys, tmp_path):
     (tmp_path / "credentials").mkdir()
     path = keys(b"alice:file-key-1\n")
     server = serve("--keys-file", path, "--runtime", f"qpu={RUNTIMES}/tells", environment={
-        "OQC_API_KEY": "env-key-3", "OQC_KEYS_FILE": str(path), "OQC_TLS_KEY": "", "PLAIN": "kept",
+        "OQC_API_KEY": "env-key-3", "OQC_KEYS_FILE": str(path), "OQC_DRAIN": "5", "PLAIN": "kept",
         "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"), "NOTIFY_SOCKET": "/nothing"})
     answer = server.request("POST", "/jobs/add/?wait=20", {"job": "X(90)", "mode": "verbatim"}, key="file-key-1")
     assert (answer.status, answer.json["status"]) == (201, "Success")

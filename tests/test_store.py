@@ -868,6 +868,15 @@ def test_a_check_and_a_backup_of_a_closed_database_leave_nothing_beside_it(opene
     assert sorted(os.listdir(tmp_path)) == ["copy", "oqc.db", "oqc.db.lock"]
 
 
+def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(store, tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("oqc.database.observing", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backup(store.path, tmp_path / "copy.db")
+    assert not (tmp_path / "copy.db").exists()
+
+
 def test_a_backup_is_one_file_with_every_job_that_was_there_and_replaces_none(store, tmp_path):
     numbers = added(store, *[ECHO] * 1000)
     backup(store.path, str(tmp_path / "copy"))

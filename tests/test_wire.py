@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import KEY, ROOT
+from conftest import KEY, PROGRAM, ROOT
 
 from oqc import wire
 
@@ -389,6 +389,16 @@ def test_https_serves_whom_it_should_while_a_silent_client_and_a_plain_one_hold_
             assert client.recv(65536).startswith(b"HTTP/1.1 201 ")
         silent.sock.sendall(b"x")
     assert "Traceback" not in server.log
+
+
+def test_a_key_with_a_pass_phrase_is_one_line_and_asks_nobody(certificate, tmp_path):
+    subprocess.run(["openssl", "pkey", "-in", certificate, "-aes256", "-passout", "pass:secret", "-out",
+                    tmp_path / "key.pem"], check=True, capture_output=True)
+    ended = subprocess.run([*PROGRAM, "--port", "0", "--tls-cert", certificate, "--tls-key", "key.pem"], cwd=tmp_path,
+                           check=False, capture_output=True, text=True, timeout=60, start_new_session=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert ended.returncode == 1 and ended.stderr == (
+        f"oqc: {certificate}, key.pem: the key has a pass phrase; openssl pkey -in KEY -out PLAIN takes it off\n")
 
 
 def test_tls_1_1_is_refused(serve, certificate):
