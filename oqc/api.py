@@ -86,6 +86,7 @@ class Api:
         self.store, self.workers, self.keys, self.choose_seed = store, workers, keys, choose_seed
         self.most_waiting = most_waiting
         self._heavy = threading.BoundedSemaphore(HEAVY)
+        self._coming, self._counting = 0, threading.Lock()      # jobs that are being stored and will wait then
 
     def refuse(self, request: Request) -> Optional[Response]:
         """What can be refused before the body is read: no such path or method, no key; or None."""
@@ -148,12 +149,20 @@ class Api:
         key = self._idempotency_key(request)
         if self.workers.draining.is_set():
             raise Problem(503, "the server is stopping; send the job again when it is back", ("Retry-After", "10"))
-        if self.workers.waiting() + len(submissions) > self.most_waiting:
-            raise Problem(503, f"{self.most_waiting} jobs wait already (--max-waiting); try again later",
-                          ("Retry-After", "10"))
+        coming = sum(submission.mode != "echo" for submission in submissions)
+        with self._counting:
+            if self.workers.waiting() + self._coming + len(submissions) > self.most_waiting:
+                raise Problem(503, f"{self.most_waiting} jobs wait already (--max-waiting); try again later",
+                              ("Retry-After", "10"))
+            self._coming += coming
+
+        def stored(added: Optional[Addition]) -> None:
+            if added:
+                self.workers.take_up(added)
+            with self._counting:
+                self._coming -= coming
 
         def response(added: Addition, wait: float = 0) -> Response:
-            self.workers.take_up(added)
             found, headers = added.jobs, ()
             if wait:
                 with contextlib.suppress(UnknownJob, StoreError):   # whatever became of them since: they were added
@@ -164,11 +173,18 @@ class Api:
             return Response(201, job_json(found[0]), headers=(("Location", f"/jobs/{found[0].id}/"), *headers))
 
         if not self.is_quick(request):          # in a thread of its own, which may wait
-            return response(self.store.add(submissions, request.key_name, key, self.workers.foregone), seconds or 0)
+            added = None
+            try:
+                added = self.store.add(submissions, request.key_name, key, self.workers.foregone)
+            finally:
+                stored(added)
+            return response(added, seconds or 0)
 
         def later(answer: Callable[[Union[Response, Exception]], None]) -> None:
-            self.store.add_soon(submissions, request.key_name, key,
-                                lambda added, error: answer(error or response(added)), self.workers.foregone)
+            def then(added: Optional[Addition], error: Optional[Exception]) -> None:
+                stored(added)
+                answer(response(added) if added else error)
+            self.store.add_soon(submissions, request.key_name, key, then, self.workers.foregone)
         return later
 
     def _submissions(self, values: List[Any], many: bool) -> List[Submission]:

@@ -4,6 +4,7 @@ import http.client
 import os
 import random
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 
 import pytest
 from conftest import KEY, ROOT, Server
+from test_wire import Wire
 
 from oqc.database import check, locked
 from oqc.jobs import StoreError
@@ -567,6 +569,22 @@ def test_more_jobs_than_may_wait_are_refused_with_503_at_once_and_none_of_them_i
     for _ in range(4):
         gate()
     assert server.wait(5)["status"] == "Success"
+
+
+def test_jobs_that_come_at_the_same_moment_are_counted_too(gated):
+    server = gated("--max-waiting", "5")
+    assert server.request("POST", "/runtimes/qpu/pause/").status == 200
+    body = b'{"job": "X(90)", "mode": "verbatim"}'
+    data = b"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+        KEY.encode(), len(body), body)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):          # the second time nothing is left of the first
+            server.process.send_signal(signal.SIGSTOP)
+            clients = [stack.enter_context(Wire(server, data)) for _ in range(20)]
+            server.process.send_signal(signal.SIGCONT)
+            assert sorted(client.answer()[0] for client in clients) == [201] * 5 + [503] * 15
+            for number in ids(server):
+                server.request("DELETE", f"/jobs/{number}/")
 
 
 def test_jobs_that_waited_before_a_restart_count_too_and_are_never_refused(gated, gate):
