@@ -207,7 +207,8 @@ def test_a_database_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling.db").symlink_to(tmp_path / "none" / "oqc.db")
     (tmp_path / "loop.db").symlink_to("loop.db")
-    for path in ("folder", "folder/", "none/oqc.db", "dangling.db", "loop.db", "a\nb/oqc.db", "/dev/null/oqc.db", "x" * 300):
+    for path in ("folder", "folder/", "none/oqc.db", "dangling.db", "loop.db", "a\nb/oqc.db", "/dev/null/oqc.db",
+                 "x" * 300):
         line = one_line(run(tmp_path, "--db", path, "--port", 0), 1)
         named = {"dangling.db": str(tmp_path / "none" / "oqc.db"), "loop.db": str(tmp_path / "loop.db")}.get(path, path)
         assert line.startswith(named.replace("\n", "\\n")) and "Errno" not in line, line

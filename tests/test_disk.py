@@ -617,7 +617,7 @@ def test_a_cancelled_job_waits_no_more(gated, gate):
 
 
 def test_a_kill_before_anything_is_read_or_written_costs_no_later_start(serve, tmp_path):
-    dies = ("import os, sys; from oqc.clock import Clock; from oqc.store import Store; store = Store('oqc.db', Clock());"
+    dies = ("import os; from oqc.clock import Clock; from oqc.store import Store; store = Store('oqc.db', Clock()); "
             "os.kill(os.getpid(), 9)")
     for number in (1, 2):           # with a database that is new, and one that is not
         killed = subprocess.run([sys.executable, "-c", dies], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -267,9 +267,9 @@ def test_lines_passes_return_code_and_error_on():
 
 
 def test_a_runtime_error_over_lines_is_its_last_line_as_on_standard_error():
-    several, blank, null = lines('{"return_code": 1, "runtime_error": "Traceback:\\n  here\\nValueError: boom\\n \\n"}\n',
-                                 '{"return_code": 1, "runtime_error": " \\n"}\n',
-                                 '{"return_code": 1, "runtime_error": "a\\u0000b"}\n', tasks=3)
+    several, blank, null = lines(
+        '{"return_code": 1, "runtime_error": "Traceback:\\n  here\\nValueError: boom\\n \\n"}\n',
+        '{"return_code": 1, "runtime_error": " \\n"}\n', '{"return_code": 1, "runtime_error": "a\\u0000b"}\n', tasks=3)
     assert [one.runtime_error for one in (several, blank, null)] == ["ValueError: boom", "return code 1", "a\ufffdb"]
 
 
@@ -305,8 +305,8 @@ def test_of_a_line_of_more_than_a_mib_the_beginning_is_kept_and_its_job_is_not_r
             assert outcome == Outcome(76, "an answer longer than 1 MiB; its beginning is the result",
                                       "y" * (1 << 20))
             assert len(Path(started + ".starts").read_text(encoding="ascii")) == starts
-    fits = run(script("""echo "{\\"return_code\\": 0, \\"result\\": \\"$(head -c 1048000 /dev/zero | tr '\\0' x)\\"}"; cat"""),
-               protocol="lines")
+    fits = run(script("""echo "{\\"return_code\\": 0, \\"result\\": \\"$(head -c 1048000 /dev/zero | tr '\\0' x)\\"}"
+                         cat"""), protocol="lines")
     assert (fits.return_code, len(fits.result)) == (0, 1048002)
 
 
