@@ -149,7 +149,7 @@ class Api:
         key = self._idempotency_key(request)
         if self.workers.draining.is_set():
             raise Problem(503, "the server is stopping; send the job again when it is back", ("Retry-After", "10"))
-        coming = sum(submission.mode != "echo" for submission in submissions)
+        coming = len([one for one in submissions if one.mode != "echo"])
         with self._counting:
             if self.workers.waiting() + self._coming + len(submissions) > self.most_waiting:
                 raise Problem(503, f"{self.most_waiting} jobs wait already (--max-waiting); try again later",
