@@ -426,6 +426,19 @@ def test_only_what_the_listener_handles_is_left_to_its_flush(count, query, how):
     assert asked == [how] and [answer.status for answer in answers] == [201] * (how == "add")
 
 
+@pytest.mark.parametrize("query", ["", "wait=0"], ids=["by the listener", "in a thread"])
+def test_jobs_that_could_not_be_stored_are_not_counted_as_waiting(query):
+    def add(*_):
+        raise StoreError("the disk is away")
+    store = types.SimpleNamespace(add=add, add_soon=lambda *given: given[3](None, StoreError("the disk is away")))
+    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, foregone=None)
+    api, answers = Api(store, workers, Keys({"me": b"k"}), lambda: 7, most_waiting=1), []
+    for _ in range(3):
+        api.handle(Request("POST", "/jobs/add/", query, {"api_key": b"k"}, b'{"job": "X(1)", "mode": "verbatim"}'),
+                   answers.append)
+    assert [b"the disk is away" in answer.body for answer in answers] == [True] * 3
+
+
 @pytest.mark.parametrize("error", [UnknownJob(1), StoreError("the disk is away")], ids=["pruned", "unreadable"])
 def test_jobs_that_were_added_are_answered_201_whatever_becomes_of_the_wait_for_them(error):
     """With another answer they would be sent again, and run twice."""
