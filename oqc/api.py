@@ -1,6 +1,7 @@
 """The endpoints as functions from a request to a response: routes, keys, paging, waiting.
 
-No sockets and no SQL. What can go wrong is raised as what it is, and becomes an answer in one place, `Api.handle`.
+No sockets and no SQL. What can go wrong is raised as what it is, and becomes a response in one
+place, `Api.handle`.
 """
 import base64
 import contextlib
@@ -10,45 +11,146 @@ import json
 import pkgutil
 import re
 import threading
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
+from typing import (
+    Any, Callable, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
 
 from oqc import __version__, bloch, jobs
-from oqc.jobs import Addition, IdempotencyKey, Job, Malformed, StoreError, Submission, UnknownJob
+from oqc.jobs import (
+    Addition, Batch, IdempotencyKey, ImmediateEnd, Job, Malformed, StoreError, Submission,
+    UnknownJob)
 from oqc.messages import (
-    PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows, json_response,
-    metrics_text, number, parameters, problem_response, result_text, table, text_response, wants_text, whole_lines)
+    PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows,
+    json_response, metrics_text, number, parameters, problem_response, result_text, table,
+    text_response, wants_text, whole_lines)
 
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
-HEAVY = 4                           # reads of many rows at once: more only keep each other, and all others, waiting
+HEAVY = 4                           # reads of many rows at once: more only keep all others waiting
 MOST_JOBS = 10_000                  # in one array
-QUICK_BODY = 1 << 13                # bytes of a body that costs other clients no time
+SMALL_BODY = 1 << 13                # bytes of a body that costs other clients no time
 MOST_WAIT = 300                     # seconds
+MOST_REASON = 1000                  # bytes of the reason of a pause
+AGE_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}        # in seconds
 KEY_HEADERS = ("api_key", "x-api-key")
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
+WANTS_HTML = re.compile(rb"\s*text/html\b")
+
+Headers = Tuple[Tuple[str, str], ...]
+
+
+class Store(Protocol):
+    """What the endpoints ask of the store. Raises StoreError from everything."""
+
+    def add(self, submissions: Sequence[Submission], submitter: str,
+            key: Optional[IdempotencyKey], ends: Sequence[Optional[ImmediateEnd]]) -> Addition:
+        """Store jobs, all of them or none; raise KeyReused."""
+
+    def add_together(self, batches: Sequence[Batch]) -> List[Union[Addition, Exception]]:
+        """Store batches with one commit; return what each came to, or the error."""
+
+    def is_busy(self) -> bool:
+        """Return whether a write would wait."""
+
+    def get(self, number: int) -> Job:
+        """Return a job; raise UnknownJob."""
+
+    def page(self, after: Optional[int], limit: int, descending: bool = False,
+             **equal: Optional[str]) -> List[Job]:
+        """Return a page of jobs."""
+
+    def result(self, number: int) -> Tuple[str, bool]:
+        """Return (what a job's runtime put out, whether that is JSON)."""
+
+    def prune(self, seconds: float) -> int:
+        """Delete the jobs that ended longer ago; return how many."""
+
+    def status(self) -> Dict[str, Any]:
+        """Return how much waits, runs and has ended."""
+
+    def unusable(self) -> Optional[str]:
+        """Return why jobs cannot be stored, or None."""
+
+
+class Workers(Protocol):
+    """What the endpoints ask of the workers."""
+
+    draining: threading.Event       # no more jobs are started
+    runtimes: Dict[str, Any]        # by name
+
+    def immediate_end(self, submission: Submission) -> Optional[ImmediateEnd]:
+        """Return how a job ends that needs no runtime, else None."""
+
+    def take_up(self, additions: Sequence[Addition]) -> None:
+        """Have new jobs run."""
+
+    def queued(self) -> int:
+        """Return how many jobs wait to be run now."""
+
+    def cancel(self, number: int) -> Job:
+        """End a job and return it; raise Ended, UnknownJob."""
+
+    def pause(self, name: str, reason: str) -> Dict[str, Any]:
+        """Pause a runtime; return its description, raise KeyError."""
+
+    def resume(self, name: str) -> Dict[str, Any]:
+        """Resume a runtime; return its description, raise KeyError."""
+
+    def describe(self, name: str) -> Dict[str, Any]:
+        """Return a runtime as it is shown; raise KeyError."""
+
+    def uptime(self) -> float:
+        """Return the seconds since the server began."""
+
+    def durations(self) -> Dict[Tuple[str, str], List[float]]:
+        """Return how long attempts took, by mode and outcome."""
+
+    def states(self) -> Dict[Tuple[str, str], int]:
+        """Return how many runtimes of each mode are in each state."""
+
+
+class Waiting(Protocol):
+    """What the endpoints ask of those who wait."""
+
+    changes: int                    # how much has happened so far
+
+    def until_ended(self, numbers: Sequence[int], seconds: float) -> List[Job]:
+        """Return jobs when they have ended; none if there is no room to wait."""
+
+    def for_change(self, since: int, seconds: float) -> None:
+        """Return as soon as `changes` is not `since`."""
 
 
 def _data(name: str) -> bytes:
-    """A file that lies beside this one, also inside the .pyz; read at start, since that may be replaced."""
-    found = pkgutil.get_data("oqc", name)
-    assert found is not None
-    return found
+    """Return a file that lies beside this one, also inside the .pyz; read at start, since that may
+    be replaced."""
+    data = pkgutil.get_data("oqc", name)
+    assert data is not None
+    return data
+
+
+def _hash_of_element(page: bytes, name: bytes) -> str:
+    """Return the hash of a script or style that stands in a page (CSP level 3, section 2.3.1)."""
+    content = page.split(b"<%b>" % name)[1].split(b"</%b>" % name)[0]
+    return base64.b64encode(hashlib.sha256(content).digest()).decode()
 
 
 def _policy(page: bytes) -> str:
-    """The Content-Security-Policy that lets the browser run the script and the style that stand in the page, and
-    speak to this server, and nothing else (CSP level 3, section 2.3.1 has the hashes)."""
-    hashes = {name: base64.b64encode(hashlib.sha256(page.split(b"<%b>" % name)[1].split(b"</%b>" % name)[0]).digest())
-              for name in (b"script", b"style")}
-    return (f"default-src 'none'; script-src 'sha256-{hashes[b'script'].decode()}'; style-src "
-            f"'sha256-{hashes[b'style'].decode()}'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'")
+    """Return the Content-Security-Policy that lets the browser run the script and the style that
+    stand in the page, and speak to this server, and nothing else."""
+    return (f"default-src 'none'; script-src 'sha256-{_hash_of_element(page, b'script')}'; "
+            f"style-src 'sha256-{_hash_of_element(page, b'style')}'; connect-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-CHEAT_SHEET, OPENAPI, PAGE_BODY = _data("cheatsheet.txt").decode(), _data("openapi.json"), _data("page.html")
-PAGE_HEADERS = (("Content-Security-Policy", _policy(PAGE_BODY)), ("X-Content-Type-Options", "nosniff"),
-                ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-cache"), ("Vary", "Accept"))
+CHEAT_SHEET = _data("cheatsheet.txt").decode()
+OPENAPI = _data("openapi.json")
+PAGE_BODY = _data("page.html")
+PAGE_HEADERS = (("Content-Security-Policy", _policy(PAGE_BODY)),
+                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+                ("Cache-Control", "no-cache"), ("Vary", "Accept"))
+PICTURE_HEADERS = (("Content-Security-Policy", "default-src 'none'"),
+                   ("X-Content-Type-Options", "nosniff"))
 
 
 class Keys:
@@ -59,241 +161,312 @@ class Keys:
         self.names = {self._digest(key): name for name, key in keys.items()}
 
     def name(self, headers: Dict[str, bytes]) -> Optional[str]:
-        """The name of the request's key, or None. Digests are looked up, not keys: how long that takes tells nothing
-        about where a wrong key differs, and does not depend on how many keys there are."""
+        """Return the name of the request's key, or None. Digests are looked up, not keys: how long
+        that takes tells nothing about where a wrong key differs, and does not depend on how many
+        keys there are."""
         for header in KEY_HEADERS:
             if header in headers:
                 return self.names.get(self._digest(headers[header]))
         scheme, _, token = headers.get("authorization", b"").partition(b" ")
-        return self.names.get(self._digest(token.strip(b" "))) if scheme.lower() == b"bearer" else None
+        if scheme.lower() != b"bearer":
+            return None
+        return self.names.get(self._digest(token.strip(b" ")))
 
     @staticmethod
     def _digest(key: bytes) -> bytes:
         return hashlib.sha256(key).digest()
 
 
-# What an endpoint gives: the answer, or what gives it (or an error) to a function later, from another thread
-Later = Callable[[Callable[[Union[Response, Exception]], None]], None]
-Endpoint = Callable[..., Union[Response, Later]]
+Endpoint = Callable[..., Response]      # of an Api, a Request and what its path says
 
 
-class Api:
+class Api:                          # pylint: disable=too-many-public-methods # one an endpoint
     """The documented API over a store and its workers."""
 
-    def __init__(self, store: Any, workers: Any, keys: Keys, choose_seed: Callable[[], int],
-                 most_waiting: int = 1_000_000) -> None:
+    def __init__(self, store: Store, workers: Workers, waiting: Waiting, keys: Keys,
+                 choose_seed: Callable[[], int], most_waiting: int = 1_000_000) -> None:
         """`choose_seed` gives a seed from 0 to 2**63 - 1 for a job that came without one."""
-        self.store, self.workers, self.keys, self.choose_seed = store, workers, keys, choose_seed
+        self.store = store
+        self.workers = workers
+        self.waiting = waiting
+        self.keys = keys
+        self.choose_seed = choose_seed
         self.most_waiting = most_waiting
         self._heavy = threading.BoundedSemaphore(HEAVY)
-        self._coming, self._counting = 0, threading.Lock()      # jobs that are being stored and will wait then
+        self._coming = 0                        # jobs that are being stored and will wait then
+        self._counting = threading.Lock()       # over it
+
+    # What the server asks
 
     def refuse(self, request: Request) -> Optional[Response]:
-        """What can be refused before the body is read: no such path or method, no key; or None."""
+        """Return what can be refused before the body is read: no such path or method, no key; or
+        None."""
         try:
             self._endpoint(request)
             return None
         except Problem as problem:
             return problem_response(problem)
 
-    def is_quick(self, request: Request) -> bool:
-        """Whether `handle` returns soon enough for the thread that reads all connections; an array may not."""
-        endpoint = route(request.path)[0].get(request.method)
-        return (endpoint in (Api.add, Api.get) and not request.query and len(request.body) <= QUICK_BODY
-                and not request.body.startswith(b"["))
+    def is_small_add(self, request: Request) -> bool:
+        """Return whether this may be answered by handle_together: it costs others no time."""
+        methods, _ = route(request.path)
+        return (methods.get(request.method) is Api.add and not request.query
+                and len(request.body) <= SMALL_BODY and not request.body.startswith(b"["))
 
-    def handle(self, request: Request, answer: Callable[[Response], None]) -> None:
-        """Have `answer` called once with the answer to a request, now or, from another thread, when the store has it.
-        Whatever goes wrong becomes an answer, too."""
+    def is_quick(self, request: Request) -> bool:
+        """Return whether `handle` returns soon enough for the thread that reads all connections."""
+        methods, _ = route(request.path)
+        return (methods.get(request.method) is Api.get and not request.query
+                and len(request.body) <= SMALL_BODY)
+
+    def would_wait(self) -> bool:
+        """Return whether handle_together would wait for another's write, or a slow disk."""
+        return self.store.is_busy()
+
+    def handle(self, request: Request) -> Response:
+        """Return the response to a request. Whatever goes wrong becomes one, too."""
         try:
             endpoint, arguments, name = self._endpoint(request)
-            made = endpoint(self, Request(*request[:-1], name), *arguments)
-        except Exception as error:      # pylint: disable=broad-exception-caught # `failure` logs a surprise
-            made = failure(error, request)
-        if isinstance(made, Response):
-            answer(made)
-        else:
-            made(lambda response: answer(response if isinstance(response, Response) else failure(response, request)))
+            return endpoint(self, request._replace(key_name=name), *arguments)
+        except Exception as error:  # pylint: disable=broad-exception-caught # `failure` logs it
+            return failure(error, request)
 
-    def flush(self) -> None:
-        """Write what requests wait for; called when no other is there to be handled at once."""
-        self.store.flush()
+    def handle_together(self, requests: Sequence[Request]) -> List[Response]:
+        """Return the responses to small adds, stored with one commit."""
+        checked = [self._checked_add(request) for request in requests]
+        batches = [batch for batch in checked if isinstance(batch, Batch)]
+        additions = iter(self._stored(batches))
+        responses = []
+        for request, batch in zip(requests, checked):
+            if isinstance(batch, Response):
+                responses.append(batch)
+                continue
+            addition = next(additions)
+            if isinstance(addition, Exception):
+                responses.append(failure(addition, request))
+            else:
+                responses.append(_added(addition.jobs, False, addition.replayed))
+        return responses
 
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
-        """(function, what its path says, name of the key); raises Problem."""
+        """Return (function, what its path says, name of the key); raise Problem."""
         methods, arguments = route(request.path)
         if not methods and request.path != "*":         # OPTIONS * asks about the server itself
-            raise Problem(404, f"nothing is at {json.dumps(request.path[:80])}; GET / shows what is there")
-        endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
-        if request.method == "OPTIONS" and not endpoint:
+            path = json.dumps(request.path[:80])
+            raise Problem(404, f"nothing is at {path}; GET / shows what is there")
+        method = "GET" if request.method == "HEAD" else request.method
+        endpoint = methods.get(method)
+        if not endpoint and method == "OPTIONS":
             return _options, (), ""
         if not endpoint:
             allowed = allow(methods)
-            raise Problem(405, f"{request.method} is not for this path; allowed: {allowed}; GET / shows what is there",
-                          ("Allow", allowed))
+            raise Problem(405, f"{request.method} is not for this path; allowed: {allowed}; "
+                          "GET / shows what is there", ("Allow", allowed))
         name = self.keys.name(request.headers) or ""
         if not name and endpoint not in PUBLIC:
-            wrong = any(header in request.headers for header in (*KEY_HEADERS, "authorization"))
-            raise Problem(401, "this key is not known; " * wrong + NO_KEY, ("WWW-Authenticate", 'Bearer realm="oqc"'))
+            detail = NO_KEY
+            if any(header in request.headers for header in (*KEY_HEADERS, "authorization")):
+                detail = "this key is not known; " + NO_KEY
+            raise Problem(401, detail, ("WWW-Authenticate", 'Bearer realm="oqc"'))
         return endpoint, arguments, name
 
-    # Jobs
+    # Adding jobs
 
-    def add(self, request: Request) -> Union[Response, Later]:
-        """POST /jobs/add/: store a job, or all of an array or none, and have them run; 201 when they are on disk.
-        `?wait=` seconds for their end."""
+    def add(self, request: Request) -> Response:
+        """POST /jobs/add/: store a job, or all of an array or none, and have them run; 201 when
+        they are on disk. `?wait=` seconds for their end."""
         seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
+        batch, many = self._batch(request)
+        addition, = self._stored([batch])
+        if isinstance(addition, Exception):
+            raise addition
+        added = addition.jobs
+        headers: Headers = ()
+        if seconds:
+            # Whatever became of them since: they were added, and that is what the answer says.
+            with contextlib.suppress(UnknownJob, StoreError):
+                added, headers = self._when_ended(added, seconds)
+        return _added(added, many, addition.replayed, headers)
+
+    def _checked_add(self, request: Request) -> Union[Batch, Response]:
+        """Return what a small add is to store, or the response that refuses it."""
+        try:
+            _, _, name = self._endpoint(request)
+            batch, _ = self._batch(request._replace(key_name=name))
+            return batch
+        except Exception as error:  # pylint: disable=broad-exception-caught # `failure` logs it
+            return failure(error, request)
+
+    def _batch(self, request: Request) -> Tuple[Batch, bool]:
+        """Return (what a request adds, with room reserved for it; whether it came as an array).
+        Raise Malformed, or Problem if there is no room."""
         value = decode(request.body)
         many = isinstance(value, list)
         submissions = self._submissions(value if many else [value], many)
         key = self._idempotency_key(request)
         if self.workers.draining.is_set():
-            raise Problem(503, "the server is stopping; send the job again when it is back", ("Retry-After", "10"))
-        coming = len([one for one in submissions if one.mode != "echo"])
-        with self._counting:
-            if self.workers.waiting() + self._coming + len(submissions) > self.most_waiting:
-                raise Problem(503, f"{self.most_waiting} jobs wait already (--max-waiting); try again later",
-                              ("Retry-After", "10"))
-            self._coming += coming
-
-        def stored(added: Optional[Addition]) -> None:
-            if added:
-                self.workers.take_up(added)
-            with self._counting:
-                self._coming -= coming
-
-        def response(added: Addition, wait: float = 0) -> Response:
-            found, headers = added.jobs, ()
-            if wait:
-                with contextlib.suppress(UnknownJob, StoreError):   # whatever became of them since: they were added
-                    found, headers = self._ended(added.jobs, wait)
-            headers += (("Idempotent-Replayed", "true"),) if added.replayed else ()
-            if many:
-                return Response(201, b"".join(array([found])), headers=headers)
-            return Response(201, job_json(found[0]), headers=(("Location", f"/jobs/{found[0].id}/"), *headers))
-
-        if not self.is_quick(request):          # in a thread of its own, which may wait
-            added = None
-            try:
-                added = self.store.add(submissions, request.key_name, key, self.workers.foregone)
-            finally:
-                stored(added)
-            return response(added, seconds or 0)
-
-        def later(answer: Callable[[Union[Response, Exception]], None]) -> None:
-            def then(added: Optional[Addition], error: Optional[Exception]) -> None:
-                stored(added)
-                answer(response(added) if added else error)
-            self.store.add_soon(submissions, request.key_name, key, then, self.workers.foregone)
-        return later
+            raise Problem(503, "the server is stopping; send the job again when it is back",
+                          ("Retry-After", "10"))
+        self._reserve(submissions)
+        ends = [self.workers.immediate_end(submission) for submission in submissions]
+        return Batch(submissions, request.key_name, key, ends), many
 
     def _submissions(self, values: List[Any], many: bool) -> List[Submission]:
-        """The checked submissions, each with a seed; raises Malformed, which names the index in an array."""
+        """Return the checked submissions, each with a seed; raise Malformed, which names the index
+        in an array."""
         if not 1 <= len(values) <= MOST_JOBS:
             raise Malformed(f"expected an array of 1 to {MOST_JOBS} jobs, found {len(values)}")
-        found = []
+        submissions = []
         for index, value in enumerate(values):
             try:
                 submission = jobs.parse(value)
             except Malformed as error:
-                raise (Malformed(f"[{index}]: {error}") if many else error) from None
-            found.append(submission if submission.seed is not None else submission._replace(seed=self.choose_seed()))
-        return found
+                if many:
+                    raise Malformed(f"[{index}]: {error}") from None
+                raise
+            if submission.seed is None:
+                submission = submission._replace(seed=self.choose_seed())
+            submissions.append(submission)
+        return submissions
 
     @staticmethod
     def _idempotency_key(request: Request) -> Optional[IdempotencyKey]:
-        """The request's Idempotency-Key (draft-ietf-httpapi-idempotency-key-header), with or without its quotes."""
+        """Return the request's Idempotency-Key (draft-ietf-httpapi-idempotency-key-header), with
+        or without its quotes; raise Malformed."""
         text = request.headers.get("idempotency-key")
         if text is None:
             return None
         match = re.fullmatch(rb'"?([\x21\x23-\x7e]{1,255})"?', text)
         if not match:
-            raise Malformed("Idempotency-Key: expected 1 to 255 printable characters without spaces")
+            raise Malformed(
+                "Idempotency-Key: expected 1 to 255 printable characters without spaces")
         return IdempotencyKey(match[1].decode(), hashlib.sha256(request.body).hexdigest())
+
+    def _reserve(self, submissions: Sequence[Submission]) -> None:
+        """Count jobs that are about to be stored, so that a crowd that comes at one moment does
+        not pass --max-waiting; raise Problem if there is no room."""
+        with self._counting:
+            waiting = self.workers.queued() + self._coming
+            if waiting + len(submissions) > self.most_waiting:
+                raise Problem(503, f"{self.most_waiting} jobs wait already (--max-waiting); try "
+                              "again later", ("Retry-After", "10"))
+            self._coming += _count_waiting(submissions)
+
+    def _stored(self, batches: Sequence[Batch]) -> List[Union[Addition, Exception]]:
+        """Store batches and have their jobs run; return what each came to, or the error."""
+        try:
+            additions = self.store.add_together(batches)
+            self.workers.take_up([one for one in additions if isinstance(one, Addition)])
+            return additions
+        finally:
+            with self._counting:
+                for batch in batches:
+                    self._coming -= _count_waiting(batch.submissions)
+
+    # Jobs
 
     def list(self, request: Request) -> Response:
         """GET /jobs/list/: all jobs, one a line, streamed; or a page of them."""
         query = parameters(request.query, ("limit", "after", "order", "status", "mode"))
         after = number(query, "after", 0, 2 ** 63 - 1)
         limit = number(query, "limit", 1, MOST_LIMIT)
-        order = choice(query, "order", ("asc", "desc")) or "asc"
-        equal = {"status": choice(query, "status", jobs.STATUSES), "mode": choice(query, "mode", jobs.MODES)}
-
-        def select(after: Optional[int], most: int) -> List[Job]:
-            with self._heavy:
-                return self.store.page(after, most, order == "desc", **equal)   # type: ignore[no-any-return]
-
-        page = select(after, limit or PAGE)     # now, so that a database that cannot be read is found before the answer
-        chunks, headers = iter([page]), ()
+        descending = choice(query, "order", ("asc", "desc")) == "desc"
+        select = functools.partial(
+            self._page, descending=descending, status=choice(query, "status", jobs.STATUSES),
+            mode=choice(query, "mode", jobs.MODES))
+        # Now, so that a database that cannot be read is found before the answer begins.
+        page = select(after, limit or PAGE)
         if limit is None:
-            chunks = pages(select, page)
-        elif may_go_on(page, limit) and select(page[-1][0], 1):
-            kept = "".join(f"&{name}={value.replace(' ', '%20')}" for name, value in query.items() if name != "after")
+            return self._listing(request, pages(select, page))
+        headers: Headers = ()
+        if may_go_on(page, limit) and select(page[-1][0], 1):
+            kept = "".join(f"&{name}={value.replace(' ', '%20')}"
+                           for name, value in query.items() if name != "after")
             headers = (("Link", f'</jobs/list/?after={page[-1][0]}{kept}>; rel="next"'),)
-        text = wants_text(request)
-        pieces = job_rows(chunks) if text else array(chunks)
-        body: Union[bytes, Iterator[bytes]] = pieces if limit is None else b"".join(pieces)
-        return Response(200, body, PLAIN if text else "application/json", headers)
+        listing = self._listing(request, iter([page]))
+        return listing._replace(body=b"".join(listing.body), headers=headers)
+
+    def _page(self, after: Optional[int], limit: int, descending: bool,
+              **equal: Optional[str]) -> List[Job]:
+        """Return a page of jobs; of such reads only HEAVY go on at once."""
+        with self._heavy:
+            return self.store.page(after, limit, descending, **equal)
+
+    @staticmethod
+    def _listing(request: Request, chunks: Iterator[List[Job]]) -> Response:
+        """Return these jobs as JSON or a table, piece by piece."""
+        if wants_text(request):
+            return Response(200, job_rows(chunks), PLAIN)
+        return Response(200, array(chunks))
 
     def get(self, request: Request, name: str) -> Response:
-        """GET /jobs/{id}/: the job, or 404 and a 0 (documented so). `?wait=` seconds for its end."""
+        """GET /jobs/{id}/: the job, or 404 and a 0 (documented so). `?wait=` seconds for its
+        end."""
         job, headers = self._job(request, name)
         if wants_text(request):
             return Response(200, b"".join(job_rows([[job]])), PLAIN, headers)
         return Response(200, job_json(job), headers=headers)
 
     def result(self, request: Request, name: str) -> Response:
-        """GET /jobs/{id}/result/: what the runtime put out, as JSON where it is that, else as text."""
+        """GET /jobs/{id}/result/: what the runtime put out, as JSON where it is that, else as
+        text."""
         job, headers = self._job(request, name)
         if job.end_time is None:
             raise Problem(409, f"job {job.id} has not ended yet: {job.status}", *headers)
         result, is_json = self.store.result(job.id)
-        if is_json and not wants_text(request):
-            return Response(200, result.encode() + b"\n")
-        return text_response(result_text(result) if is_json else whole_lines(result))
+        if not is_json:
+            return text_response(whole_lines(result))
+        if wants_text(request):
+            return text_response(result_text(result))
+        return Response(200, result.encode() + b"\n")
 
     def picture(self, _: Request, name: str) -> Response:
         """GET /jobs/{id}/bloch.svg: the path of a simulation on the Bloch sphere."""
         job = self.store.get(job_id(name))
         if job.mode != "simulation":
-            raise Problem(409, f"job {job.id} has the mode {job.mode}; only a simulation has a path that is known")
-        return Response(200, bloch.picture(f"Job {job.id} on the Bloch sphere", job.job).encode(), "image/svg+xml",
-                        (("Content-Security-Policy", "default-src 'none'"), ("X-Content-Type-Options", "nosniff")))
+            raise Problem(409, f"job {job.id} has the mode {job.mode}; only a simulation has a "
+                          "path that is known")
+        svg = bloch.picture(f"Job {job.id} on the Bloch sphere", job.job)
+        return Response(200, svg.encode(), "image/svg+xml", PICTURE_HEADERS)
 
-    def _job(self, request: Request, name: str) -> Tuple[Job, Tuple[Tuple[str, str], ...]]:
-        """The job of this path, after the wait that the query asks for; raises UnknownJob, Malformed."""
+    def _job(self, request: Request, name: str) -> Tuple[Job, Headers]:
+        """Return the job of this path, after the wait that the query asks for, and headers; raise
+        UnknownJob, Malformed."""
         known = job_id(name)
         seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
-        job: Job = self.store.get(known)
+        job = self.store.get(known)
         if not seconds or job.end_time is not None:
             return job, ()
-        found, headers = self._ended([job], seconds)
-        return found[0], headers
+        (job,), headers = self._when_ended([job], seconds)
+        return job, headers
 
-    def _ended(self, waited_for: List[Job], seconds: float) -> Tuple[List[Job], Tuple[Tuple[str, str], ...]]:
-        """These jobs as soon as all have ended, or as they are after so many seconds; and as they are now, with a
-        Retry-After, when the server has no room for another request that waits."""
-        found = self.workers.wait([job.id for job in waited_for], seconds)
-        return (found, ()) if found else (waited_for, (("Retry-After", "1"),))
+    def _when_ended(self, waited_for: List[Job], seconds: float) -> Tuple[List[Job], Headers]:
+        """Return these jobs as soon as all have ended, or as they are after so many seconds; and
+        as they are now, with a Retry-After, when there is no room for another that waits."""
+        ended = self.waiting.until_ended([job.id for job in waited_for], seconds)
+        if not ended:
+            return waited_for, (("Retry-After", "1"),)
+        return ended, ()
 
     def cancel(self, _: Request, name: str) -> Response:
         """DELETE /jobs/{id}/: end a job that has not ended; answers when it has."""
         return Response(200, job_json(self.workers.cancel(job_id(name))))
 
     def prune(self, request: Request) -> Response:
-        """DELETE /jobs/list/?older-than=90d: forget the jobs that ended longer ago; {"deleted": how many}."""
+        """DELETE /jobs/list/?older-than=90d: forget the jobs that ended longer ago;
+        {"deleted": how many}."""
         age = parameters(request.query, ("older-than",)).get("older-than", "")
         match = re.fullmatch("([0-9]{1,6})([dhms])", age)
         if not match:
             raise Malformed("older-than: expected a time such as 90d, 12h, 30m or 0s")
-        seconds = int(match[1]) * {"d": 86400, "h": 3600, "m": 60, "s": 1}[match[2]]
+        seconds = int(match[1]) * AGE_UNITS[match[2]]
         return json_response({"deleted": self.store.prune(seconds)})
 
     # The server
 
     def root(self, request: Request) -> Response:
         """GET /: what can be asked for, with the address that was asked; for a browser the page."""
-        if re.match(rb"\s*text/html\b", request.headers.get("accept", b"")):
+        if WANTS_HTML.match(request.headers.get("accept", b"")):
             return Response(200, PAGE_BODY, "text/html; charset=utf-8", PAGE_HEADERS)
         host = request.headers.get("host", b"localhost:12021").decode()
         return text_response(CHEAT_SHEET.replace("HOST", host))
@@ -303,20 +476,25 @@ class Api:
         return Response(200, OPENAPI)
 
     def status(self, request: Request) -> Response:
-        """GET /status/: how much waits, runs and has ended, of one moment. `?wait=` seconds for a change, counted from
-        that which a status before had: `?since=`."""
+        """GET /status/: how much waits, runs and has ended, of one moment. `?wait=` seconds for a
+        change, counted from that which a status before had: `?since=`."""
         query = parameters(request.query, ("wait", "since"))
         since = number(query, "since", 0, 2 ** 63 - 1)
-        self.workers.wait_for_change(self.workers.changes if since is None else since,
-                                     number(query, "wait", 0, MOST_WAIT) or 0)
-        change = self.workers.changes           # before the store is read: nothing after it goes unnoticed
+        seconds = number(query, "wait", 0, MOST_WAIT)
+        if since is None:
+            since = self.waiting.changes
+        self.waiting.for_change(since, seconds or 0)
+        change = self.waiting.changes   # before the store is read: nothing after it goes unnoticed
         with self._heavy:
             stored = self.store.status()
-        paused = [name for name in self.workers.runtimes if self.workers.describe(name)["state"] == "paused"]
-        found = {**stored, "paused": paused, "version": __version__, "uptime": self.workers.uptime(), "change": change}
+        paused = [name for name in self.workers.runtimes
+                  if self.workers.describe(name)["state"] == "paused"]
+        status = {**stored, "paused": paused, "version": __version__,
+                  "uptime": self.workers.uptime(), "change": change}
         if wants_text(request):
-            return text_response(table([(name, json.dumps(value)) for name, value in found.items()], ("WHAT", "VALUE")))
-        return json_response(found)
+            rows = [(name, json.dumps(value)) for name, value in status.items()]
+            return text_response(table(rows, ("WHAT", "VALUE")))
+        return json_response(status)
 
     def metrics(self, _: Request) -> Response:
         """GET /metrics/: the same and the durations of jobs, for Prometheus."""
@@ -326,51 +504,81 @@ class Api:
         return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def health(self, _: Request) -> Response:
-        """GET /health/: whether the server can take jobs and run them; or 503 with the reasons. Needs no key."""
-        states, unusable = self.workers.states(), self.store.unusable()
-        reasons = [unusable] if unusable else []
-        reasons += ["the server is stopping"] if self.workers.draining.is_set() else []
-        reasons += [f"no runtime for {mode} can be started" for mode in jobs.MODES
-                    if all(state == "failing" for known, state in states if known == mode)]
-        body = {"status": "failing", "reasons": reasons} if reasons else {"status": "ok"}
-        return json_response(body, 503 if reasons else 200)
+        """GET /health/: whether the server can take jobs and run them; or 503 with the reasons.
+        Needs no key."""
+        states = self.workers.states()
+        reasons = []
+        unusable = self.store.unusable()
+        if unusable:
+            reasons.append(unusable)
+        if self.workers.draining.is_set():
+            reasons.append("the server is stopping")
+        for mode in jobs.MODES:
+            if all(state == "failing" for known, state in states if known == mode):
+                reasons.append(f"no runtime for {mode} can be started")
+        if reasons:
+            return json_response({"status": "failing", "reasons": reasons}, 503)
+        return json_response({"status": "ok"})
 
     # Runtimes
 
     def runtimes(self, request: Request) -> Response:
-        """GET /runtimes/: every runtime and how it fares."""
-        found = [self.workers.describe(name) for name in self.workers.runtimes]
-        if wants_text(request):
-            rows = [[", ".join(map(str, value)) if isinstance(value, list) else value for value in one.values()]
-                    for one in found]
-            return text_response(table(rows, [name.upper() for name in found[0]]))
-        return Response(200, b"".join(array([found], json.dumps)))
+        """GET /runtimes/: every runtime and its state."""
+        runtimes = [self.workers.describe(name) for name in self.workers.runtimes]
+        if not wants_text(request):
+            return Response(200, b"".join(array([runtimes], json.dumps)))
+        rows = [[", ".join(map(str, value)) if isinstance(value, list) else value
+                 for value in runtime.values()] for runtime in runtimes]
+        return text_response(table(rows, [name.upper() for name in runtimes[0]]))
 
     def pause(self, request: Request, name: str) -> Response:
         """POST /runtimes/{name}/pause/: let what runs on it end and start no other."""
-        reason = ""
-        if request.body.strip():
-            value = decode(request.body)
-            if not isinstance(value, dict) or set(value) - {"reason"} or not isinstance(value.get("reason", ""), str):
-                raise Malformed('expected {"reason": "..."} or no body')
-            reason = value.get("reason", "")
-            try:
-                if len(reason.encode()) > 1000:
-                    raise Malformed("reason: expected 1000 bytes of text at most")
-            except UnicodeEncodeError:
-                raise Malformed("reason: half of a surrogate pair is no text") from None
-        return self._runtime(self.workers.pause, name, reason)
+        return self._change_runtime(self.workers.pause, name, _reason(request.body))
 
     def resume(self, _: Request, name: str) -> Response:
         """POST /runtimes/{name}/resume/: let it run jobs again."""
-        return self._runtime(self.workers.resume, name)
+        return self._change_runtime(self.workers.resume, name)
 
     @staticmethod
-    def _runtime(change: Callable[..., Dict[str, Any]], *arguments: str) -> Response:
+    def _change_runtime(change: Callable[..., Dict[str, Any]], *arguments: str) -> Response:
         try:
             return json_response(change(*arguments))
         except KeyError:
             raise Problem(404, "no runtime has this name; GET /runtimes/ lists them") from None
+
+
+def _added(added: List[Job], many: bool, replayed: bool, headers: Headers = ()) -> Response:
+    """Return the 201 for jobs that are on disk: an array if they came so."""
+    if replayed:
+        headers = (*headers, ("Idempotent-Replayed", "true"))
+    if many:
+        return Response(201, b"".join(array([added])), headers=headers)
+    headers = (("Location", f"/jobs/{added[0].id}/"), *headers)
+    return Response(201, job_json(added[0]), headers=headers)
+
+
+def _count_waiting(submissions: Sequence[Submission]) -> int:
+    """Return how many of these jobs will wait for a runtime."""
+    return len([one for one in submissions if one.mode != "echo"])
+
+
+def _reason(body: bytes) -> str:
+    """Return the reason in the body of a pause, empty without one; raise Malformed."""
+    if not body.strip():
+        return ""
+    value = decode(body)
+    if not isinstance(value, dict) or set(value) - {"reason"}:
+        raise Malformed('expected {"reason": "..."} or no body')
+    reason = value.get("reason", "")
+    if not isinstance(reason, str):
+        raise Malformed('expected {"reason": "..."} or no body')
+    try:
+        size = len(reason.encode())
+    except UnicodeEncodeError:
+        raise Malformed("reason: half of a surrogate pair is no text") from None
+    if size > MOST_REASON:
+        raise Malformed(f"reason: expected {MOST_REASON} bytes of text at most")
+    return reason
 
 
 ROUTES = tuple((re.compile(path), methods) for path, methods in (
@@ -393,7 +601,7 @@ PUBLIC = (Api.root, Api.openapi, Api.health)    # what needs no key
 
 @functools.lru_cache(maxsize=256)
 def route(path: str) -> Tuple[Dict[str, Endpoint], Tuple[str, ...]]:
-    """({method: endpoint}, what the path says); no methods where nothing is."""
+    """Return ({method: endpoint}, what the path says); no methods where nothing is."""
     for pattern, methods in ROUTES:
         match = pattern.fullmatch(path)
         if match:
@@ -402,21 +610,28 @@ def route(path: str) -> Tuple[Dict[str, Endpoint], Tuple[str, ...]]:
 
 
 def allow(methods: Iterable[str]) -> str:
-    """The value of Allow for a path with these methods."""
-    return ", ".join(sorted({*methods, "OPTIONS"} | ({"HEAD"} if "GET" in methods else set())))
+    """Return the value of Allow for a path with these methods."""
+    allowed = {*methods, "OPTIONS"}
+    if "GET" in methods:
+        allowed.add("HEAD")
+    return ", ".join(sorted(allowed))
 
 
 def _options(_: Api, request: Request) -> Response:
     return Response(204, b"", headers=(("Allow", allow(route(request.path)[0])),))
 
 
-def pages(select: Callable[[Optional[int], int], List[Job]], page: List[Job]) -> Iterator[List[Job]]:
-    """A page of jobs and all that follow it, of what `select(after, limit)` gives."""
+def pages(select: Callable[[Optional[int], int], List[Job]], page: List[Job]
+          ) -> Iterator[List[Job]]:
+    """Yield a page of jobs and all that follow it, of what `select(after, limit)` gives."""
     while page:
         yield page
-        page = select(page[-1][0], PAGE) if may_go_on(page, PAGE) else []
+        if not may_go_on(page, PAGE):
+            return
+        page = select(page[-1][0], PAGE)
 
 
 def may_go_on(page: List[Job], most: int) -> bool:
-    """Whether jobs may follow on a page of up to so many: it is full, or was cut because they are long."""
+    """Return whether jobs may follow on a page of up to so many: it is full, or was cut because
+    they are long."""
     return len(page) == most or sum(len(job[1]) for job in page) > jobs.PAGE_BYTES

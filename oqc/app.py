@@ -1,13 +1,38 @@
-"""The composition root: builds a server, starts its parts, waits for signals, stops them in the reverse order."""
+"""The composition root: builds a server, starts its parts, waits for signals, stops them in the
+reverse order.
+
+The table of threads:
+
+| name | runs | may block on | takes |
+|---|---|---|---|
+| main | serve: start, prune, reload, stop | the signals' events, the store | Store's lead |
+| signals | Signals._wait | sigwait | |
+| log | LogLines._write | standard error | |
+| listener | Server.serve_forever | select; a quick commit of small adds | Store's lead |
+| of the pool | Server.process_request_thread, ._handle_together | clients, store, Waiting | all |
+| alarms | Workers._ring_alarms | its event, until a retry is due | Workers.lock |
+| NAME-0, NAME-1, … | Workers._work, one a slot | its bell, its runtime, the store | all |
+
+Locks, outermost first: Workers._pausing, Store's large, Store's lead, Workers.lock, Waiting's lock,
+Api's count. None is held while a runtime or a client is waited for.
+
+The way of a POST of a small job: Server._ready reads its bytes into a Connection; Connection.parse
+makes a Request of them; Server.process_request puts it with the other small adds of the round;
+Server._handle_adds gives them to Api.handle_together, which parses the jobs and has
+Store.add_together commit them and Workers.take_up put them on their queue, and returns the
+Responses; Server.shutdown_request gives each Connection back; Server._respond sends the response.
+Any other request goes from Server.process_request to a thread of the pool, where
+Server.finish_request makes a Handler that asks Api.handle, and comes back the same way. Then a
+worker thread takes the job: Workers._take, Store.claim, Slot.run, Store.settle, Waiting.notify.
+"""
 import contextlib
 import functools
 import logging
 import os
-import queue
 import random
 import signal
 import threading
-from typing import Optional
+from typing import Any, Tuple
 
 from oqc import runtimes
 from oqc.api import Api, Keys
@@ -15,90 +40,39 @@ from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
 from oqc.config import ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, StoreError
+from oqc.log import LogLines
 from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
 from oqc.store import Store
+from oqc.waiting import Waiting
 from oqc.workers import Workers
-# last: what http.server brings fills the holes that compiling the others leaves, 1 MiB where no bytecode is kept
+# last: what http.server brings fills the holes that compiling the others leaves, 1 MiB where no
+# bytecode is kept
 from oqc.server import Limits, Server, notify, tls_context
 
 log = logging.getLogger("oqc")
 
-MOST_LINES = 10_000                 # log lines that wait for a standard error that nobody reads
 PRUNE_EVERY = 3600.0                # seconds, with --keep-days
-GATHER = 0.05                       # seconds in which access lines are gathered into one write
 
 
 class StartError(Exception):
     """The server cannot start; the text is one line that says why and what to do."""
 
 
-class LogLines(logging.Handler):
-    """The log on standard error, written by a thread of its own: a full, blocked or closed standard error costs lines,
-    never a request. Without journald each line begins with its time, with it with its priority (sd-daemon(3))."""
-
-    def __init__(self, clock: Clock, journal: bool) -> None:
-        super().__init__()
-        self.clock, self.journal, self.dropped = clock, journal, 0
-        self._lines: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()
-        self._urgent = threading.Event()
-        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
-        self._thread.start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Log a record in one line: what a terminal would act on, line breaks included, as text."""
-        text = "".join(char if char.isprintable() else repr(char)[1:-1] for char in self.format(record))
-        priority = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}.get(record.levelno, 3)
-        begin = f"<{priority}>" if self.journal else f"{self.clock.now()} {record.levelname.lower()} "
-        self._put(f"{begin}{text}\n")
-        self._urgent.set()
-
-    def access(self, line: str) -> None:
-        """Log a request."""
-        self._put(f"<6>{line}\n" if self.journal else f"{self.clock.now()} access {line}\n")
-
-    def _put(self, line: str) -> None:
-        if self._lines.qsize() < MOST_LINES:
-            self._lines.put(line)
-        else:
-            self.dropped += 1
-
-    def _write(self) -> None:
-        running = True
-        while running:
-            lines = [self._lines.get()]
-            self.clock.wait(self._urgent, GATHER)
-            self._urgent.clear()
-            while not self._lines.empty():
-                lines.append(self._lines.get())
-            running = None not in lines
-            if self.dropped:
-                lines.append(f"{self.dropped} lines were dropped: standard error took them too slowly\n")
-                self.dropped = 0
-            data = "".join(filter(None, lines)).encode("utf-8", "backslashreplace")
-            with contextlib.suppress(OSError):
-                while data:
-                    data = data[os.write(2, data):]
-
-    def close(self) -> None:
-        """Write what there is, unless nobody reads it."""
-        self._lines.put(None)
-        self._urgent.set()
-        self._thread.join(1)
-        super().close()
-
-
 class Signals:
     """What the outside asked for, as events that a thread of its own sets.
 
-    No handlers: they run only when the main thread happens to, so that a signal that comes just before it waits is not
-    heard, and one that comes while it holds an event's lock waits for that lock for ever. Every thread that starts
-    after this one has the signals blocked as well.
+    No handlers: they run only when the main thread happens to, so that a signal that comes just
+    before it waits is not heard, and one that comes while it holds an event's lock waits for that
+    lock for ever. Every thread that starts after this one has the signals blocked as well.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.any, self.stop, self.hurry, self.reload = (threading.Event() for _ in range(4))
+        self.any = threading.Event()        # one of the three below
+        self.stop = threading.Event()
+        self.hurry = threading.Event()      # a second signal to stop
+        self.reload = threading.Event()
         signal.pthread_sigmask(signal.SIG_BLOCK, self.NUMBERS)
         threading.Thread(target=self._wait, name="signals", daemon=True).start()
 
@@ -106,20 +80,27 @@ class Signals:
         while True:
             if signal.sigwait(self.NUMBERS) == signal.SIGHUP:
                 self.reload.set()
+            elif self.stop.is_set():
+                self.hurry.set()
             else:
-                (self.hurry if self.stop.is_set() else self.stop).set()
+                self.stop.set()
             self.any.set()
 
 
 def serve(settings: Settings) -> int:
-    """Run a server until it is told to stop; 0. Raises StartError."""
+    """Run a server until it is told to stop; return 0. Raise StartError."""
     _keep_standard_descriptors()
-    signals, clock = Signals(), Clock()
+    signals = Signals()
+    clock = Clock()
     lines = LogLines(clock, bool(os.environ.get("JOURNAL_STREAM")))
-    log.handlers, log.propagate = [lines], False
+    log.handlers = [lines]
+    log.propagate = False
     log.setLevel(settings.log_level.upper())
     try:
-        _serve(settings, signals, clock, lines)
+        running = _Running(settings, clock, lines)
+        running.start()
+        running.until_stopped(signals)
+        running.stop(signals)
         return 0
     except StoreError as error:
         raise StartError(str(error)) from None
@@ -127,98 +108,138 @@ def serve(settings: Settings) -> int:
         lines.close()
 
 
-def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) -> None:
-    """Build, start, wait, stop."""
-    dice = random.Random()              # seeded by the system; a system call for each number is a 20th of an add
+class _Running:
+    """A server with all its parts."""
+
+    def __init__(self, settings: Settings, clock: Clock, lines: LogLines) -> None:
+        """Build it and listen; raise StoreError, StartError."""
+        self.settings = settings
+        self.clock = clock
+        tls = _tls(settings)
+        # Seeded by the system; a system call for each number is a 20th of an add.
+        dice = random.Random()
+        self.store = Store(settings.db, clock)
+        waiting = Waiting(self.store, clock, max(1, settings.max_connections // 2))
+        slots = [(spec, functools.partial(runtimes.slot, spec, clock, settings.kill_grace))
+                 for spec in settings.runtimes]
+        self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting)
+        choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
+        self.api = Api(self.store, self.workers, waiting, Keys(dict(settings.keys)), choose_seed,
+                       settings.max_waiting)
+        limits = Limits(body=settings.max_body, connections=settings.max_connections)
+        access = lines.access
+        if not log.isEnabledFor(logging.INFO):
+            access = _discard
+        try:
+            self.server = Server((settings.host, settings.port), self.api, clock, limits=limits,
+                                 access=access, tls=tls)
+        except (OSError, TypeError) as error:   # TypeError: half of a surrogate pair in the host
+            self.store.close()
+            reason = getattr(error, "strerror", None) or error
+            raise StartError(f"{settings.host}:{settings.port}: {reason}; --host and --port name "
+                             "another address") from None
+
+    def start(self) -> None:
+        """Start the workers, then the listener; raise StartError."""
+        try:
+            self.workers.start()
+        except OSError as error:
+            self.store.close()
+            raise StartError(f"no room for so many slots: {error.strerror}; each takes two "
+                             "descriptors (ulimit -n), and more while a job runs in it") from None
+        _say_what_there_is(self.settings, self.server.server_address)
+        threading.Thread(target=self.server.serve_forever, name="listener", daemon=True).start()
+        notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
+
+    def until_stopped(self, signals: Signals) -> None:
+        """Do what is to be done now and then, until a signal asks to stop."""
+        while not signals.stop.is_set():
+            pause = None
+            if self.settings.keep_days:
+                pause = PRUNE_EVERY
+                self._forget_old_jobs()
+            self.clock.wait(signals.any, pause)
+            signals.any.clear()
+            if signals.reload.is_set():
+                signals.reload.clear()
+                self._read_keys_again()
+
+    def stop(self, signals: Signals) -> None:
+        """Take no more jobs, let those that run end, then everything, in the reverse order of its
+        start."""
+        notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
+        log.info("stopping: no new jobs, %g s for those that run; a second signal ends them at "
+                 "once", self.settings.drain)
+        deadline = self.clock.monotonic() + self.settings.drain
+        self.workers.drain(signals.any)
+        while self.workers.busy() and not signals.hurry.is_set():
+            left = deadline - self.clock.monotonic()
+            if left <= 0:
+                break
+            self.clock.wait(signals.any, left)
+            signals.any.clear()
+        self.workers.stop()
+        self.server.shutdown()
+        self.server.server_close()
+        self.store.close()
+        log.info("stopped")
+
+    def _forget_old_jobs(self) -> None:
+        days = self.settings.keep_days
+        try:
+            deleted = self.store.prune(days * 86400)
+            if deleted:
+                log.info("%d jobs that ended more than %d days ago are deleted", deleted, days)
+        except StoreError as error:
+            log.error("old jobs not deleted: %s", error)
+
+    def _read_keys_again(self) -> None:
+        try:
+            self.api.keys = Keys(read_keys(self.settings, os.environ))
+            log.info("keys read again: %s", ", ".join(sorted(self.api.keys.names.values())))
+        except ConfigError as error:
+            log.error("keys not read again, the old ones stay: %s", error)
+
+
+def _discard(_: str) -> None:
+    """Take an access line that nobody wants to read."""
+
+
+def _tls(settings: Settings) -> Any:
+    """Return what serves HTTPS, if it is asked for; raise StartError."""
     try:
-        tls = tls_context(settings.tls_cert, settings.tls_key)
+        return tls_context(settings.tls_cert, settings.tls_key)
     except OSError as error:
         files = ", ".join(filter(None, (settings.tls_cert, settings.tls_key)))
         raise StartError(f"{files}: {error.strerror or error}") from None
-    store = Store(settings.db, clock)
-    slots = [(spec, functools.partial(runtimes.slot, spec, clock, settings.kill_grace)) for spec in settings.runtimes]
-    workers = Workers(store, slots, RetryPolicy(), clock, dice.random, max(1, settings.max_connections // 2))
-    api = Api(store, workers, Keys(dict(settings.keys)), lambda: dice.getrandbits(MOST_SEED.bit_length()),
-              settings.max_waiting)
-    try:
-        server = Server((settings.host, settings.port), api, clock,
-                        limits=Limits(body=settings.max_body, connections=settings.max_connections),
-                        tls=tls,
-                        access=lines.access if log.isEnabledFor(logging.INFO) else lambda line: None)
-    except (OSError, TypeError) as error:       # TypeError: half of a surrogate pair in the host
-        store.close()
-        raise StartError(f"{settings.host}:{settings.port}: {getattr(error, 'strerror', None) or error}; --host and "
-                         "--port name another address") from None
-    try:
-        workers.start()
-    except OSError as error:
-        store.close()
-        raise StartError(f"no room for so many slots: {error.strerror}; each takes two descriptors (ulimit -n), and "
-                         "more while a job runs in it") from None
-    _say_what_there_is(settings, server)
-    threading.Thread(target=server.serve_forever, name="listener", daemon=True).start()
-    notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
-    while not signals.stop.is_set():
-        if settings.keep_days:
-            _forget_old_jobs(settings, store)
-        clock.wait(signals.any, PRUNE_EVERY if settings.keep_days else None)
-        signals.any.clear()
-        if signals.reload.is_set():
-            signals.reload.clear()
-            _read_keys_again(settings, api)
-    _stop(settings, signals, clock, server, workers, store)
 
 
-def _stop(settings: Settings, signals: Signals, clock: Clock, server: Server, workers: Workers, store: Store) -> None:
-    """Take no more jobs, let those that run end, then everything, in the reverse order of its start."""
-    notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
-    log.info("stopping: no new jobs, %g s for those that run; a second signal ends them at once", settings.drain)
-    deadline = clock.monotonic() + settings.drain
-    workers.drain(signals.any)
-    while workers.busy() and not signals.hurry.is_set() and clock.monotonic() < deadline:
-        clock.wait(signals.any, max(0.0, deadline - clock.monotonic()))
-        signals.any.clear()
-    workers.stop()
-    server.stop()
-    store.close()
-    log.info("stopped")
-
-
-def _say_what_there_is(settings: Settings, server: Server) -> None:
-    host, port = server.server_address[:2]
-    shown = f"[{host}]" if ":" in str(host) else host
-    log.info("listening on %s://%s:%d/", "https" if settings.tls_cert else "http", shown, port)
+def _say_what_there_is(settings: Settings, address: Tuple[str, int]) -> None:
+    host, port = address[:2]
+    if ":" in str(host):
+        host = f"[{host}]"
+    scheme = "https" if settings.tls_cert else "http"
+    log.info("listening on %s://%s:%d/", scheme, host, port)
     log.info("database %s", os.path.abspath(settings.db))
-    log.info("runtimes: %s", "; ".join(
-        f"{mode} on {', '.join(spec.name for spec in settings.runtimes if mode in spec.modes)}" for mode in MODES))
+    modes = []
+    for mode in MODES:
+        names = [spec.name for spec in settings.runtimes if mode in spec.modes]
+        modes.append(f"{mode} on {', '.join(names)}")
+    log.info("runtimes: %s", "; ".join(modes))
     if any(spec.name == "emulator" for spec in settings.runtimes):
-        log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND names a runtime")
-
-
-def _forget_old_jobs(settings: Settings, store: Store) -> None:
-    try:
-        deleted = store.prune(settings.keep_days * 86400)
-        if deleted:
-            log.info("%d jobs that ended more than %d days ago are deleted", deleted, settings.keep_days)
-    except StoreError as error:
-        log.error("old jobs not deleted: %s", error)
-
-
-def _read_keys_again(settings: Settings, api: Api) -> None:
-    try:
-        api.keys = Keys(read_keys(settings, os.environ))
-        log.info("keys read again: %s", ", ".join(sorted(api.keys.names.values())))
-    except ConfigError as error:
-        log.error("keys not read again, the old ones stay: %s", error)
+        log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND "
+                    "names a runtime")
 
 
 def _keep_standard_descriptors() -> None:
-    """Open what of 0, 1 and 2 is closed, so that no socket or database gets its number; make sure that runtimes
-    inherit no other descriptor than those."""
+    """Open what of 0, 1 and 2 is closed, so that no socket or database gets its number; make sure
+    that runtimes inherit no other descriptor than those."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    for name in os.listdir("/dev/fd") if os.path.isdir("/dev/fd") else ():
+    if not os.path.isdir("/dev/fd"):
+        return
+    for name in os.listdir("/dev/fd"):
         if int(name) > 2:
             with contextlib.suppress(OSError):      # the one that listdir itself had
                 os.set_inheritable(int(name), False)

@@ -161,12 +161,21 @@ class Ending(NamedTuple):
     seconds: float = 0.0            # that the attempt took
 
 
-class Foregone(NamedTuple):
-    """The one attempt at a job that takes no time and has no result, so that its end is known when the job comes in."""
+class ImmediateEnd(NamedTuple):
+    """How the one attempt at a job ends that takes no time and has no result: known on arrival."""
 
     runtime: str
     event: str                      # "succeeded" or "failed"
     outcome: Outcome
+
+
+class Batch(NamedTuple):
+    """The jobs of one request, of which all are added or none."""
+
+    submissions: Sequence[Submission]
+    submitter: str                  # the name of the key that it came with
+    key: Optional[IdempotencyKey] = None
+    ends: Sequence[Optional[ImmediateEnd]] = ()     # of each submission; (): none ends at once
 
 
 class RetryPolicy(NamedTuple):
@@ -199,11 +208,14 @@ def echo(return_code: int, retry_codes: Sequence[int]) -> Outcome:
     return Outcome(return_code, f"echo of return code {return_code}", transient=return_code in retry_codes)
 
 
-def foregone(return_code: int, spec: RuntimeSpec, policy: RetryPolicy) -> Optional[Foregone]:
-    """How an echo of this return code ends, unless it is to be tried again."""
+def immediate_end(return_code: int, spec: RuntimeSpec, policy: RetryPolicy
+                  ) -> Optional[ImmediateEnd]:
+    """Return how an echo of this return code ends, or None if it is to be tried again."""
     outcome = echo(return_code, spec.retry_codes)
     event = decide(outcome, 1, policy)
-    return None if event == "retry" else Foregone(spec.name, event, outcome)
+    if event == "retry":
+        return None
+    return ImmediateEnd(spec.name, event, outcome)
 
 
 def parse(value: Any) -> Submission:

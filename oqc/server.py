@@ -1,8 +1,25 @@
-"""The only room that touches sockets: connections, limits, deadlines, TLS, one write an answer."""
+"""The server: socketserver's hooks around a loop that reads all connections, and a pool of threads.
+
+What socketserver calls a request is a `Connection` here, as UDPServer's is `(data, socket)`; the
+method `process_request` is called each time a connection has a whole HTTP request in hand. The
+listener is the thread in `serve_forever`. A method without a word on its thread is the listener's.
+
+| hook | thread | what it does |
+|---|---|---|
+| get_request | listener | accepts; the TLS handshake comes with the first bytes |
+| verify_request | listener | is there room |
+| process_request | listener | answers what is quick, gathers small adds, else asks the pool |
+| process_request_thread | pool | inherited: finish_request, handle_error, shutdown_request |
+| finish_request | either | inherited: Handler(connection, address, server) |
+| Handler.handle, .finish | either | asks the Api for the response; sends one that comes in pieces |
+| shutdown_request | either | gives the connection back to the listener |
+| close_request | listener | ends a connection |
+| handle_error | either | logs a defect, which costs its connection and no other |
+| service_actions | listener | ends what is past its deadline |
+"""
 import collections
 import contextlib
 import errno
-import functools
 import logging
 import queue
 import selectors
@@ -11,431 +28,586 @@ import socketserver
 import ssl
 import threading
 from http.server import ThreadingHTTPServer
-from typing import Any, Callable, Deque, Dict, List, Optional, Tuple
+from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Tuple
 
 from oqc.api import Api
+from oqc.connection import ANSWERING, BODY, CLOSED, IDLE, LEAVING, READING, SENDING, Connection
 from oqc.messages import Problem, Request, Response, problem_response
-from oqc.wire import Connection, Head, Limits, answer_head
+from oqc.wire import Limits, answer_head
 
 log = logging.getLogger("oqc")
 
-FAR = float("inf")
+NEVER = float("inf")
 TICK = 0.25                         # seconds between two looks at the deadlines
-PAUSE = 0.1                         # seconds without new connections when no descriptor is to be had
+PAUSE = 0.1                         # seconds without new connections when no descriptor is free
 READ = 1 << 16                      # bytes read at once
 ACCEPTED_AT_ONCE = 64
-MOST_LEAVING = 64                   # connections over the cap, while they are told that there is no room
+MOST_LEAVING = 64                   # connections over the limit that are told so before they end
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-KEEP_THREAD = 60.0                  # seconds a thread of the pool rests before it ends
-OVERLOADED = problem_response(Problem(503, "no connection or no thread is free; try again soon", ("Retry-After", "1")))
+REST = 60.0                         # seconds that a thread of the pool waits for work, then it ends
+NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+OVERLOADED = problem_response(Problem(
+    503, "no connection or no thread is free; try again soon", ("Retry-After", "1")))
 
 
-class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attributes # each has a line that says why
-    """Listens, reads the requests of all connections in one thread, and keeps them to their deadlines.
+class Clock(Protocol):
+    """What the server asks of a clock."""
 
-    The listener answers by itself what needs no waiting, so that a crowd of clients does not fight for the interpreter
-    lock (16 threads that each serve a connection answer a quarter as many); a request that may take long gets a thread
-    of the pool while it lasts. An idle or slow client costs no thread.
+    def monotonic(self) -> float:
+        """Return seconds that never jump."""
+
+    def date(self) -> str:
+        """Return the UTC time as an HTTP date."""
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """Answers the request that a connection has in hand: socketserver makes one for each."""
+
+    server: "Server"
+    request: Connection
+
+    def handle(self) -> None:
+        """Ask the Api for the response."""
+        connection = self.request
+        assert connection.request is not None
+        connection.response = self.server.api.handle(connection.request)
+
+    def finish(self) -> None:
+        """Send a response that comes in pieces; one that is at hand is sent by the listener."""
+        connection = self.request
+        if connection.response is None or not connection.streams():
+            return
+        connection.decide_keep(self.server.stopping)
+        try:
+            self._send_pieces(connection)
+        except OSError:                 # the client has gone
+            connection.keep = False
+        except Exception:   # pylint: disable=broad-exception-caught # the body's, so that it breaks off
+            log.exception("an answer is cut short")
+            connection.keep = False     # the last chunk is missing, which shows the client
+
+    def _send_pieces(self, connection: Connection) -> None:
+        """Send the head and each piece, chunked (RFC 9112, section 7.1); raise what goes wrong."""
+        assert connection.head is not None and connection.response is not None
+        limits = self.server.limits
+        chunked = connection.head.minor > 0
+        data = connection.response_head(self.server.date)
+        for piece in connection.response.body:
+            if chunked:
+                data += b"%x\r\n%b\r\n" % (len(piece), piece)
+            else:
+                data += piece
+            connection.sock.settimeout(limits.head_seconds + len(piece) / limits.pace)
+            connection.sock.sendall(data)
+            connection.size += len(piece)
+            data = b""
+        if chunked:
+            connection.sock.sendall(b"0\r\n\r\n")
+        connection.sock.setblocking(False)
+
+
+class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attributes # each says why
+    """Listens, reads the requests of all connections in one thread, keeps them to their deadlines.
+
+    The listener answers by itself what needs no waiting, so that a crowd of clients does not fight
+    for the interpreter lock (16 threads that each serve a connection answer a quarter as many); a
+    request that may take long gets a thread of the pool. An idle or slow client costs no thread.
     """
 
-    request_queue_size = 1024       # the backlog: 5 makes a crowd wait for seconds (net.core.somaxconn caps it)
+    request_queue_size = 1024       # 5 makes a crowd wait for seconds (net.core.somaxconn caps it)
 
-    def __init__(self, address: Tuple[str, int], api: Api, clock: Any, *, limits: Limits = Limits(),
-                 access: Callable[[str], None] = lambda line: None, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Listen on `address`; raises OSError. `access` takes a line for each request. Call serve_forever next."""
+    def __init__(self, address: Tuple[str, int], api: Api, clock: Clock, *,
+                 limits: Limits = Limits(), access: Callable[[str], None] = lambda line: None,
+                 tls: Optional[ssl.SSLContext] = None, rest: float = REST) -> None:
+        """Listen on `address`; raise OSError. `access` takes a line for each request, `rest` is how
+        many seconds a thread of the pool waits for work. Call serve_forever next."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.api, self.clock, self.limits, self.access, self.tls = api, clock, limits, access, tls
-        self.connections: Dict[Connection, None] = {}       # in the order in which they came
+        self.api = api
+        self.clock = clock
+        self.limits = limits
+        self.access = access
+        self.tls = tls
         self.date = clock.date()
-        self._look_at = self._accept_at = 0.0               # monotonic: of the deadlines; of the listening socket
-        self._close_at = FAR                                # monotonic: by then all connections are closed
-        self._more = False                                  # there is more to do, so that nothing may be awaited
-        self._listener = 0                                  # the id of the thread in serve_forever
+        self.connections: Dict[Connection, None] = {}       # in the order in which they came
+        self._adds: List[Connection] = []       # small adds, to be stored together
+        self._returned: Deque[Connection] = collections.deque()     # given back by shutdown_request
+        self._pool = Pool(rest)
+        self._deadlines_at = 0.0                # monotonic: when deadlines are looked at next
+        self._accept_at = 0.0                   # monotonic: when to accept again; 0: it does
+        self._close_at = NEVER                  # monotonic: by then all connections are closed
+        self._listener = 0                      # the id of the thread in serve_forever
         self._stopped = threading.Event()
-        self._told: Deque[Tuple[Connection, Callable[[Connection], None]]] = collections.deque()   # what to do, where
-        self._resting: List["queue.SimpleQueue[Callable[[], None]]"] = []   # mailboxes of threads without work
         self._selector = selectors.DefaultSelector()
         self._wake_end, self._wake_write_end = socket.socketpair()
-        super().__init__(address, Connection)   # in the place of a handler, which nothing calls
+        self._wake_end.setblocking(False)
+        self._wake_write_end.setblocking(False)
+        super().__init__(address, Handler)
 
     def server_bind(self) -> None:
-        """Bind without asking for the host's name: with a dead resolver, HTTPServer's hangs for half a minute."""
+        """Bind without asking for the host's name: with a dead resolver that takes half a minute,
+        and HTTPServer's server_bind does."""
         socketserver.TCPServer.server_bind(self)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what accept gives inherits it
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # accept() hands it on
         self.server_name, self.server_port = self.server_address[:2]
 
-    # The listener thread
+    # The loop, in place of BaseServer's, which watches one descriptor
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Serve until stop()."""
+        """Serve until shutdown()."""
         self._listener = threading.get_ident()
-        for sock, ready in ((self.socket, self._accept), (self._wake_end, self._awake)):
-            sock.setblocking(False)
-            self._selector.register(sock, selectors.EVENT_READ, (ready,))
-        self._wake_write_end.setblocking(False)
-        while self._close_at == FAR:
-            self._look(poll_interval)
+        self.socket.setblocking(False)
+        self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_end, selectors.EVENT_READ, self._awake)
+        while not self.stopping:
+            self._round(poll_interval)
         self.socket.close()
         while self.connections and self.clock.monotonic() < self._close_at:
             for connection in list(self.connections):
-                if not connection.busy and not connection.leaving:
-                    self._forget(connection)
-            self._look(0.02)
+                if connection.state in READING:
+                    self.close_request(connection)
+            self._round(0.02)
         for connection in list(self.connections):
-            self._forget(connection)
+            self.close_request(connection)
         self._stopped.set()
 
-    def _look(self, seconds: float) -> None:
-        for key, _ in self._selector.select(0 if self._more else seconds):
-            self._safely(*key.data)
-        self._finish()
-        self._safely(self.service_actions)
+    @property
+    def stopping(self) -> bool:
+        """Whether shutdown() was called. For any thread."""
+        return self._close_at != NEVER
 
-    def _safely(self, do: Callable[..., None], *about: Any) -> None:
-        """Do something about a connection, or in general: a defect costs that connection, and no other."""
-        try:
-            do(*about)
-        except Exception:           # pylint: disable=broad-exception-caught # see above
-            log.exception("listener")
-            if about:
-                self._forget(about[0])
+    def shutdown(self, seconds: float = 2.0) -> None:
+        """Stop listening, let what is being answered be answered for so many seconds, close all
+        connections. For any other thread."""
+        self._close_at = self.clock.monotonic() + seconds
+        self._wake()
+        self._stopped.wait(seconds + 1)
 
-    def _accept(self) -> None:
-        """Take all new connections. What most of them have to say has arrived with them."""
-        for _ in range(ACCEPTED_AT_ONCE):
-            try:
-                sock, peer = self.socket.accept()
-            except OSError as error:
-                if error.errno in EXHAUSTED:
-                    self._pause_accepting(error)
-                return
-            now = self.clock.monotonic()
-            sock.setblocking(False)
-            if self.tls:                # the first recv()s shake hands, and none of them waits for a silent client
-                try:
-                    sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-                except OSError:         # the client has gone
-                    sock.close()
-                    continue
-            connection = Connection(sock, peer, now, now + self.limits.idle_seconds)
-            room = self._has_room()
-            if not room:
-                self._finish()          # who gets an answer may leave with it
-                room = self._has_room()
-            self.connections[connection] = None
-            self._safely(self._readable if room else self._turn_away, connection)
+    def server_close(self) -> None:
+        """Give back the listening socket and the loop's descriptors; after shutdown()."""
+        super().server_close()
+        self._wake_end.close()
+        self._wake_write_end.close()
+        self._selector.close()
 
-    def _pause_accepting(self, error: OSError) -> None:
-        """Without a descriptor to be had, the connection that waited longest gives up its own. The listening socket
-        stays readable meanwhile, and would have the listener spin."""
-        log.warning("no connection can be accepted: %s", error.strerror)
-        self._make_room()
-        self._selector.unregister(self.socket)
-        self._accept_at = self.clock.monotonic() + PAUSE
+    def _round(self, seconds: float) -> None:
+        """Do what is to be done, after waiting for it if there is nothing.
 
-    def _turn_away(self, connection: Connection) -> None:
-        """Say that there is no room, as long as that takes no room itself."""
-        if self.tls or len(self.connections) > self.limits.connections + MOST_LEAVING:
-            self._forget(connection)
-        else:
-            self._refuse(connection, OVERLOADED)
-
-    def _readable(self, connection: Connection) -> None:
-        """Read what has arrived on a connection and answer the requests that are whole."""
-        if connection not in self.connections:
-            return                      # closed while this event was on its way
-        if connection.busy:             # the client goes on, or went away, before it has its answer: not now
-            self._selector.unregister(connection.sock)
-            connection.watched = False
-            return
-        try:
-            data = connection.sock.recv(READ)
-            while data and self.tls and connection.sock.pending():
-                data += connection.sock.recv(READ)
-        except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            self._watch(connection)
-            return
-        except OSError:
-            data = b""
-        if connection.leaving:
-            connection.leaving += len(data)
-        if not data or connection.leaving > self.limits.drain:
-            self._forget(connection)
-        elif not connection.leaving:
-            self._arrived(connection, data)
-
-    def _arrived(self, connection: Connection, data: bytes) -> None:
-        """Take in what a client sent."""
-        began = not connection.buffer and not connection.head       # these are the first bytes of a request
-        connection.buffer += data
-        if began or connection.head:        # a body that goes on arriving leaves its client less idle than others
-            connection.since = self.clock.monotonic()
-        if began:
-            connection.deadline = connection.since + self.limits.head_seconds
-        self._go_on(connection)
-
-    def _go_on(self, connection: Connection) -> None:
-        """Answer the requests in a connection's buffer, and wait for more when there is none that is whole."""
-        if connection not in self.connections:
-            return                      # closed when it was given back, or since
-        while not (connection.busy or connection.leaving):
-            try:
-                if not connection.next_request(self.limits):
-                    if connection.head and not isinstance(connection.buffer, bytearray):
-                        self._await_body(connection, connection.head)
-                    break
-            except Problem as problem:
-                self._refuse(connection, problem_response(problem))
-                return
-            self._handle(connection)
-        if not connection.busy and connection in self.connections:
-            self._watch(connection)
-
-    def _await_body(self, connection: Connection, head: Head) -> None:
-        """Once the head is read and the body is not: refuse what can be refused already, or let the client send it."""
-        refusal = self.api.refuse(Request(head.method, head.path, head.query, head.headers))
-        if refusal:
-            self._refuse(connection, refusal)
-            return
-        connection.deadline = self.clock.monotonic() + self.limits.head_seconds + head.length / self.limits.pace
-        if head.expects and not connection.buffer:
-            with contextlib.suppress(OSError):      # the client has gone: reading finds that out
-                connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        connection.buffer = bytearray(connection.buffer)
-
-    def _handle(self, connection: Connection) -> None:
-        """Have the request that is whole answered, here if that needs no waiting."""
-        head, request = connection.take_request()
-        connection.busy, connection.deadline = True, FAR
-        began = self.clock.monotonic()
-
-        def answer_soon(response: Response) -> None:
-            answer = functools.partial(self._answer, head=head, response=response, began=began)
-            if isinstance(response.body, bytes):
-                self._tell(connection, answer)
+        Responses go out together at its end: one at a time, each wakes a client that has gone to
+        sleep since the last, and 16 clients are answered a quarter more slowly.
+        """
+        if self._adds or self._returned:
+            seconds = 0
+        for key, _ in self._selector.select(seconds):
+            if isinstance(key.data, Connection):
+                self._guarded(self._ready, key.data)
             else:
-                answer(connection)
+                key.data()
+        self._handle_adds()
+        self._take_back()
+        self.service_actions()
 
-        if self.api.is_quick(request):
-            self._more = True
-            self.api.handle(request, answer_soon)
-        else:
-            try:
-                self._in_thread(functools.partial(self.api.handle, request, answer_soon))
-            except RuntimeError:        # the system has no more (RLIMIT_NPROC, a container's limit of pids)
-                log.warning("no thread can be started: %s %s is answered 503", head.method, head.path)
-                self._more = True
-                answer_soon(OVERLOADED)
+    def _take_back(self) -> None:
+        """Send the responses of the connections that were given back, and go on with them."""
+        for _ in range(len(self._returned)):
+            self._guarded(self._respond, self._returned.popleft())
 
-    def _watch(self, connection: Connection) -> None:
-        if not connection.watched:
-            self._selector.register(connection.sock, selectors.EVENT_READ, (self._readable, connection))
-            connection.watched = True
+    def _guarded(self, step: Callable[[Connection], None], connection: Connection) -> None:
+        """Take a step with a connection; a defect costs that connection, and no other."""
+        try:
+            step(connection)
+        except Exception:           # pylint: disable=broad-exception-caught # see above
+            self.handle_error(connection, connection.address)
+            self.close_request(connection)
 
     def _awake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self._wake_end.recv(4096)
 
-    def _finish(self) -> None:
-        """Write and answer what is at hand, and take connections back. Answers go out together: one at a time, each
-        wakes a client that has gone to sleep since the last, and 16 clients are shown a quarter fewer jobs a second."""
-        self._more = False
-        self._safely(self.api.flush)
-        for _ in range(len(self._told)):
-            connection, what = self._told.popleft()
-            self._safely(what, connection)
-            self._safely(self._go_on, connection)
+    def _wake(self) -> None:
+        """Have the loop go round now. For any thread."""
+        with contextlib.suppress(OSError):      # full of wakes; or the server is closed
+            self._wake_write_end.send(b"!")
 
-    def _forget(self, connection: Connection) -> None:
-        """Close a connection."""
-        self.connections.pop(connection, None)
-        if connection.watched:
-            connection.watched = False
-            self._selector.unregister(connection.sock)
-        connection.sock.close()
+    # New connections
+
+    def get_request(self) -> Tuple[Any, Any]:
+        """Accept a connection; raise OSError. With TLS its first reads shake hands, and none of
+        them waits for a silent client."""
+        sock, address = self.socket.accept()
+        sock.setblocking(False)
+        if self.tls:
+            try:
+                sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except OSError:             # the client has gone
+                sock.close()
+                raise
+        now = self.clock.monotonic()
+        return Connection(sock, address, now, now + self.limits.idle_seconds), address
+
+    def verify_request(self, request: Connection, client_address: Any) -> bool:
+        """Return whether there is room for a connection, if need be in place of another."""
+        if self._has_room():
+            return True
+        self._handle_adds()             # who gets an answer may leave with it
+        self._take_back()
+        return self._has_room()
+
+    def _accept(self) -> None:
+        """Take all new connections. What most of them have to say has arrived with them."""
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                connection, address = self.get_request()
+            except OSError as error:
+                if error.errno in EXHAUSTED:
+                    self._pause_accepting(error)
+                return
+            step = self._ready if self.verify_request(connection, address) else self._turn_away
+            self.connections[connection] = None
+            self._guarded(step, connection)
+
+    def _pause_accepting(self, error: OSError) -> None:
+        """Accept nothing for a while; the connection that waited longest gives up its descriptor.
+
+        The listening socket stays readable meanwhile, and would have the listener spin.
+        """
+        log.warning("no connection can be accepted: %s", error.strerror)
+        self._make_room()
+        self._selector.unregister(self.socket)
+        self._accept_at = self.clock.monotonic() + PAUSE
 
     def _has_room(self) -> bool:
-        """Whether one connection more may be had, if need be in place of another."""
         return len(self.connections) < self.limits.connections or self._make_room()
 
     def _make_room(self) -> bool:
-        """Close the connection that has been idle or incomplete longest; False if every one is at work."""
-        leaving = [one for one in self.connections if one.leaving]
-        waiting = [one for one in self.connections if not one.busy and not one.leaving]
+        """Close the connection that was idle or incomplete longest; False if all are at work."""
+        leaving = [one for one in self.connections if one.state == LEAVING]
+        candidates = [one for one in self.connections if one.state in READING]
         if leaving and len(self.connections) - len(leaving) < self.limits.connections:
-            waiting = leaving           # they have their answers
-        if waiting:
-            self._forget(min(waiting, key=lambda one: one.since))
-        return bool(waiting)
+            candidates = leaving        # they have their answers
+        if candidates:
+            self.close_request(min(candidates, key=lambda one: one.since))
+        return bool(candidates)
+
+    def _turn_away(self, connection: Connection) -> None:
+        """Say that there is no room, as long as that takes no room itself."""
+        if self.tls or len(self.connections) > self.limits.connections + MOST_LEAVING:
+            self.close_request(connection)
+        else:
+            self._refuse(connection, OVERLOADED)
+
+    # Requests
+
+    def _ready(self, connection: Connection) -> None:
+        """Read what has arrived on a connection, or send on what its socket takes again."""
+        if connection.state == CLOSED:
+            return                      # while this event was on its way
+        if connection.state == SENDING:
+            self._send(connection)
+            return
+        if connection.state == ANSWERING:   # the client sends more, or went away: not now
+            self._watch(connection, 0)
+            return
+        data = self._received(connection)
+        if data is None:
+            self._watch(connection, selectors.EVENT_READ)
+        elif not data:
+            self.close_request(connection)
+        elif connection.state == LEAVING:
+            connection.dropped += len(data)
+            if connection.dropped >= self.limits.drain:
+                self.close_request(connection)
+        else:
+            self._arrived(connection, data)
+
+    def _received(self, connection: Connection) -> Optional[bytes]:
+        """Read once: the bytes, none at the end, None where nothing has arrived."""
+        try:
+            data: bytes = connection.sock.recv(READ)
+            while data and self.tls and connection.sock.pending():
+                data += connection.sock.recv(READ)
+            return data
+        except NOT_NOW:
+            return None
+        except OSError:
+            return b""
+
+    def _arrived(self, connection: Connection, data: bytes) -> None:
+        """Take in what a client sent."""
+        if connection.state == IDLE:
+            connection.since = self.clock.monotonic()
+            connection.deadline = connection.since + self.limits.head_seconds
+        elif connection.state == BODY:  # one that goes on arriving is less idle than others
+            connection.since = self.clock.monotonic()
+        connection.receive(data)
+        self._go_on(connection)
+
+    def _go_on(self, connection: Connection) -> None:
+        """Have the request answered that is whole, or wait for the rest of it."""
+        before = connection.state
+        try:
+            connection.parse(self.limits)
+        except Problem as problem:
+            self._refuse(connection, problem_response(problem))
+            return
+        if connection.state == ANSWERING:
+            connection.began = self.clock.monotonic()
+            self.process_request(connection, connection.address)
+            return
+        if connection.state == BODY and before != BODY:
+            self._await_body(connection)
+        if connection.state in READING:
+            self._watch(connection, selectors.EVENT_READ)
+
+    def _await_body(self, connection: Connection) -> None:
+        """Refuse what can be refused once the head is read, or let the client send the body."""
+        head = connection.head
+        assert head is not None
+        refusal = self.api.refuse(Request(head.method, head.path, head.query, head.headers))
+        if refusal:
+            self._refuse(connection, refusal)
+            return
+        seconds = self.limits.head_seconds + head.length / self.limits.pace
+        connection.deadline = self.clock.monotonic() + seconds
+        if head.expects and not connection.buffer:
+            with contextlib.suppress(OSError):      # the client has gone: reading finds that out
+                connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def process_request(self, request: Connection, client_address: Any) -> None:
+        """Have the request in hand answered: with others, at once, or by a thread of the pool."""
+        assert request.request is not None
+        if self.api.is_small_add(request.request):
+            self._adds.append(request)
+        elif self.api.is_quick(request.request):
+            self.process_request_thread(request, client_address)
+        else:
+            self._in_pool([request], self.process_request_thread, request, client_address)
+
+    def _handle_adds(self) -> None:
+        """Have the small adds of this round stored together: here, since handing them to another
+        thread and back takes as long as the disk does; by the pool if the store is busy or slow."""
+        if not self._adds:
+            return
+        adds = self._adds
+        self._adds = []
+        if self.api.would_wait():
+            self._in_pool(adds, self._handle_together, adds)
+        else:
+            self._handle_together(adds)
+
+    def _handle_together(self, connections: List[Connection]) -> None:
+        """Answer small adds with one commit, as process_request_thread answers one request. For
+        any thread."""
+        requests = [one.request for one in connections if one.request is not None]
+        try:
+            responses = self.api.handle_together(requests)
+            for connection, response in zip(connections, responses):
+                connection.response = response
+        except Exception:           # pylint: disable=broad-exception-caught # logged by handle_error
+            self.handle_error(connections[0], connections[0].address)
+        finally:
+            for connection in connections:
+                self.shutdown_request(connection)
+
+    def _in_pool(self, connections: List[Connection], work: Callable[..., None],
+                 *arguments: Any) -> None:
+        """Have a thread of the pool answer these connections; 503 if there is none to be had."""
+        try:
+            self._pool.submit(work, *arguments)
+        except RuntimeError:        # no more threads (RLIMIT_NPROC, a container's limit of pids)
+            log.warning("no thread can be started: %d requests are answered 503", len(connections))
+            for connection in connections:
+                connection.response = OVERLOADED
+                self.shutdown_request(connection)
+
+    def shutdown_request(self, request: Connection) -> None:
+        """Give a connection back to the listener, with its response or, after a defect, without.
+        For any thread; whoever calls it lets go of the connection."""
+        self._returned.append(request)
+        if threading.get_ident() != self._listener:
+            self._wake()        # each time: who left that to another could do so just after it
+
+    def handle_error(self, request: Connection, client_address: Any) -> None:
+        """Log a defect. For any thread."""
+        log.exception("a request of %s", client_address)
+
+    # Responses
+
+    def _respond(self, connection: Connection) -> None:
+        """Send the response of a connection that was given back, and go on with it."""
+        response = connection.response
+        if response is None:            # a defect
+            self.close_request(connection)
+            return
+        assert connection.head is not None
+        if connection.streams():        # its Handler has sent it
+            self._log_access(connection, response.status, connection.size, connection.began)
+            self._end_response(connection)
+            return
+        connection.decide_keep(self.stopping)
+        connection.unsent = connection.response_head(self.date)
+        if connection.head.method != "HEAD":
+            connection.unsent += response.body
+            connection.size = len(response.body)
+        self._log_access(connection, response.status, connection.size, connection.began)
+        self._send(connection)
+
+    def _send(self, connection: Connection) -> None:
+        """Send what the socket takes of a response, and wait until it takes the rest."""
+        unsent = connection.unsent
+        try:
+            sent = connection.sock.send(unsent)
+        except NOT_NOW:
+            sent = 0
+        except OSError:                 # the client has gone
+            connection.keep = False
+            sent = len(unsent)
+        if sent == len(unsent):
+            self._end_response(connection)
+            return
+        connection.unsent = memoryview(unsent)[sent:]
+        if connection.state != SENDING:
+            connection.become(SENDING)
+            seconds = self.limits.head_seconds + len(unsent) / self.limits.pace
+            connection.deadline = self.clock.monotonic() + seconds
+        self._watch(connection, selectors.EVENT_WRITE)
+
+    def _end_response(self, connection: Connection) -> None:
+        """Wait for the next request of a connection, or close it."""
+        if not connection.keep:
+            self.close_request(connection)
+            return
+        connection.next_request()
+        connection.since = self.clock.monotonic()
+        connection.deadline = connection.since + self.limits.idle_seconds
+        self._go_on(connection)
 
     def _refuse(self, connection: Connection, response: Response) -> None:
-        """Answer a request that is not read to its end, and leave. What the client still sends is read and dropped,
-        up to a limit: closing at once would reset the connection, and the answer would be lost with it."""
-        head, connection.head = connection.head, None
-        body = b"" if head and head.method == "HEAD" else response.body
-        data = answer_head(response, self.date, False) + body
-        self.log_access(connection, head, response.status, len(body), connection.since)
-        connection.leaving, connection.deadline = 1, self.clock.monotonic() + self.limits.leave_seconds
+        """Answer a request that is not read to its end, and leave. What the client still sends is
+        read and dropped, up to a limit: closing at once would reset the connection, and the
+        answer would be lost with it."""
+        head = connection.head
+        body = response.body
+        if head is not None and head.method == "HEAD":
+            body = b""
+        connection.become(LEAVING)
+        self._log_access(connection, response.status, len(body), connection.since)
+        connection.deadline = self.clock.monotonic() + self.limits.leave_seconds
         connection.buffer = b""
         try:
-            connection.sock.send(data)
-            socket.socket.shutdown(connection.sock, socket.SHUT_WR)     # an SSLSocket's own forgets its TLS
-            self._watch(connection)
+            connection.sock.send(answer_head(response, self.date, False) + body)
+            # An SSLSocket's own shutdown() forgets its TLS.
+            socket.socket.shutdown(connection.sock, socket.SHUT_WR)
+            self._watch(connection, selectors.EVENT_READ)
         except OSError:
-            self._forget(connection)
+            self.close_request(connection)
+
+    def close_request(self, request: Connection) -> None:
+        """End a connection; one that has ended stays so."""
+        if request.state == CLOSED:
+            return
+        request.become(CLOSED)
+        self.connections.pop(request, None)
+        self._watch(request, 0)
+        request.sock.close()
 
     def service_actions(self) -> None:
-        """Called at least every TICK: whatever is past its deadline ends."""
+        """End what is past its deadline; called at least every TICK."""
         now = self.clock.monotonic()
-        if now < self._look_at:
+        if now < self._deadlines_at:
             return
-        self._look_at, self.date = now + TICK, self.clock.date()
-        if self._accept_at and now >= self._accept_at and self._close_at == FAR:
+        self._deadlines_at = now + TICK
+        self.date = self.clock.date()
+        if self._accept_at and now >= self._accept_at and not self.stopping:
             self._accept_at = 0.0
-            self._selector.register(self.socket, selectors.EVENT_READ, (self._accept,))
-        for connection in [one for one in list(self.connections) if one.deadline < now and not one.busy]:
-            if connection.leaving or not (connection.buffer or connection.head):
-                self._forget(connection)
-            else:
-                what = "body" if connection.head else "head"
-                self._refuse(connection, problem_response(Problem(408, f"the {what} did not arrive in time")))
+            self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
+        late = [one for one in self.connections if one.deadline < now and one.state != ANSWERING]
+        for connection in late:
+            self._guarded(self._end_late, connection)
 
-    # Any thread
+    def _end_late(self, connection: Connection) -> None:
+        """Say what did not arrive in time, if a client had begun to send it, and close."""
+        if connection.state not in READING or connection.state == IDLE:
+            self.close_request(connection)
+            return
+        part = "body" if connection.state == BODY else "head"
+        problem = Problem(408, f"the {part} did not arrive in time")
+        self._refuse(connection, problem_response(problem))
 
-    def _in_thread(self, work: Callable[[], None]) -> None:
-        """Have a thread of the pool do this; threads are kept a while for the next."""
-        try:
-            self._resting.pop().put(work)
-        except IndexError:
-            threading.Thread(target=self._work, args=(work,), daemon=True).start()
-
-    def _work(self, work: Callable[[], None]) -> None:
-        """A thread of the pool."""
-        mailbox: "queue.SimpleQueue[Callable[[], None]]" = queue.SimpleQueue()
-        while True:
-            work()
-            self._resting.append(mailbox)
-            try:
-                work = mailbox.get(timeout=KEEP_THREAD)
-            except queue.Empty:
-                try:
-                    self._resting.remove(mailbox)
-                    return
-                except ValueError:      # taken in this moment
-                    work = mailbox.get()
-
-    def _answer(self, connection: Connection, head: Head, response: Response, began: float) -> None:
-        """Send an answer, in one write where its body is at hand, and give the connection back."""
-        chunked = not isinstance(response.body, bytes)
-        keep = head.keep and self._close_at == FAR and not (chunked and not head.minor)
-        size = 0
-        try:
-            if chunked and head.method != "HEAD":
-                size = self._send_pieces(connection.sock, response, keep, head.minor)
-            else:
-                data = answer_head(response, self.date, keep, head.minor)
-                if head.method != "HEAD":
-                    data, size = data + response.body, len(response.body)
-                sent = _send(connection.sock, data)
-                if sent < len(data):
-                    self._in_thread(functools.partial(self._send_rest, connection, data[sent:], keep))
-                    return
-        except OSError:                 # the client has gone
-            keep = False
-        except Exception:   # pylint: disable=broad-exception-caught # a body that breaks off costs one connection
-            log.exception("an answer is cut short")
-            keep = False
-        finally:
-            self.log_access(connection, head, response.status, size, began)
-        self._give_back(connection, keep)
-
-    def _send_pieces(self, sock: socket.socket, response: Response, keep: bool, minor: int) -> int:
-        """Send an answer piece by piece; the bytes of its body. An error in the middle cuts it short, which the client
-        can see: the last chunk is missing."""
-        data, size = answer_head(response, self.date, keep, minor), 0
-        for piece in response.body:
-            sock.settimeout(self.limits.head_seconds + len(piece) / self.limits.pace)
-            sock.sendall(data + (b"%x\r\n%b\r\n" % (len(piece), piece) if minor else piece))
-            data, size = b"", size + len(piece)
-        if minor:
-            sock.sendall(b"0\r\n\r\n")
-        sock.setblocking(False)
-        return size
-
-    def _send_rest(self, connection: Connection, data: bytes, keep: bool) -> None:
-        """Send what the socket did not take at once, in a thread."""
-        try:
-            connection.sock.settimeout(self.limits.head_seconds + len(data) / self.limits.pace)
-            connection.sock.sendall(data)
-            connection.sock.setblocking(False)
-        except OSError:
-            keep = False
-        self._give_back(connection, keep)
-
-    def _give_back(self, connection: Connection, keep: bool) -> None:
-        """Give a connection back to the listener, to go on or to be closed."""
-        if threading.get_ident() == self._listener:
-            self._take(connection, keep)        # whoever called goes on with it
+    def _watch(self, connection: Connection, events: int) -> None:
+        """Have the loop look out for these events of a connection, and no others."""
+        if events == connection.events:
+            return
+        if not connection.events:
+            self._selector.register(connection.sock, events, connection)
+        elif events:
+            self._selector.modify(connection.sock, events, connection)
         else:
-            self._tell(connection, functools.partial(self._take, keep=keep))
+            self._selector.unregister(connection.sock)
+        connection.events = events
 
-    def _take(self, connection: Connection, keep: bool) -> None:
-        if keep:
-            connection.busy, connection.since = False, self.clock.monotonic()
-            connection.deadline = connection.since + self.limits.idle_seconds
-        else:
-            self._forget(connection)
-
-    def _tell(self, connection: Connection, what: Callable[[Connection], None]) -> None:
-        """Have the listener do this soon, and go on with the connection."""
-        self._told.append((connection, what))
-        if threading.get_ident() != self._listener:
-            self._wake()                # each time: whoever left that to another could do so just after it was done
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):      # full of wakes; or the server has stopped
-            self._wake_write_end.send(b"!")
-
-    def log_access(self, connection: Connection, head: Optional[Head], status: int, size: int, began: float) -> None:
-        """One line for a request: peer, key name, request, status, bytes, milliseconds. Quoted so that none can forge
-        one: method and path are printable ASCII."""
-        request = name = "-"
+    def _log_access(self, connection: Connection, status: int, size: int, began: float) -> None:
+        """Log a request: peer, key name, request, status, bytes, milliseconds. Quoted so that no
+        client can forge a line: method and path are printable ASCII."""
+        request = "-"
+        name = "-"
+        head = connection.head
         if head is not None:
             request = f"{head.method} {head.path}".replace("\\", "\\\\").replace('"', '\\"')
-            name = self.api.keys.name(head.headers) or name
+            name = self.api.keys.name(head.headers) or "-"
+        peer = f"{connection.address[0]}:{connection.address[1]}"
         took = (self.clock.monotonic() - began) * 1000
-        self.access(f'{connection.peer} "{name}" "{request}" {status} {size} {took:.1f}')
-
-    def stop(self, seconds: float = 2.0) -> None:
-        """Stop listening, let what is being answered be answered for so long, and end all connections."""
-        self._close_at = self.clock.monotonic() + seconds
-        self._wake()
-        self._stopped.wait(seconds + 1)
-        self.server_close()
-        for one in (self._wake_end, self._wake_write_end, self._selector):
-            one.close()
+        self.access(f'{peer} "{name}" "{request}" {status} {size} {took:.1f}')
 
 
-def _send(sock: socket.socket, data: bytes) -> int:
-    """Send what the socket takes at once; the number of bytes. Raises OSError."""
-    try:
-        return sock.send(data)
-    except (BlockingIOError, ssl.SSLWantWriteError):
-        return 0
+class Pool:
+    """Threads that rest between two pieces of work: starting one takes longer than most requests.
+
+    The scheme of concurrent.futures.thread (its _idle_semaphore), without an upper limit.
+    """
+
+    def __init__(self, rest: float) -> None:
+        """Keep a thread for `rest` seconds after its last work."""
+        self._rest = rest
+        self._work: "queue.SimpleQueue[Tuple[Callable[..., None], Tuple[Any, ...]]]" = (
+            queue.SimpleQueue())
+        self._resting = threading.Semaphore(0)      # threads that nothing was submitted for
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have a thread call this; raise RuntimeError if none rests and none can be started."""
+        if self._resting.acquire(blocking=False):   # pylint: disable=consider-using-with # counts
+            self._work.put((function, arguments))
+        else:
+            threading.Thread(target=self._run, args=(function, arguments), daemon=True).start()
+
+    def _run(self, function: Callable[..., None], arguments: Tuple[Any, ...]) -> None:
+        """What a thread of the pool does."""
+        while True:
+            function(*arguments)
+            self._resting.release()
+            try:
+                function, arguments = self._work.get(timeout=self._rest)
+            except queue.Empty:
+                if self._resting.acquire(blocking=False):   # pylint: disable=consider-using-with
+                    return
+                function, arguments = self._work.get()      # submitted at this moment
 
 
 def notify(address: Optional[str], state: str) -> None:
-    """Tell systemd how the server fares, at the address that it gave in NOTIFY_SOCKET, if it did (sd_notify(3))."""
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
-            except OSError as error:
-                log.warning("NOTIFY_SOCKET %s: %s", address, error.strerror or error)
+    """Tell systemd a state at the address that it gave in NOTIFY_SOCKET, if any (sd_notify(3))."""
+    if not address:
+        return
+    if address.startswith("@"):         # an abstract address (unix(7))
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.sendto(state.encode(), address)
+        except OSError as error:
+            log.warning("NOTIFY_SOCKET %s: %s", address.replace("\0", "@"), error.strerror or error)
 
 
 def tls_context(certificate: Optional[str], key: Optional[str]) -> Optional[ssl.SSLContext]:
-    """What serves HTTPS, TLS 1.2 and later, with these PEM files; None without a certificate. Raises OSError."""
+    """Return what serves HTTPS, TLS 1.2 and later, with these PEM files, or None without a
+    certificate; raise OSError."""
     if not certificate:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -445,5 +617,5 @@ def tls_context(certificate: Optional[str], key: Optional[str]) -> Optional[ssl.
 
 
 def _refuse_to_ask() -> str:
-    """In place of OpenSSL's question at the terminal, which may be nobody's and cannot be interrupted."""
+    """Stand in for OpenSSL's question at the terminal, which may be nobody's."""
     raise OSError(0, "the key has a pass phrase; openssl pkey -in KEY -out PLAIN takes it off")

@@ -1,22 +1,27 @@
-"""HTTP/1.1 as bytes: the strict parsing of a request's head, the head of an answer, and what has arrived on a
-connection. No sockets.
+"""HTTP/1.1 as bytes: strict parsing of the head of a request, the head of an answer. No sockets.
 
-In place of http.server's parser, which lets through what a proxy in front may read differently (RFC 9112,
-section 11.2).
+In place of http.server's parser, which lets through what a proxy in front may read differently
+(RFC 9112, section 11.2).
 """
 import functools
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from oqc.messages import PHRASES, Problem, Request, Response
+from oqc.messages import PHRASES, Problem, Response
 
-TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                                # RFC 9110, section 5.6.2
-REQUEST_LINE = re.compile(rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % TOKEN)      # RFC 9112, section 3
-FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)       # one way to match: blanks cost no time
-HOST = re.compile(rb"[0-9A-Za-z\-._~!$&'()*+,;=%:\[\]]*")               # RFC 3986, section 3.2.2
-ABSOLUTE = re.compile(rb"(?i:https?)://(%s)(?=[/?]|\Z)" % HOST.pattern)  # RFC 9112, section 3.2.2: MUST be taken
-UNUSED_BODY = 1 << 16               # bytes of a body that nobody looks at, also of a request without a key
-KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY")
+TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                    # RFC 9110, section 5.6.2
+REQUEST_LINE = re.compile(                                  # RFC 9112, section 3
+    rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+FIELD_LINE = re.compile(                                    # one way to match: blanks cost no time
+    rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+HOST = re.compile(rb"[0-9A-Za-z\-._~!$&'()*+,;=%:\[\]]*")   # RFC 3986, section 3.2.2
+ABSOLUTE = re.compile(                                      # RFC 9112, section 3.2.2: MUST be taken
+    rb"(?i:https?)://(%s)(?=[/?]|\Z)" % HOST.pattern)
+EMPTY_LINE = b"\r\n\r\n"
+ONCE = ("host", "content-length", "transfer-encoding")      # decide where a request ends or goes
+UNUSED_BODY = 1 << 16               # bytes of a body that nobody looks at, also without a key
+KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
+                 "QUERY")
 
 
 class Limits(NamedTuple):
@@ -31,7 +36,7 @@ class Limits(NamedTuple):
     head_seconds: float = 10.0      # for the whole head
     idle_seconds: float = 30.0      # between two requests, and before the first
     leave_seconds: float = 5.0      # for the client to read a refusal
-    pace: int = 16 << 10            # bytes a second that a body and an answer may take beyond head_seconds
+    pace: int = 16 << 10            # bytes a second that bodies and answers may take beyond that
 
 
 class Head(NamedTuple):
@@ -48,28 +53,33 @@ class Head(NamedTuple):
 
 
 def split_head(buffer: bytes, limits: Limits) -> Tuple[Optional[bytes], bytes]:
-    """(the head at the begin of what a client sent, without its last empty line, or None; the rest). Raises Problem."""
-    if len(buffer) > 2 and buffer.startswith(b"\r\n"):     # RFC 9112, section 2.2: an empty line may come before
-        buffer = buffer[2:]
-    end, line = buffer.find(b"\r\n\r\n"), buffer.find(b"\r\n")
+    """Split off the head at the beginning of what a client sent: (the head without its last empty
+    line, or None if it is not whole; the rest). Raise Problem."""
+    if len(buffer) > 2 and buffer.startswith(b"\r\n"):
+        buffer = buffer[2:]         # RFC 9112, section 2.2: an empty line may come before
+    line = buffer.find(b"\r\n")
     if line > limits.line or (line < 0 and len(buffer) > limits.line):
         raise Problem(414, f"the request line is longer than {limits.line} bytes")
+    end = buffer.find(EMPTY_LINE)
     if end > limits.head or (end < 0 and len(buffer) > limits.head):
         raise Problem(431, f"the head is longer than {limits.head} bytes")
     if end >= 0:
-        return buffer[:end], buffer[end + 4:]
+        return buffer[:end], buffer[end + len(EMPTY_LINE):]
     lines = buffer.count(b"\r\n")
-    if buffer.count(b"\n") > lines or buffer.count(b"\r") - buffer.endswith(b"\r") > lines:
+    returns = buffer.count(b"\r")
+    if buffer.endswith(b"\r"):
+        returns -= 1                # its line feed may follow
+    if buffer.count(b"\n") > lines or returns > lines:
         raise Problem(400, "a line ends with something else than CR LF")
     return None, buffer
 
 
 @functools.lru_cache(maxsize=128)
 def parse_head(head: bytes, most_fields: int = 100, most_body: int = 4 << 20) -> Head:
-    """The head of a request, given without its last empty line; raises Problem.
+    """Parse the head of a request, given without its last empty line; raise Problem.
 
-    Pure, and cached: a client that keeps asking sends the same head each time, and parsing it is a fifth of the cost
-    of an answer.
+    Pure, and cached: a client that keeps asking sends the same head each time, and parsing it is
+    a fifth of the cost of an answer.
     """
     first, *lines = head.split(b"\r\n")
     match = REQUEST_LINE.fullmatch(first)
@@ -79,65 +89,93 @@ def parse_head(head: bytes, most_fields: int = 100, most_body: int = 4 << 20) ->
         raise Problem(505, "this server speaks HTTP/1.1")
     if len(lines) > most_fields:
         raise Problem(431, f"more than {most_fields} header lines")
-    method, minor = match[1].decode(), int(match[4])
+    method = match[1].decode()
+    minor = int(match[4])
     if method not in KNOWN_METHODS:
         raise Problem(501, "unknown method")
     headers = _fields(lines)
     if not HOST.fullmatch(headers.get("host", b"")) or (minor and "host" not in headers):
         raise Problem(400, "HTTP/1.1 needs one Host header")
-    target = match[2]
-    absolute = ABSOLUTE.match(target)
-    if absolute and absolute[1]:        # its host counts, not that of the Host header
-        headers["host"], target = absolute[1], target[absolute.end():]
-        target = target if target.startswith(b"/") else b"/" + target
-    elif not target.startswith(b"/") and (method, target) != ("OPTIONS", b"*"):
-        raise Problem(400, "the request target is no path")
-    path, _, query = target.decode().partition("?")
-    connection = headers.get("connection", b"").lower()
-    expectation = headers.get("expect", b"").lower() if minor else b""
-    if expectation not in (b"", b"100-continue"):
-        raise Problem(417, "the only known expectation is 100-continue")
-    length = _length(headers, most_body if method == "POST" else min(most_body, UNUSED_BODY))
-    return Head(method, path, query, headers, length, b"close" not in connection and (
-        minor > 0 or b"keep-alive" in connection), minor, bool(expectation))
+    path, _, query = _target(method, match[2], headers).decode().partition("?")
+    expects = minor > 0 and _expects(headers)
+    if method != "POST":
+        most_body = min(most_body, UNUSED_BODY)
+    return Head(method, path, query, headers, length=_length(headers, most_body),
+                keep=_keeps(minor, headers), minor=minor, expects=expects)
 
 
 def _fields(lines: List[bytes]) -> Dict[str, bytes]:
-    """{name in lower case: value} of the header lines; raises Problem. Values of a name that is there twice are
-    joined by a comma (RFC 9110, section 5.3), but for the names that decide where a request ends or goes."""
+    """Return {name in lower case: value} of the header lines; raise Problem. Values of a name that
+    is there twice are joined by a comma (RFC 9110, section 5.3), but for the names of ONCE."""
     headers: Dict[str, bytes] = {}
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if not match:
-            raise Problem(400, "a header line is not name: value, on one line, in printable characters")
-        name, value = match[1].decode().lower(), match[2].strip(b" \t")
+            raise Problem(
+                400, "a header line is not name: value, on one line, in printable characters")
+        name = match[1].decode().lower()
+        value = match[2].strip(b" \t")
         if name in headers:
-            if name in ("host", "content-length", "transfer-encoding"):
+            if name in ONCE:
                 raise Problem(400, f"{name} is there twice")
             value = headers[name] + b", " + value
         headers[name] = value
     return headers
 
 
+def _target(method: str, target: bytes, headers: Dict[str, bytes]) -> bytes:
+    """Return the path and query of a request target; raise Problem. The host of an absolute one
+    counts in place of the Host header."""
+    absolute = ABSOLUTE.match(target)
+    if absolute and absolute[1]:
+        headers["host"] = absolute[1]
+        target = target[absolute.end():]
+        if not target.startswith(b"/"):
+            target = b"/" + target
+    elif not target.startswith(b"/") and (method, target) != ("OPTIONS", b"*"):
+        raise Problem(400, "the request target is no path")
+    return target
+
+
+def _expects(headers: Dict[str, bytes]) -> bool:
+    """Return whether the client waits for a 100 (RFC 9110, section 10.1.1); raise Problem."""
+    expectation = headers.get("expect", b"").lower()
+    if expectation not in (b"", b"100-continue"):
+        raise Problem(417, "the only known expectation is 100-continue")
+    return bool(expectation)
+
+
+def _keeps(minor: int, headers: Dict[str, bytes]) -> bool:
+    """Return whether the client wants the connection to go on (RFC 9112, section 9.3)."""
+    connection = headers.get("connection", b"").lower()
+    if b"close" in connection:
+        return False
+    return minor > 0 or b"keep-alive" in connection
+
+
 def _length(headers: Dict[str, bytes], most: int) -> int:
-    """Bytes of the body (RFC 9112, section 6.3); raises Problem."""
+    """Return the bytes of the body (RFC 9112, section 6.3); raise Problem."""
     text = headers.get("content-length")
     if "transfer-encoding" in headers:
         if text is not None:
             raise Problem(400, "Content-Length and Transfer-Encoding exclude each other")
-        raise Problem(411, "send the body with a Content-Length; Transfer-Encoding is not understood")
+        raise Problem(
+            411, "send the body with a Content-Length; Transfer-Encoding is not understood")
     if text is None:
         return 0
     if not re.fullmatch(rb"[0-9]+", text):
         raise Problem(400, "Content-Length is not a number")
-    length = int(text.lstrip(b"0")[:18] or b"0")        # int() takes no more than 4,300 digits, zeros included
+    # int() takes no more than 4,300 digits, zeros included.
+    length = int(text.lstrip(b"0")[:18] or b"0")
     if length > most:
-        raise Problem(413, f"the body is larger than {most} bytes (--max-body, if it is of a POST)")
+        raise Problem(
+            413, f"the body is larger than {most} bytes (--max-body, if it is of a POST)")
     return length
 
 
 def answer_head(response: Response, date: str, keep: bool, minor: int = 1) -> bytes:
-    """The head of an answer, its last empty line included, to a client that speaks HTTP/1.`minor`."""
+    """Return the head of an answer, its last empty line included, to a client that speaks
+    HTTP/1.`minor`."""
     status, body, content_type, headers = response
     text = [f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\n"]
     if status != 204:
@@ -154,40 +192,3 @@ def answer_head(response: Response, date: str, keep: bool, minor: int = 1) -> by
         text.append("Connection: keep-alive\r\n")
     text.append("\r\n")
     return "".join(text).encode("latin-1")
-
-
-class Connection:
-    """One client's connection, and what has arrived of its next request.
-
-    It has one owner at a time: the listener thread while it waits for bytes, and while it is `busy` whoever has its
-    request in hand. Only the owner reads, writes or closes it, and a busy one becomes the listener's again last.
-    """
-
-    __slots__ = ("sock", "peer", "buffer", "head", "busy", "watched", "leaving", "since", "deadline")
-
-    def __init__(self, sock: Any, peer: Tuple[Any, ...], now: float, deadline: float) -> None:
-        self.sock, self.peer = sock, f"{peer[0]}:{peer[1]}"
-        self.buffer: Union[bytes, bytearray] = b""
-        self.head: Optional[Head] = None        # of the request whose body is awaited
-        self.busy = False                       # a request is in somebody's hands
-        self.watched = False                    # in the selector
-        self.leaving = 0                        # after a refusal: 1 and the bytes dropped since
-        self.since, self.deadline = now, deadline           # when it became idle or its request incomplete
-
-    def next_request(self, limits: Limits) -> bool:
-        """Whether the buffer holds a whole request: then `head` is its head. Raises Problem."""
-        if self.head is None:
-            if not self.buffer:
-                return False
-            raw, self.buffer = split_head(self.buffer, limits)
-            if raw is None:
-                return False
-            self.head = parse_head(raw, limits.fields, limits.body)
-        return len(self.buffer) >= self.head.length
-
-    def take_request(self) -> Tuple[Head, Request]:
-        """The request that next_request found, taken off the buffer."""
-        head, buffer, self.head = self.head, self.buffer, None
-        assert head is not None
-        self.buffer = bytes(buffer[head.length:])
-        return head, Request(head.method, head.path, head.query, head.headers, bytes(buffer[:head.length]))

@@ -1,6 +1,8 @@
-"""Who runs what, when: a queue of ids for each mode, a worker thread for each slot, retries, cancelling, pausing.
+"""Who runs what, when: a queue of ids for each mode, a worker thread for each slot, retries,
+cancelling, pausing.
 
-The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after it.
+The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after
+it.
 """
 import bisect
 import contextlib
@@ -9,41 +11,124 @@ import logging
 import queue
 import threading
 from collections import Counter
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import (
+    Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple)
 
 from oqc import jobs
-from oqc.jobs import Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Task
+from oqc.jobs import (
+    Addition, Ended, Ending, ImmediateEnd, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError,
+    Submission, Task)
+from oqc.waiting import Waiting
 
 log = logging.getLogger("oqc")
 
 SET_ASIDE_AFTER = 3                 # failures to start, in a row
-FIRST_PAUSE, MOST_PAUSE = 1.0, 60.0     # seconds a failing runtime is left alone, doubling
+FIRST_PAUSE = 1.0                   # seconds that a failing runtime is left alone, doubling
+MOST_PAUSE = 60.0
+CANCELLED = Outcome(jobs.CANCELLED, "cancelled")
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
-STORE_AGAIN = 1.0                   # seconds until a write that the store could not take is tried again
+STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
+CANCEL_AGAIN = 0.01                 # seconds until a job is looked for again that changed hands
+
+
+class _Stopping(Exception):
+    """The server stops before something could be stored."""
+
+
+class Store(Protocol):
+    """What the workers ask of the store; a write is on disk when it returns."""
+
+    def get(self, number: int) -> Job:
+        """Return a job; raise UnknownJob."""
+
+    def claim(self, number: int, runtime: str) -> Optional[Task]:
+        """Start an attempt at a job; return None if it does not wait any more."""
+
+    def settle(self, endings: Sequence[Ending]) -> None:
+        """End these attempts."""
+
+    def cancel(self, number: int) -> bool:
+        """End a job that waits as cancelled; return False if it does not wait."""
+
+    def pause(self, runtime: str, reason: str) -> str:
+        """Remember that a runtime is paused; return since when."""
+
+    def resume(self, runtime: str) -> None:
+        """Forget that a runtime is paused."""
+
+    def pauses(self) -> Dict[str, Tuple[str, str]]:
+        """Return {runtime: (reason, since)} of the paused ones."""
+
+    def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
+        """Yield pages of (id, attempt, mode, runtime) of the jobs that a crash cut off."""
+
+    def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
+        """Yield pages of (id, mode, due) of the jobs that wait."""
+
+
+class Slot(Protocol):
+    """Room for one attempt at a time on a runtime."""
+
+    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
+        """Run one attempt to its end; return None if it was ended because of `interrupted()`."""
+
+    def wake(self) -> None:
+        """Have a running attempt ask `interrupted()` again. For any thread."""
+
+    def close(self) -> None:
+        """End what is left between attempts."""
+
+
+class Clock(Protocol):
+    """What the workers ask of a clock."""
+
+    def now(self) -> str:
+        """Return the UTC time as the API shows it."""
+
+    def unix(self) -> float:
+        """Return seconds since 1970."""
+
+    def monotonic(self) -> float:
+        """Return seconds that never jump."""
+
+    def wait(self, event: threading.Event, seconds: Optional[float]) -> bool:
+        """Wait until `event` is set, `seconds` at most; return whether it is set."""
 
 
 class _Attempt:
-    """A job that a worker has in its hands. Its flags are set under Workers.lock."""
+    """A job that a worker has in its hands, from its queue to its end on disk.
 
-    def __init__(self, slot: Any) -> None:
-        self.slot, self.cancelled, self.stopped = slot, False, False
+    Changed under Workers.lock. Who cancels it asks for that before it is decided, or comes late.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.cancelled = False          # somebody wants the job ended
+        self.stopped = False            # the server stops
+        self.decided = False            # its end stands, nobody can interrupt it any more
+        self.ending: Optional[Ending] = None        # how it ended, once that is on disk
+        self.over = threading.Event()   # set last: the worker has let go of it
 
     def interrupted(self) -> bool:
-        """Whether somebody wants it ended."""
+        """Return whether somebody wants it ended."""
         return self.cancelled or self.stopped
 
 
 class _Runtime:
-    """A runtime and how it fares. Changed under Workers.lock."""
+    """A runtime and its state. Changed under Workers.lock."""
 
-    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Any], since: str) -> None:
-        self.spec, self.make_slot, self.since = spec, make_slot, since
-        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # full: its workers will look anyway
+    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Slot], since: str) -> None:
+        self.spec = spec
+        self.make_slot = make_slot
+        self.since = since              # UTC time of the last change of state
+        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # see ring
         self.paused: Optional[str] = None       # the reason
-        self.unstartable, self.aside_until = 0, 0.0     # failures to start, in a row; monotonic seconds
-        self.why: Optional[str] = None          # of the last of them, once it is set aside for them
+        self.unstartable = 0            # failures to start, in a row
+        self.aside_until = 0.0          # monotonic seconds
+        self.why: Optional[str] = None  # the last failure to start, once it is set aside
         self.running: Dict[int, _Attempt] = {}
-        self.ended = self.failures = 0
+        self.ended = 0
+        self.failures = 0
 
     @property
     def failing(self) -> bool:
@@ -51,79 +136,99 @@ class _Runtime:
         return self.unstartable >= SET_ASIDE_AFTER
 
     def state(self) -> str:
-        """What GET /runtimes/ says of it."""
-        return ("paused" if self.paused is not None else "failing" if self.failing else
-                "busy" if len(self.running) >= self.spec.slots else "idle")
+        """Return what GET /runtimes/ says of it."""
+        if self.paused is not None:
+            return "paused"
+        if self.failing:
+            return "failing"
+        if len(self.running) >= self.spec.slots:
+            return "busy"
+        return "idle"
 
     def ring(self, times: int = 0) -> None:
-        """Have so many workers that wait look at the queues, or all."""
+        """Have so many workers that wait look at the queues, or all. A full bell is heard anyway:
+        each worker looks once more for each ring."""
         with contextlib.suppress(queue.Full):
             for _ in range(times or self.spec.slots):
                 self.bell.put_nowait(None)
 
 
-class Workers:                      # pylint: disable=too-many-instance-attributes # each has a line that says why
+class Workers:                      # pylint: disable=too-many-instance-attributes # each says why
     """The worker threads of all runtimes, and what concerns jobs that wait or run."""
 
-    def __init__(self, store: Any, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Any]]], policy: RetryPolicy,
-                 clock: Any, dice: Callable[[], float], most_waits: int = 256) -> None:
-        """`runtimes`: each with what makes a runtimes.Slot of it. `dice` gives numbers from 0 to 1, for the delays.
-        `most_waits`: how many may be in `wait` at once, each of which holds a thread."""
-        self.store, self.policy, self.clock, self.dice, self.most_waits = store, policy, clock, dice, most_waits
+    def __init__(self, store: Store, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]],
+                 policy: RetryPolicy, clock: Clock, dice: Callable[[], float],
+                 waiting: Waiting) -> None:
+        """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the
+        delays. `waiting` is told of every change, after it is on disk."""
+        self.store = store
+        self.policy = policy
+        self.clock = clock
+        self.dice = dice
+        self.waiting = waiting
         self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
-        self._echo = next((one for one in self.runtimes.values() if one.spec.protocol == "echo"), None)
-        self._queues: Dict[str, "queue.PriorityQueue[int]"] = {mode: queue.PriorityQueue() for mode in jobs.MODES}
+        self._echo = next((one for one in self.runtimes.values() if one.spec.protocol == "echo"),
+                          None)
+        self._queues: Dict[str, "queue.PriorityQueue[int]"] = {
+            mode: queue.PriorityQueue() for mode in jobs.MODES}
         self._began = clock.monotonic()
-        self.draining, self._stopped = threading.Event(), threading.Event()
+        self.draining = threading.Event()       # no more jobs are started
+        self._stopped = threading.Event()
         self._idle = threading.Event()          # set by a worker that leaves no job running
         self._threads: List[threading.Thread] = []
-        self._pausing = threading.Lock()        # held while a pause comes or goes, in the store and then here
-        self.lock = threading.Condition()       # over every _Runtime and _Attempt, and over what is below
-        self._alarms: List[Tuple[float, str, int]] = []     # a heap: at these monotonic seconds a mode's id is due;
-        self._alarm_set = threading.Event()                 # id 0: look again
-        self._waiters: Dict[int, List[threading.Event]] = {}
+        self._pausing = threading.Lock()        # held while a pause comes or goes, on disk and here
+        self.lock = threading.Lock()            # over every _Runtime and _Attempt, and what follows
+        self._alarms: List[Tuple[float, str, int]] = []     # a heap: (monotonic seconds, mode, id);
+        self._alarm_set = threading.Event()                 # id 0: have its workers look again
         self._durations: Dict[Tuple[str, str], List[float]] = {}
-        self._cancelled = 0                     # jobs that are still on a queue, or will be put on one by an alarm
-        self.changes = self._waits = 0          # what has happened so far; who is in `wait` now
+        self._cancelled = 0                     # jobs that still are on a queue, or will be
 
     # Life
 
     def start(self) -> None:
-        """Take up what the database says: decide on what a crash cut off, queue what waits, start the threads."""
+        """Take up what the database says: decide on what a crash cut off, queue what waits, start
+        the threads."""
         for name, (reason, since) in self.store.pauses().items():
             if name in self.runtimes:
-                self.runtimes[name].paused, self.runtimes[name].since = reason, since
-        for page in self.store.running():
-            self.store.settle([self._cut_off(*row) for row in page])
-        for page in self.store.waiting():
-            for number, mode, due in page:
-                # a wall clock that jumped must not hold a job back for longer than a delay can be
-                delay = 0.0 if due is None else min(due - self.clock.unix(), self.policy.most)
+                self.runtimes[name].paused = reason
+                self.runtimes[name].since = since
+        for running in self.store.running():
+            self.store.settle([self._cut_off(*row) for row in running])
+        for waiting in self.store.waiting():
+            for number, mode, due in waiting:
+                delay = 0.0
+                if due is not None:
+                    # A wall clock that jumped must hold no job back for longer than a delay can.
+                    delay = min(due - self.clock.unix(), self.policy.most)
                 self._enqueue_in(delay, mode, number)
-        self._threads = [threading.Thread(target=self._ring_alarms, name="alarms", daemon=True)] + [
-            threading.Thread(target=self._work, name=f"{name}-{number}", args=(runtime, runtime.make_slot()),
-                             daemon=True)
-            for name, runtime in self.runtimes.items() for number in range(runtime.spec.slots)]
+        self._threads.append(
+            threading.Thread(target=self._ring_alarms, name="alarms", daemon=True))
+        for name, runtime in self.runtimes.items():
+            for number in range(runtime.spec.slots):
+                self._threads.append(threading.Thread(
+                    target=self._work, name=f"{name}-{number}",
+                    args=(runtime, runtime.make_slot()), daemon=True))
         for thread in self._threads:
             thread.start()
 
     def _cut_off(self, number: int, attempt: int, mode: str, name: str) -> Ending:
-        """What becomes of a job that ran when the server was killed."""
+        """Return the end of an attempt that ran when the server was killed."""
         runtime = self.runtimes.get(name)
-        outcome = INTERRUPTED._replace(transient=runtime is None or runtime.spec.interrupted == "retry")
+        again = runtime is None or runtime.spec.interrupted == "retry"
+        outcome = INTERRUPTED._replace(transient=again)
         event = jobs.decide(outcome, attempt, self.policy)
-        log.warning("job %d was running on %s when the server was killed: %s", number, name,
-                    "it is tried again" if event == "retry" else "ended as interrupted")
+        fate = "it is tried again" if event == "retry" else "ended as interrupted"
+        log.warning("job %d was running on %s when the server was killed: %s", number, name, fate)
         return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
 
-    def drain(self, tell: threading.Event) -> None:
-        """Start no more jobs. Those that run go on, and `tell` is set when none is left."""
-        self._idle = tell
+    def drain(self, idle: threading.Event) -> None:
+        """Start no more jobs. Those that run go on, and `idle` is set when none is left."""
+        self._idle = idle
         self.draining.set()
-        self._tell()
+        self.waiting.notify()
 
     def busy(self) -> bool:
-        """Whether a job runs."""
+        """Return whether a job runs."""
         with self.lock:
             return any(runtime.running for runtime in self.runtimes.values())
 
@@ -137,58 +242,80 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     attempt.stopped = True
                     attempt.slot.wake()
                 runtime.ring()
-            self._alarm_set.set()
-            self._tell(list(self._waiters))
+        self._alarm_set.set()
+        self.waiting.stop()
         for thread in self._threads:
             thread.join()
 
     # Queues
 
-    def foregone(self, submission: jobs.Submission) -> Optional[jobs.Foregone]:
-        """How a new job ends, where nothing can come between: an echo, unless echoes are paused or wait before it. It
-        is stored as ended: a thread that claims and ends each one takes a third of the rate at which they are added."""
-        if submission.mode != "echo" or not self._echo or self._echo.paused is not None or self._queues["echo"].queue:
-            return None
-        return jobs.foregone(submission.return_code, self._echo.spec, self.policy)
+    def immediate_end(self, submission: Submission) -> Optional[ImmediateEnd]:
+        """Return how a new job ends, where nothing can come between: an echo, unless echoes are
+        paused or wait before it.
 
-    def take_up(self, added: jobs.Addition) -> None:
-        """Have new jobs run, once the store has them; count and announce those that are stored as ended."""
-        if added.endings and self._echo:
-            self._announce(self._echo, added.endings)
-        ended = {ending.task.id for ending in added.endings}
-        waiting = [] if added.replayed else [job for job in added.jobs if job.id not in ended]
-        for mode in {job.mode for job in waiting}:
-            self.enqueue(mode, [job.id for job in waiting if job.mode == mode])
+        It is stored as ended: a thread that claims and ends each one takes a third of the rate at
+        which they are added.
+        """
+        echo = self._echo
+        if submission.mode != "echo" or echo is None or echo.paused is not None:
+            return None
+        if not self._queues["echo"].empty():
+            return None
+        return jobs.immediate_end(submission.return_code, echo.spec, self.policy)
+
+    def take_up(self, additions: Sequence[Addition]) -> None:
+        """Have new jobs run, once the store has them; count and announce those that ended."""
+        endings = []
+        numbers: Dict[str, List[int]] = {}
+        for addition in additions:
+            if addition.replayed:
+                continue
+            endings += addition.endings
+            ended = {ending.task.id for ending in addition.endings}
+            for job in addition.jobs:
+                if job.id not in ended:
+                    numbers.setdefault(job.mode, []).append(job.id)
+        if endings and self._echo:
+            self._announce(self._echo, endings)
+        for mode, waiting in numbers.items():
+            self.enqueue(mode, waiting)
 
     def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
         """Have these jobs run, oldest first, once the store has them."""
         for number in numbers:
             self._queues[mode].put(number)
         self._ring(mode, len(numbers))
-        self._tell()
+        self.waiting.notify()
 
-    def waiting(self) -> int:
-        """How many jobs wait to be run now."""
-        return max(0, sum(waiting.qsize() for waiting in self._queues.values()) - self._cancelled)
+    def queued(self) -> int:
+        """Return how many jobs wait to be run now."""
+        queued = sum(one.qsize() for one in self._queues.values())
+        return max(0, queued - self._cancelled)
 
     def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
         """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
         if delay <= 0:
             self.enqueue(mode, [number])
-        else:
-            with self.lock:
-                heapq.heappush(self._alarms, (self.clock.monotonic() + delay, mode, number))
-            self._alarm_set.set()
+            return
+        with self.lock:
+            self._set_alarm(self.clock.monotonic() + delay, mode, number)
+
+    def _set_alarm(self, at: float, mode: str, number: int = 0) -> None:
+        heapq.heappush(self._alarms, (at, mode, number))
+        self._alarm_set.set()
 
     def _ring_alarms(self) -> None:
         """The alarm thread: put on its queue what has become due."""
         while not self._stopped.is_set():
             self._alarm_set.clear()
+            due = []
+            pause = None
             with self.lock:
-                now, due = self.clock.monotonic(), []
+                now = self.clock.monotonic()
                 while self._alarms and self._alarms[0][0] <= now:
                     due.append(heapq.heappop(self._alarms))
-                pause = self._alarms[0][0] - now if self._alarms else None
+                if self._alarms:
+                    pause = self._alarms[0][0] - now
             for _, mode, number in due:
                 if number:
                     self.enqueue(mode, [number])
@@ -203,122 +330,157 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     # Work
 
-    def _work(self, runtime: _Runtime, slot: Any) -> None:
+    def _work(self, runtime: _Runtime, slot: Slot) -> None:
         """A worker thread: take the oldest job that is due, run it, settle it."""
         while not self.draining.is_set():
             number = self._take(runtime, slot)
             if not number:
                 runtime.bell.get()
                 continue
+            attempt = runtime.running[number]
             try:
-                self._run(runtime, slot, number)
-            except Exception:       # pylint: disable=broad-exception-caught # whatever it was, the thread goes on
+                self._run(runtime, attempt, number)
+            except _Stopping:       # the next start decides on the job
+                pass
+            except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
                 log.exception("worker of %s: job %d", runtime.spec.name, number)
             finally:
-                with self.lock:
-                    runtime.running.pop(number, None)
+                self._let_go(runtime, number)
+                attempt.over.set()
                 if self.draining.is_set() and not self.busy():
                     self._idle.set()
         slot.close()
 
-    def _take(self, runtime: _Runtime, slot: Any) -> Optional[int]:
-        """The id to run next on this slot, already entered as running; None if there is nothing or it may not."""
+    def _take(self, runtime: _Runtime, slot: Slot) -> Optional[int]:
+        """Return the id to run next on this slot, already entered as running; None if there is
+        nothing or it may not run."""
         with self.lock:             # whoever takes from a queue holds it
             if self.draining.is_set() or runtime.paused is not None:
                 return None
-            if runtime.failing and (runtime.aside_until > self.clock.monotonic() or runtime.running):
-                return None         # set aside, or one job is trying it out already
-            waiting = [self._queues[mode] for mode in runtime.spec.modes if self._queues[mode].queue]
-            if not waiting:
+            if runtime.failing:
+                if runtime.aside_until > self.clock.monotonic() or runtime.running:
+                    return None     # set aside, or one job is trying it out already
+            queues = [self._queues[mode] for mode in runtime.spec.modes
+                      if not self._queues[mode].empty()]
+            if not queues:
                 return None
-            number = min(waiting, key=lambda one: one.queue[0]).get_nowait()
+            oldest = min(queues, key=lambda one: one.queue[0])
+            number = oldest.get_nowait()
             runtime.running[number] = _Attempt(slot)
             return number
 
-    def _run(self, runtime: _Runtime, slot: Any, number: int) -> None:
-        """One attempt at a job, from the claim in the store to whoever waits for its end."""
-        task = self._insist(self.store.claim, number, runtime.spec.name)
-        if not task:                # it was cancelled, or the server stops
+    def _run(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
+        """Make one attempt at a job, from its claim in the store to whoever waits for its end."""
+        task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
+        if not task:                # it was cancelled meanwhile
             with self.lock:
                 self._cancelled -= 1
             return
-        ending = self._attempt(runtime, slot, task)
-        self._insist(self.store.settle, [ending])
+        self.waiting.notify()
+        began = self.clock.monotonic()
+        outcome = None
+        started = not attempt.interrupted()
+        if started:
+            outcome = self._outcome(runtime, attempt, task)
+        ending = self._decide(runtime, task, attempt, outcome, started)
+        ending = ending._replace(seconds=self.clock.monotonic() - began)
+        self._write_until_stored(self.store.settle, [ending])
+        attempt.ending = ending
+        self._let_go(runtime, number)
         self._announce(runtime, [ending])
 
-    def _attempt(self, runtime: _Runtime, slot: Any, task: Task) -> Ending:
-        """Run a job that is claimed; what becomes of it."""
-        self._tell()
-        attempt, began = runtime.running[task.id], self.clock.monotonic()
-        begun = not attempt.interrupted()
+    def _outcome(self, runtime: _Runtime, attempt: _Attempt, task: Task) -> Optional[Outcome]:
+        """Run a job on its slot; return None if it was ended because somebody wanted that."""
         try:
-            outcome = slot.run(task, attempt.interrupted) if begun else None
-        except Exception:           # pylint: disable=broad-exception-caught # the job must not stay "running"
+            return attempt.slot.run(task, attempt.interrupted)
+        except Exception:           # pylint: disable=broad-exception-caught # the job has to end
             log.exception("%s: job %d", runtime.spec.name, task.id)
-            outcome = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
-        return self._decide(runtime, task, attempt, outcome, begun)._replace(seconds=self.clock.monotonic() - began)
+            return Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
 
-    def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt, outcome: Optional[Outcome],
-                begun: bool) -> Ending:
-        """What becomes of a job after this outcome; after None it was cancelled, or the server stops."""
+    def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt,
+                outcome: Optional[Outcome], started: bool) -> Ending:
+        """Return what becomes of a job after this outcome; after None it was cancelled, or the
+        server stops. Exactly one of an answer and a cancel wins."""
         with self.lock:
-            runtime.running.pop(task.id, None)  # from here on nobody can interrupt it: exactly one of the two wins
-            event = "release" if outcome is None else jobs.decide(outcome, task.attempt, self.policy)
-            if attempt.cancelled and event in ("release", "retry"):
-                return Ending(task, "failed", Outcome(jobs.CANCELLED, "cancelled"))
+            attempt.decided = True
             if outcome is None:
-                failed = begun and runtime.spec.interrupted == "fail"
-                return Ending(task, "failed" if failed else event, INTERRUPTED)
-            self._note_start(runtime, outcome)
-            if not outcome.started and runtime.failing:
-                event = "release"   # the runtime's fault: it costs the job no attempt
-            return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
+                failed = started and runtime.spec.interrupted == "fail"
+                ending = Ending(task, "failed" if failed else "release", INTERRUPTED)
+            else:
+                self._note_start(runtime, outcome)
+                event = jobs.decide(outcome, task.attempt, self.policy)
+                if not outcome.started and runtime.failing:
+                    event = "release"   # the runtime's fault: it costs the job no attempt
+                delay = self.policy.delay(task.attempt, self.dice())
+                ending = Ending(task, event, outcome, delay)
+            if attempt.cancelled and ending.event in ("release", "retry"):
+                return Ending(task, "failed", CANCELLED)
+            return ending
 
     def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
-        """Set a runtime aside that fails to start again and again, and take it back when it starts; say so once."""
+        """Set a runtime aside that fails to start again and again, and take it back when it starts;
+        say so once."""
         was_failing = runtime.failing
-        runtime.unstartable = 0 if outcome.started else runtime.unstartable + 1
-        runtime.why = outcome.runtime_error if runtime.failing else None
+        if outcome.started:
+            runtime.unstartable = 0
+            runtime.why = None
+        else:
+            runtime.unstartable += 1
         if runtime.failing:
-            pause = min(MOST_PAUSE, FIRST_PAUSE * 2 ** min(30, runtime.unstartable - SET_ASIDE_AFTER))
+            runtime.why = outcome.runtime_error
+            doublings = min(30, runtime.unstartable - SET_ASIDE_AFTER)
+            pause = min(MOST_PAUSE, FIRST_PAUSE * 2 ** doublings)
             runtime.aside_until = self.clock.monotonic() + pause
             for mode in runtime.spec.modes:
-                heapq.heappush(self._alarms, (runtime.aside_until, mode, 0))
-            self._alarm_set.set()
-        if runtime.failing and not was_failing:
-            runtime.since = self.clock.now()
-            log.error("runtime %s is set aside: it failed to start %d times in a row (%s); its jobs wait, and it is "
-                      "tried again", runtime.spec.name, runtime.unstartable, outcome.runtime_error)
-        elif was_failing and not runtime.failing:
-            runtime.since = self.clock.now()
+                self._set_alarm(runtime.aside_until, mode)
+        if runtime.failing == was_failing:
+            return
+        runtime.since = self.clock.now()
+        if runtime.failing:
+            log.error("runtime %s is set aside: it failed to start %d times in a row (%s); its "
+                      "jobs wait, and it is tried again", runtime.spec.name, runtime.unstartable,
+                      outcome.runtime_error)
+        else:
             log.warning("runtime %s starts again", runtime.spec.name)
             runtime.ring()
 
     def _announce(self, runtime: _Runtime, endings: Sequence[Ending]) -> None:
-        """Tell those who wait, and set the alarm for what is tried again; after it is on disk."""
-        over = []
-        for task, event, outcome, delay, seconds in endings:
-            if event in ("retry", "release"):
-                self._enqueue_in(delay, task.mode, task.id)
-                if event == "retry":
-                    log.info("job %d, attempt %d on %s: return code %d, %s; tried again in %.1f s", task.id,
-                             task.attempt, runtime.spec.name, outcome.return_code, outcome.runtime_error, delay)
+        """Count attempts that ended and tell those who wait, and set the alarm for what is tried
+        again; after it is on disk."""
+        ended = []
+        for ending in endings:
+            task = ending.task
+            outcome = ending.outcome
+            if ending.event in ("retry", "release"):
+                self._enqueue_in(ending.delay, task.mode, task.id)
+                if ending.event == "retry":
+                    log.info("job %d, attempt %d on %s: return code %d, %s; tried again in %.1f s",
+                             task.id, task.attempt, runtime.spec.name, outcome.return_code,
+                             outcome.runtime_error, ending.delay)
                 continue
-            over.append(task.id)
-            with self.lock:         # for each: there may be 10,000, and the listener wants it, too
-                runtime.ended += 1
-                runtime.failures += event == "failed"
-                found = self._durations.setdefault((task.mode, event), [0.0] * (len(jobs.BUCKETS) + 2))
-                found[bisect.bisect_left(jobs.BUCKETS, seconds)] += 1
-                found[-1] += seconds
-            if event == "failed":
-                log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id, runtime.spec.name,
-                         task.attempt, outcome.return_code, outcome.runtime_error)
-        self._tell(over)
+            ended.append(task.id)
+            self._count(runtime, ending)
+            if ending.event == "failed":
+                log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id,
+                         runtime.spec.name, task.attempt, outcome.return_code,
+                         outcome.runtime_error)
+        self.waiting.notify(ended)
 
-    def _insist(self, write: Callable[..., Any], *arguments: Any) -> Any:
-        """Do a write that must not be lost; while the store cannot take it, again. None if the server stops first:
-        then the job stands in the database as running, and the next start decides on it."""
+    def _count(self, runtime: _Runtime, ending: Ending) -> None:
+        """Count a job that ended. The lock is taken for each: there may be 10,000, and the listener
+        wants it, too."""
+        with self.lock:
+            runtime.ended += 1
+            if ending.event == "failed":
+                runtime.failures += 1
+            counts = self._durations.setdefault(
+                (ending.task.mode, ending.event), [0.0] * (len(jobs.BUCKETS) + 2))
+            counts[bisect.bisect_left(jobs.BUCKETS, ending.seconds)] += 1
+            counts[-1] += ending.seconds
+
+    def _write_until_stored(self, write: Callable[..., Any], *arguments: Any) -> Any:
+        """Do a write that must not be lost; while the store cannot take it, again. Raise _Stopping
+        if the server stops first."""
         said = False
         while True:
             try:
@@ -328,123 +490,98 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     log.error("waiting for the database: %s", error)
                 said = True
                 if self.clock.wait(self._stopped, STORE_AGAIN):
-                    return None
+                    raise _Stopping from None
+
+    def _let_go(self, runtime: _Runtime, number: int) -> None:
+        with self.lock:
+            runtime.running.pop(number, None)
 
     # What people ask for
 
-    def wait(self, numbers: Sequence[int], seconds: float) -> List[Job]:
-        """These jobs as soon as all have ended, or as they are after `seconds`; none at all, and at once, when as many
-        wait already as may. Raises UnknownJob."""
-        deadline = self.clock.monotonic() + seconds
-        with self.lock:
-            if self._waits >= self.most_waits:
-                return []
-            self._waits += 1
-        try:
-            return [self._wait(number, deadline) for number in numbers]
-        finally:
-            with self.lock:
-                self._waits -= 1
-
-    def _wait(self, number: int, deadline: float) -> Job:
-        ended = threading.Event()
-        with self.lock:
-            self._waiters.setdefault(number, []).append(ended)
-        try:
-            job: Job = self.store.get(number)       # only now: it cannot end unnoticed any more
-            left = deadline - self.clock.monotonic()
-            if job.end_time is None and left > 0 and not self._stopped.is_set() and self.clock.wait(ended, left):
-                job = self.store.get(number)
-            return job
-        finally:
-            with self.lock:
-                self._waiters[number].remove(ended)
-                if not self._waiters[number]:
-                    del self._waiters[number]
-
-    def _tell(self, numbers: Sequence[int] = ()) -> None:
-        with self.lock:             # whoever wants to know of any change waits for the lock itself
-            self.changes += 1
-            self.lock.notify_all()
-            for number in numbers:
-                for ended in self._waiters.get(number, ()):
-                    ended.set()
-
-    def wait_for_change(self, since: int, seconds: float) -> None:
-        """Return as soon as `changes` is not `since`, or after `seconds`; at once when as many wait as may."""
-        with self.lock:
-            room = self._waits < self.most_waits
-            self._waits += room
-            self.lock.wait_for(lambda: self.changes != since or self._stopped.is_set(), seconds * room)
-            self._waits -= room
-
     def cancel(self, number: int) -> Job:
-        """End a job: one that waits at once, one that runs when its process group has ended. The ended job; raises
-        Ended if it had ended (or did so by itself meanwhile), UnknownJob."""
-        asked = False
-        while not self.store.cancel(number):
-            if self._stopped.is_set():
-                raise StoreError("the server is stopping")
-            job: Job = self.store.get(number)
-            if asked and (job.return_code, job.runtime_error) == (jobs.CANCELLED, "cancelled"):
-                return job
+        """End a job: one that waits at once, one that runs when its process group has ended.
+        Return the ended job; raise Ended if it had ended (or did so by itself meanwhile),
+        UnknownJob."""
+        while True:
+            attempt = self._interrupt(number)
+            if attempt is not None:
+                attempt.over.wait()
+                if attempt.ending is not None and attempt.ending.outcome is CANCELLED:
+                    return self.store.get(number)
+            elif self.store.cancel(number):
+                with self.lock:
+                    self._cancelled += 1
+                self.waiting.notify([number])
+                return self.store.get(number)
+            job = self.store.get(number)
             if job.end_time is not None:
                 raise Ended(job)
-            with self.lock:
-                attempt = next((one.running[number] for one in self.runtimes.values() if number in one.running), None)
-                if attempt:
-                    attempt.cancelled = asked = True
-                    attempt.slot.wake()
-            self._wait(number, self.clock.monotonic() + 1.0)
+            # It was claimed after the look into memory, or an attempt was over when it was asked.
+            if self.clock.wait(self._stopped, CANCEL_AGAIN):
+                raise StoreError("the server is stopping")
+
+    def _interrupt(self, number: int) -> Optional[_Attempt]:
+        """Return the attempt that runs at a job, asked to end; None if none does."""
         with self.lock:
-            self._cancelled += 1
-            self._tell([number])
-        return self.store.get(number)           # type: ignore[no-any-return]
+            for runtime in self.runtimes.values():
+                attempt = runtime.running.get(number)
+                if attempt is not None:
+                    if not attempt.decided:
+                        attempt.cancelled = True
+                        attempt.slot.wake()
+                    return attempt
+        return None
 
     def pause(self, name: str, reason: str) -> Dict[str, Any]:
-        """Let what runs on this runtime end and start no other; raises KeyError. Its description."""
+        """Let what runs on this runtime end and start no other; return its description. Raise
+        KeyError."""
         runtime = self.runtimes[name]
         with self._pausing:
             since = self.store.pause(name, reason)
             with self.lock:
-                runtime.paused, runtime.since = reason, since
-        self._tell()
+                runtime.paused = reason
+                runtime.since = since
+        self.waiting.notify()
         log.warning("runtime %s is paused: %s", name, reason or "no reason given")
         return self.describe(name)
 
     def resume(self, name: str) -> Dict[str, Any]:
-        """Let a paused runtime run jobs again; raises KeyError. Its description."""
+        """Let a paused runtime run jobs again; return its description. Raise KeyError."""
         runtime = self.runtimes[name]
         with self._pausing:
             self.store.resume(name)
             with self.lock:
                 if runtime.paused is not None:
-                    runtime.paused, runtime.since = None, self.clock.now()
+                    runtime.paused = None
+                    runtime.since = self.clock.now()
                     log.warning("runtime %s is resumed", name)
         runtime.ring()
-        self._tell()
+        self.waiting.notify()
         return self.describe(name)
 
     def describe(self, name: str) -> Dict[str, Any]:
-        """A runtime as GET /runtimes/ shows it; raises KeyError."""
+        """Return a runtime as GET /runtimes/ shows it; raise KeyError."""
         with self.lock:
             runtime = self.runtimes[name]
-            return {"name": name, "modes": list(runtime.spec.modes), "protocol": runtime.spec.protocol,
-                    "slots": runtime.spec.slots, "state": runtime.state(),
-                    "reason": runtime.why if runtime.paused is None else runtime.paused,
-                    "running": sorted(runtime.running), "ended": runtime.ended, "failures": runtime.failures,
-                    "since": runtime.since}
+            reason = runtime.why if runtime.paused is None else runtime.paused
+            return {"name": name, "modes": list(runtime.spec.modes),
+                    "protocol": runtime.spec.protocol, "slots": runtime.spec.slots,
+                    "state": runtime.state(), "reason": reason,
+                    "running": sorted(runtime.running), "ended": runtime.ended,
+                    "failures": runtime.failures, "since": runtime.since}
 
     def uptime(self) -> float:
-        """Seconds since the server began."""
+        """Return the seconds since the server began."""
         return round(float(self.clock.monotonic() - self._began), 3)
 
     def durations(self) -> Dict[Tuple[str, str], List[float]]:
-        """{(mode, outcome): how many last attempts took up to each of jobs.BUCKETS, how many longer, all seconds}."""
+        """Return {(mode, outcome): how many last attempts took up to each of jobs.BUCKETS, how many
+        longer, all seconds}."""
         with self.lock:
             return {key: list(values) for key, values in self._durations.items()}
 
     def states(self) -> Counter:
-        """How many runtimes of each mode are in each state: {(mode, state): n}."""
+        """Return how many runtimes of each mode are in each state: {(mode, state): n}."""
         with self.lock:
-            return Counter((mode, one.state()) for one in self.runtimes.values() for mode in one.spec.modes)
+            return Counter((mode, runtime.state()) for runtime in self.runtimes.values()
+                           for mode in runtime.spec.modes)

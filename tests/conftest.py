@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -24,6 +25,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has its j
 PROGRAM = (sys.executable, *((os.environ["OQC_PYZ"],) if "OQC_PYZ" in os.environ else ("-m", "oqc")))
 WORKERS = 3                         # processes that run the tests: with one more than cores, none of these has to wait
 KEY = "$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
+
+
+def until(condition):
+    """Wait until something holds that nothing announces."""
+    give_up = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up, "not within 20 s"
+        time.sleep(0.001)
 
 
 class Answer:

@@ -1,9 +1,8 @@
-"""Connections at their limits: who makes room for whom, what is cut short, what stopping does. In this process, with
-an Api that does what the test says."""
-# pylint: disable=protected-access # what two threads tell the listener at once shows nowhere else
-import collections
+"""Connections at their limits: who makes room for whom, what is cut short, what stopping does. In
+this process, with an Api that does what the test says."""
 import contextlib
 import json
+import selectors
 import socket
 import ssl
 import subprocess
@@ -12,6 +11,7 @@ import time
 import types
 
 import pytest
+from conftest import until
 from test_wire import Wire, ask
 
 from oqc.api import HEAVY, Api, Keys
@@ -21,67 +21,81 @@ from oqc.messages import Request, Response
 from oqc.server import TICK, Limits, Server, tls_context
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-UPLOAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n\r\n"
-NOBODY = object()           # a connection that is closed already
+UPLOAD = (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+          b"Expect: 100-continue\r\n\r\n")
 
 
 class Scripted:
-    """An Api that leaves every request to one function: in a thread, or in the listener if there is a flush."""
+    """An Api that leaves every request to functions of the test: by a thread of the pool, or by
+    the listener, alone if `quick`, or with others of the round if there is `together`."""
 
     keys = Keys({})
 
-    def __init__(self, handle, flush):
+    def __init__(self, handle, quick, together):
         self.handle = handle
-        self.flush = flush or (lambda: None)
-        self.is_quick = lambda _: flush is not None
-
-    @staticmethod
-    def refuse(_):
-        """Nothing is refused."""
+        self.handle_together = together
+        self.held = threading.Event()
+        self.go = threading.Event()
+        self.refuse = lambda _: None
+        self.would_wait = lambda: False
+        self.is_quick = lambda request: quick
+        self.is_small_add = lambda request: together is not None
 
 
 class Listening:
     """A server in this process."""
 
-    def __init__(self, handle, flush=None, tick=TICK, tls=None, **limits):  # pylint: disable=too-many-arguments # a server has them
+    def __init__(self, handle, *, quick=False, together=None, tick=TICK, tls=None, **limits):
         self.lines = []
-        self.server = Server(("127.0.0.1", 0), Scripted(handle, flush), Clock(), limits=Limits(**limits),
-                             access=self.lines.append, tls=tls)
+        self.api = Scripted(handle, quick, together)
+        self.server = Server(("127.0.0.1", 0), self.api, Clock(), limits=Limits(**limits),
+                             access=self.lines.append, tls=tls, rest=0.05)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(tick,))
         self.thread.start()
 
-    def until(self, condition):
-        """Wait until this holds, which nothing announces."""
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline
+    @property
+    def connections(self):
+        """The connections that there are now."""
+        return list(self.server.connections)
 
     @contextlib.contextmanager
     def held(self):
         """Meanwhile its listener does nothing."""
-        held, go = threading.Event(), threading.Event()
-        self.server._tell(NOBODY, lambda _: (held.set(), go.wait(20)))
-        assert held.wait(20)
-        try:
-            yield
-        finally:
-            go.set()
+        held = threading.Event()
+        go = threading.Event()
+
+        def hold(_):
+            held.set()
+            go.wait(20)
+            return Response(200, b"held\n")
+        script = self.api.handle, self.api.is_quick, self.api.is_small_add
+        self.api.handle = hold
+        self.api.is_quick = lambda _: True
+        self.api.is_small_add = lambda _: False
+        with Wire(self, GET) as client:
+            assert held.wait(20)
+            self.api.handle, self.api.is_quick, self.api.is_small_add = script
+            try:
+                yield
+            finally:
+                go.set()
+            assert client.answer()[0] == 200
 
     def stop(self):
         """Stop, twice does no harm."""
         if self.thread.is_alive():
-            self.server.stop(0.2)
+            self.server.shutdown(0.2)
             self.thread.join()
+        self.server.server_close()
 
 
 @pytest.fixture
-def listen(monkeypatch):
-    """listen(handle, **limits): a server whose requests are all given to handle(request, answer)."""
-    monkeypatch.setattr("oqc.server.KEEP_THREAD", 0.05)     # or its threads are still there in other tests
+def listen():
+    """listen(handle, **options): a server whose requests are given to handle(request)."""
     started = []
 
-    def start(handle=lambda request, answer: answer(Response(200, b"ok\n")), **options):
+    def start(handle=lambda request: Response(200, b"ok\n"), **options):
         started.append(Listening(handle, **options))
         return started[-1]
     yield start
@@ -95,10 +109,10 @@ class Gate:
     def __init__(self):
         self.entered, self.opened = threading.Semaphore(0), threading.Event()
 
-    def __call__(self, request, answer):
+    def __call__(self, request):
         self.entered.release()
         self.opened.wait(20)
-        answer(Response(200, b"ok\n"))
+        return Response(200, b"ok\n")
 
 
 @pytest.fixture
@@ -119,10 +133,10 @@ def test_clients_that_were_refused_and_stay_do_not_keep_others_out(listen):
 
 
 def test_a_client_that_has_its_answer_is_not_at_work_any_more(listen):
-    """A thread of the pool that sent the answer itself would tell the listener too late."""
+    """A thread of the pool that sent the answer itself would give the connection back too late."""
     server = listen(connections=1)
-    tell = server.server._tell
-    server.server._tell = lambda *what: (time.sleep(0.1), tell(*what))
+    give_back = server.server.shutdown_request
+    server.server.shutdown_request = lambda connection: (time.sleep(0.1), give_back(connection))
     with Wire(server, GET) as first:
         assert first.answer()[0] == 200
         with Wire(server, GET) as second:
@@ -145,7 +159,7 @@ def test_clients_that_were_turned_away_leave_no_room_for_another(listen, gate):
 def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(listen):
     server = listen(connections=2)
     with Wire(server, b"GET / HT") as head, Wire(server) as body:
-        server.until(lambda: any(one.buffer for one in list(server.server.connections)))
+        until(lambda: any(one.buffer for one in server.connections))
         body.sock.sendall(UPLOAD)
         assert body.answer()[0] == 100
         with Wire(server, GET) as first, Wire(server, GET) as second:
@@ -174,7 +188,7 @@ def test_an_answer_whose_body_cannot_be_read_to_its_end_is_cut_short(listen, cap
     def pieces():
         yield b"one"
         raise ValueError("the rest cannot be read")
-    server = listen(lambda request, answer: answer(Response(200, pieces())))
+    server = listen(lambda request: Response(200, pieces()))
     with Wire(server, GET) as client:
         assert client.answer(body=False)[0] == 200
         assert client.file.read() == b"3\r\none\r\n", "no last chunk, and the connection ends"
@@ -182,7 +196,8 @@ def test_an_answer_whose_body_cannot_be_read_to_its_end_is_cut_short(listen, cap
 
 
 def test_a_client_that_does_not_read_its_answer_is_left(listen):
-    server = listen(lambda request, answer: answer(Response(200, b"x" * (32 << 20))), head_seconds=0.2, pace=1 << 30)
+    server = listen(lambda request: Response(200, b"x" * (32 << 20)), head_seconds=0.2,
+                    pace=1 << 30)
     with Wire(server, GET) as client:
         assert gone(server)
         status, headers, _ = client.answer(body=False)
@@ -192,63 +207,63 @@ def test_a_client_that_does_not_read_its_answer_is_left(listen):
 
 def gone(server):
     """True as soon as a connection has come and no connection is left."""
-    # bool(): an empty list that is given back may not be empty any more when it is looked at
-    server.until(lambda: bool(server.lines) and not server.server.connections)
+    until(lambda: server.lines and not server.connections)
     return True
 
 
-def test_what_one_thread_tells_the_listener_is_done_although_another_tells_it_something_between(listen):
-    """The second append came before the first looked whether it was alone: each left it to the other to wake."""
-    server = listen().server
-    done, second = [threading.Event(), threading.Event()], []
+def test_what_threads_give_back_at_one_moment_is_answered_although_nothing_else_wakes_the_listener(
+        listen):
+    """Of two that gave something back at once each left it to the other to wake the listener."""
+    together = threading.Barrier(8)
 
-    class Interrupted(collections.deque):
-        """After its first append another thread gets its turn."""
-
-        def append(self, x):
-            super().append(x)
-            if not second:
-                second.append(threading.Thread(target=server._tell, args=(NOBODY, lambda _: done[1].set())))
-                second[0].start()
-                second[0].join()
-
-    server._told = Interrupted()
-    server._tell(NOBODY, lambda _: done[0].set())
-    assert done[0].wait(20) and done[1].wait(20)
+    def handle(_):
+        together.wait(20)
+        return Response(200, b"ok\n")
+    server = listen(handle, tick=60.0)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Wire(server)) for _ in range(together.parties)]
+        for _ in range(50):
+            for client in clients:
+                client.sock.sendall(GET)
+            assert [client.answer()[0] for client in clients] == [200] * len(clients)
 
 
-def test_a_defect_in_what_the_listener_is_told_costs_nobody_else_an_answer(listen, caplog):
-    one, done = listen(), [threading.Event(), threading.Event()]
-    with Wire(one, GET) as client:
-        client.answer()
-        connection, = one.server.connections
-        with one.held():
-            one.server._tell(connection, lambda _: 1 // 0)
-            one.server._tell(NOBODY, lambda _: done[0].set())
-        assert client.closed(), "or nothing would ever end it"
-        assert done[0].wait(20)
-        one.server._tell(NOBODY, lambda _: done[1].set())
-        assert done[1].wait(20) and "ZeroDivisionError" in caplog.text
+def test_a_response_that_cannot_be_sent_costs_nobody_else_an_answer(listen, caplog):
+    wrong = [Response(999, b"no such status\n")]
+
+    def handle(_):
+        return wrong.pop() if wrong else Response(200, b"ok\n")
+    one = listen(handle, quick=True)
+    with one.held():
+        first = Wire(one, GET)
+        second = Wire(one, GET)
+    with first, second:
+        assert first.closed(), "or nothing would ever end it"
+        assert second.answer()[0] == ask(one, GET)[0] == 200
+    assert "KeyError: 999" in caplog.text
 
 
-def test_a_body_has_its_time_from_the_head_on_however_it_is_cut(listen, monkeypatch):
+def test_a_body_has_its_time_from_the_head_on_however_it_is_cut(listen):
     one, awaited = listen(), []
-    monkeypatch.setattr(one.server.api, "refuse", awaited.append)       # asked when a body begins to be awaited
+    one.api.refuse = awaited.append         # asked when a body begins to be awaited
 
     def arrived(count):
-        return all(len(connection.buffer) == count for connection in one.server.connections)
+        return all(len(connection.buffer) == count for connection in one.connections)
     with Wire(one, UPLOAD) as client:
-        assert client.file.readline() == b"HTTP/1.1 100 Continue\r\n" and client.file.readline() == b"\r\n"
-        deadlines = [connection.deadline for connection in one.server.connections]
+        assert client.file.readline() == b"HTTP/1.1 100 Continue\r\n"
+        assert client.file.readline() == b"\r\n"
+        deadlines = [connection.deadline for connection in one.connections]
         for count in range(1, 9):
             client.sock.sendall(b"x")
-            one.until(lambda count=count: arrived(count))
-        assert [connection.deadline for connection in one.server.connections] == deadlines and len(awaited) == 1
+            until(lambda count=count: arrived(count))
+        assert [connection.deadline for connection in one.connections] == deadlines
+        assert len(awaited) == 1
         client.sock.sendall(b"x")
         assert client.answer()[0] == 200
 
 
-def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_connection(listen, monkeypatch):
+def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_connection(
+        listen, monkeypatch):
     def refuse(_):
         raise RuntimeError("can't start new thread")
     one = listen(tick=60.0)
@@ -264,61 +279,91 @@ def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_con
 
 
 def test_a_defect_at_the_first_request_of_a_connection_costs_that_connection_alone(listen, caplog):
-    one = listen(flush=lambda: None)
-    one.server.api.is_quick = lambda _: 1 // 0
+    one = listen()
     with one.held():
+        one.api.is_quick = lambda _: 1 // 0
         client = Wire(one, GET)     # so that the request is there when the connection is accepted
     with client:
         assert client.closed()
-    one.server.api.is_quick = lambda _: True
+    one.api.is_quick = lambda _: True
     assert ask(one, GET)[0] == 200 and "ZeroDivisionError" in caplog.text
 
 
 def test_a_connection_that_cannot_be_watched_is_closed_and_no_other(listen, monkeypatch):
     """As where the system has no more room for what epoll watches (epoll(7), max_user_watches)."""
-    one = listen()
-    register = one.server._selector.register
+    full = []
+    register = selectors.DefaultSelector.register
 
-    def refuse(*_):
-        monkeypatch.setattr(one.server._selector, "register", register)
-        raise OSError(28, "No space left on device")
+    def refuse_once(selector, *what):
+        if full:
+            raise full.pop()
+        return register(selector, *what)
+    monkeypatch.setattr(selectors.DefaultSelector, "register", refuse_once)
+    one = listen()
     with Wire(one, GET) as other:
         assert other.answer()[0] == 200
         with one.held():
-            monkeypatch.setattr(one.server._selector, "register", refuse)
+            full.append(OSError(28, "No space left on device"))
             client = Wire(one)
         with client:
-            assert client.closed()
+            assert client.closed() and not full
         other.sock.sendall(GET)
         assert other.answer()[0] == ask(one, GET)[0] == 200
 
 
 def test_a_defect_of_what_is_written_together_does_not_end_the_listener(listen, caplog):
-    waiting, broken = [], [True]
+    broken = [OSError("the disk is away")]
 
-    def flush():
-        if waiting and broken:
-            broken.clear()
-            raise OSError("the disk is away")
-        while waiting:
-            waiting.pop()(Response(200, b"ok\n"))
-    one = listen(lambda _, answer: waiting.append(answer), flush=flush)
+    def together(requests):
+        if broken:
+            raise broken.pop()
+        return [Response(200, b"ok\n") for _ in requests]
+    one = listen(together=together)
     with Wire(one, GET) as first:
-        one.until(lambda: not broken)
-        assert ask(one, GET)[0] == first.answer()[0] == 200 and "the disk is away" in caplog.text
+        assert first.closed()
+        assert ask(one, GET)[0] == 200 and "the disk is away" in caplog.text
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_small_adds_are_stored_by_the_listener_only_while_that_costs_no_waiting(listen, busy):
+    threads = []
+
+    def together(requests):
+        threads.append(threading.current_thread())
+        return [Response(200, b"ok\n") for _ in requests]
+    one = listen(together=together)
+    one.api.would_wait = lambda: busy
+    assert ask(one, GET)[0] == 200
+    assert (threads[0] is one.thread) is not busy
+
+
+def test_small_adds_that_come_in_one_round_are_stored_together(listen):
+    sizes = []
+
+    def together(requests):
+        sizes.append(len(requests))
+        return [Response(200, request.path.encode()) for request in requests]
+    one = listen(together=together)
+    with contextlib.ExitStack() as stack:
+        with one.held():
+            clients = [stack.enter_context(Wire(one, GET.replace(b"/ ", b"/%d " % number, 1)))
+                       for number in range(10)]
+        assert [client.answer()[2] for client in clients] == [b"/%d" % number
+                                                              for number in range(10)]
+    assert sizes == [10]
 
 
 def test_an_upload_that_goes_on_does_not_make_room_for_others(listen):
     one = listen(connections=2)
     with Wire(one, UPLOAD) as upload:
         assert upload.answer()[0] == 100
-        connection, = one.server.connections
+        connection, = one.connections
         upload.sock.sendall(b"so")
-        one.until(lambda: len(connection.buffer) == 2)
+        until(lambda: len(connection.buffer) == 2)
         with Wire(one) as silent, contextlib.ExitStack() as stack:
-            one.until(lambda: len(one.server.connections) == 2)
+            until(lambda: len(one.connections) == 2)
             upload.sock.sendall(b"me")
-            one.until(lambda: len(connection.buffer) == 4)
+            until(lambda: len(connection.buffer) == 4)
             another = stack.enter_context(Wire(one))
             assert silent.closed()
             upload.sock.sendall(b" body")
@@ -327,54 +372,45 @@ def test_an_upload_that_goes_on_does_not_make_room_for_others(listen):
             assert another.answer()[0] == 200
 
 
-@pytest.mark.parametrize("quick", [True, False], ids=["answered at once", "written first"])
-def test_of_many_who_come_at_once_nobody_is_turned_away_who_would_find_room_after_an_answer(listen, quick):
+def answers_each(requests):
+    """What is answered with others: each with its path."""
+    return [Response(200, request.path.encode()) for request in requests]
+
+
+@pytest.mark.parametrize("how", [{"quick": True}, {"together": answers_each}],
+                         ids=["answered at once", "written first"])
+def test_of_many_who_come_at_once_nobody_is_turned_away_who_would_find_room_after_an_answer(
+        listen, how):
     """As many as one look of the listener takes, at a server for two."""
-    waiting = []
-
-    def handle(_, answer):
-        waiting.append(answer)
-        if quick:
-            flush()
-
-    def flush():
-        while waiting:
-            waiting.pop()(Response(200, b"ok\n"))
-    one = listen(handle, flush=flush, connections=2)
+    one = listen(connections=2, **how)
+    closes = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     with contextlib.ExitStack() as stack:
         with one.held():
-            clients = [stack.enter_context(Wire(one, GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")))
-                       for _ in range(40)]
+            clients = [stack.enter_context(Wire(one, closes)) for _ in range(40)]
         assert [client.answer()[0] for client in clients] == [200] * 40
 
 
-@pytest.mark.parametrize("written", [False, True], ids=["at once", "with the next flush"])
-def test_requests_that_come_together_are_answered_in_order_and_nothing_is_awaited_between(listen, written):
+@pytest.mark.parametrize("how", [{"quick": True}, {"together": answers_each}, {}],
+                         ids=["at once", "with others", "by the pool"])
+def test_requests_that_come_together_are_answered_in_order_and_nothing_is_awaited_between(
+        listen, how):
     """On one connection, so that each answer is what lets the next request be handled."""
-    came, waiting = [], []
-
-    def handle(request, answer):
-        came.append(request.path)
-        waiting.append(lambda: answer(Response(200, request.path.encode())))
-        if not written:
-            waiting.pop()()
-
-    def flush():
-        while waiting:
-            waiting.pop()()
-    server = listen(handle, flush=flush, tick=60.0)
-    paths = [f"/{number}" for number in range(20)]
-    with Wire(server, b"".join(GET.replace(b"/ ", f"{path} ".encode(), 1) for path in paths)) as client:
-        assert [client.answer()[2].decode() for _ in paths] == paths == came
+    server = listen(lambda request: Response(200, request.path.encode()), tick=60.0, **how)
+    paths = [b"/%d" % number for number in range(20)]
+    requests = [GET.replace(b"/ ", path + b" ", 1) for path in paths]
+    with Wire(server, b"".join(requests)) as client:
+        assert [client.answer()[2] for _ in paths] == paths
 
 
 def test_stopping_ends_all_connections_and_lets_those_at_work_be_answered(listen, gate):
     server = listen(gate)
-    with Wire(server, GET) as at_work, Wire(server) as silent, Wire(server, b"GET / HT") as head, Wire(
-            server, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n123") as body:
+    with contextlib.ExitStack() as stack:
+        at_work, silent, head, body = [stack.enter_context(Wire(server, sent)) for sent in (
+            GET, b"", b"GET / HT",
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n123")]
         assert gate.entered.acquire(timeout=20)
-        server.until(lambda: len(server.server.connections) == 4)
-        threading.Thread(target=server.server.stop, args=(20,)).start()
+        until(lambda: len(server.connections) == 4)
+        threading.Thread(target=server.server.shutdown, args=(20,)).start()
         for waiting in (silent, head, body):
             with contextlib.suppress(ConnectionResetError):
                 assert waiting.closed()
@@ -395,67 +431,96 @@ def test_stopping_does_not_wait_longer_than_it_should_for_what_is_at_work(listen
             assert client.closed()
 
 
-def test_an_answer_after_the_stop_is_dropped(listen):
-    """The store answers what it still writes after the server has stopped: its thread must not end by that."""
-    answers = []
-    server = listen(lambda request, answer: answers.append(answer))
+def test_an_answer_after_the_stop_is_dropped(listen, gate):
+    """What a thread still does after the server has stopped must not end in a traceback."""
+    server = listen(gate)
     with Wire(server, GET):
-        server.until(lambda: answers)
+        assert gate.entered.acquire(timeout=20)
+        workers = set(threading.enumerate()) - {threading.current_thread()}
         server.stop()
-        answers[0](Response(200, b"late\n"))
+        gate.opened.set()
+        for thread in workers:
+            thread.join(20)
+            assert not thread.is_alive()
 
 
-@pytest.mark.parametrize("count, query, how", [(0, "", "add_soon"), (1, "", "add"), (1000, "", "add"),
-                                               (0, "wait=0", "add")])
-def test_only_what_the_listener_handles_is_left_to_its_flush(count, query, how):
-    """What a thread of the pool leaves to it would lie there until the listener looks by itself."""
-    asked, job = [], Job(1, "X(1)", "echo", "Starting", None, None, None, "T", None, None)
-
-    def add(*_):
-        asked.append("add")
-        return Addition([job])
-    store = types.SimpleNamespace(add=add, add_soon=lambda *_: asked.append("add_soon"))
-    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, foregone=None,
-                                    take_up=lambda _: None)
-    api = Api(store, workers, Keys({"me": b"k"}), lambda: 7)
-    body = json.dumps([{"job": "X(1)", "mode": "echo"}] * count or {"job": "X(1)", "mode": "echo"}).encode()
-    request = Request("POST", "/jobs/add/", query, {"api_key": b"k"}, body)
-    answers = []
-    assert api.is_quick(request) is (how == "add_soon")
-    api.handle(request, answers.append)
-    assert asked == [how] and [answer.status for answer in answers] == [201] * (how == "add")
+def test_what_is_read_after_a_refusal_is_capped(listen):
+    """Nothing else ends such a client: it goes on sending, and its time is long."""
+    server = listen(drain=1 << 20, leave_seconds=60.0)
+    with Wire(server, b"no request\r\n\r\n") as client:
+        assert client.answer()[0] == 400
+        sent = 0
+        with pytest.raises(OSError):
+            while sent < 64 << 20:
+                sent += client.sock.send(bytes(1 << 16))
+        assert sent >= 1 << 20 and gone(server)
 
 
-@pytest.mark.parametrize("query", ["", "wait=0"], ids=["by the listener", "in a thread"])
-def test_jobs_that_could_not_be_stored_are_not_counted_as_waiting(query):
-    def add(*_):
-        raise StoreError("the disk is away")
-    store = types.SimpleNamespace(add=add, add_soon=lambda *given: given[3](None, StoreError("the disk is away")))
-    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, foregone=None)
-    api, answers = Api(store, workers, Keys({"me": b"k"}), lambda: 7, most_waiting=1), []
+# The Api, over a store and workers that do what the test says
+
+def small_add(query="", body=b'{"job": "X(1)", "mode": "verbatim"}'):
+    return Request("POST", "/jobs/add/", query, {"api_key": b"k"}, body)
+
+
+def scripted_api(store, waiting=None, **options):
+    """An Api over a store that the test scripts, and workers that do nothing."""
+    workers = types.SimpleNamespace(
+        draining=threading.Event(), queued=lambda: 0, immediate_end=lambda _: None, runtimes={},
+        take_up=lambda _: None, uptime=lambda: 0, durations=dict, states=dict)
+    return Api(types.SimpleNamespace(**store), workers, waiting, Keys({"me": b"k"}), lambda: 7,
+               **options)
+
+
+JOB = Job(7, "X(1)", "verbatim", "Starting", None, None, None, "T", None, None)
+
+
+@pytest.mark.parametrize("count, query, small", [(0, "", True), (1, "", False), (1000, "", False),
+                                                 (0, "wait=0", False)])
+def test_only_a_small_add_is_answered_together_with_others(count, query, small):
+    """Anything else may keep the listener, and with it all others, waiting."""
+    job = {"job": "X(1)", "mode": "echo"}
+    api = scripted_api({})
+    assert api.is_small_add(small_add(query, json.dumps([job] * count or job).encode())) is small
+    assert not api.is_small_add(small_add()._replace(method="PUT"))
+
+
+def test_small_adds_are_stored_with_one_call_and_a_wrong_one_harms_no_other():
+    calls = []
+
+    def add_together(batches):
+        calls.append(len(batches))
+        return [StoreError("the disk is away"), Addition([JOB])]
+    api = scripted_api({"add_together": add_together})
+    wrong = small_add(body=b"{}")
+    unknown = small_add()._replace(headers={})
+    responses = api.handle_together([wrong, small_add(), unknown, small_add()])
+    assert [response.status for response in responses] == [400, 503, 401, 201]
+    assert calls == [2]
+
+
+@pytest.mark.parametrize("handle", [Api.handle, lambda api, add: api.handle_together([add])[0]],
+                         ids=["alone", "together"])
+def test_jobs_that_could_not_be_stored_are_not_counted_as_waiting(handle):
+    store = {"add_together": lambda batches: [StoreError("the disk is away") for _ in batches]}
+    api = scripted_api(store, most_waiting=1)
     for _ in range(3):
-        api.handle(Request("POST", "/jobs/add/", query, {"api_key": b"k"}, b'{"job": "X(1)", "mode": "verbatim"}'),
-                   answers.append)
-    assert [b"the disk is away" in answer.body for answer in answers] == [True] * 3
+        assert b"the disk is away" in handle(api, small_add()).body
 
 
-@pytest.mark.parametrize("error", [UnknownJob(1), StoreError("the disk is away")], ids=["pruned", "unreadable"])
+@pytest.mark.parametrize("error", [UnknownJob(1), StoreError("the disk is away")],
+                         ids=["pruned", "unreadable"])
 def test_jobs_that_were_added_are_answered_201_whatever_becomes_of_the_wait_for_them(error):
     """With another answer they would be sent again, and run twice."""
-    def wait(*_):
+    def until_ended(*_):
         raise error
-    job = Job(7, "X(1)", "echo", "Starting", None, None, None, "T", None, None)
-    workers = types.SimpleNamespace(draining=threading.Event(), waiting=lambda: 0, foregone=None, wait=wait,
-                                    take_up=lambda _: None)
-    store, answers = types.SimpleNamespace(add=lambda *_: Addition([job])), []
-    api = Api(store, workers, Keys({"me": b"k"}), lambda: 7)
-    api.handle(Request("POST", "/jobs/add/", "wait=5", {"api_key": b"k"}, b'{"job": "X(1)", "mode": "echo"}'),
-               answers.append)
-    assert (answers[0].status, json.loads(answers[0].body)["id"]) == (201, 7)
+    api = scripted_api({"add_together": lambda _: [Addition([JOB])]},
+                       types.SimpleNamespace(until_ended=until_ended))
+    response = api.handle(small_add("wait=5"))
+    assert (response.status, json.loads(response.body)["id"]) == (201, 7)
 
 
-@pytest.mark.parametrize("path, query", [("/jobs/list/", "limit=9"), ("/jobs/list/", ""), ("/status/", ""),
-                                         ("/metrics/", "")])
+@pytest.mark.parametrize("path, query", [("/jobs/list/", "limit=9"), ("/jobs/list/", ""),
+                                         ("/status/", ""), ("/metrics/", "")])
 def test_of_reads_of_many_rows_only_some_go_on_at_once(path, query):
     """More would keep each other and all others waiting for the interpreter."""
     met, inside, most = threading.Condition(), [], []
@@ -467,13 +532,16 @@ def test_of_reads_of_many_rows_only_some_go_on_at_once(path, query):
             met.notify_all()
             met.wait_for(lambda: len(inside) > HEAVY, 0.1)
             inside.pop()
-        return [] if path == "/jobs/list/" else {
-            "waiting": {}, "running": {}, "retrying": {}, "oldest_waiting_seconds": 0, "database_bytes": 0}
-    workers = types.SimpleNamespace(changes=0, wait_for_change=lambda *_: None, runtimes={}, uptime=lambda: 0,
-                                    durations=dict, states=dict)
-    api, answers = Api(types.SimpleNamespace(page=read, status=read), workers, Keys({"me": b"k"}), lambda: 7), []
-    threads = [threading.Thread(target=api.handle, args=(
-        Request("GET", path, query, {"api_key": b"k"}), answers.append)) for _ in range(2 * HEAVY)]
+        if path == "/jobs/list/":
+            return []
+        return {"waiting": {}, "running": {}, "retrying": {}, "oldest_waiting_seconds": 0,
+                "database_bytes": 0}
+    api = scripted_api({"page": read, "status": read},
+                       types.SimpleNamespace(changes=0, for_change=lambda *_: None))
+    answers = []
+    request = Request("GET", path, query, {"api_key": b"k"})
+    threads = [threading.Thread(target=lambda: answers.append(api.handle(request)))
+               for _ in range(2 * HEAVY)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -487,8 +555,9 @@ def test_of_reads_of_many_rows_only_some_go_on_at_once(path, query):
 def a_certificate_of_its_own(tmp_path_factory):
     """The folder of a certificate that signs itself, and its key."""
     path = tmp_path_factory.mktemp("tls")
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-                    "-days", "2", "-subj", "/CN=localhost", "-keyout", path / "key", "-out", path / "certificate"],
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                    "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                    "/CN=localhost", "-keyout", path / "key", "-out", path / "certificate"],
                    check=True, capture_output=True)
     return path
 
@@ -504,7 +573,7 @@ def test_clients_that_never_shake_hands_make_room_for_one_that_does(listen, tls)
     server = listen(tls=tls_context(str(tls / "certificate"), str(tls / "key")), connections=3)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(Wire(server)) for _ in range(3)]
-        server.until(lambda: len(server.server.connections) == 3)
+        until(lambda: len(server.connections) == 3)
         for _ in range(2):
             client = stack.enter_context(shake_hands(server, tls))
             client.sendall(GET)
@@ -525,7 +594,7 @@ def test_pipelined_requests_in_one_tls_record_are_all_answered(listen, tls):
 
 def test_an_answer_over_tls_that_does_not_fit_the_socket_arrives_whole(listen, tls):
     body = bytes(range(256)) * (1 << 15)
-    server = listen(lambda request, answer: answer(Response(200, body)),
+    server = listen(lambda request: Response(200, body),
                     tls=tls_context(str(tls / "certificate"), str(tls / "key")))
     with shake_hands(server, tls) as client, client.makefile("rb") as file:
         client.sendall(GET + GET)

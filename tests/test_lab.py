@@ -13,10 +13,6 @@ import pytest
 from conftest import KEY, ROOT
 
 from oqc import api, messages
-from oqc.clock import Clock
-from oqc.jobs import RetryPolicy, RuntimeSpec, Submission
-from oqc.store import Store
-from oqc.workers import Workers
 
 PACKAGE = Path(api.__file__).parent
 TEXT = {"Accept": "text/plain"}
@@ -376,44 +372,3 @@ def test_a_check_finds_what_cannot_be(serve, tmp_path):
     status, found, _ = command(tmp_path, "check")
     assert status == 1 and f"job {job}: it ended before it was started" in found
     assert f"job {job}: its end does not fit its status" in found
-
-
-def test_a_cancelled_job_that_ends_between_two_looks_is_known_as_cancelled(tmp_path):
-    """DELETE looks again every second; a job that ended just after one look had "ended by itself" at the next."""
-    class Slot:
-        """Runs until it is cancelled, and then until it is let go."""
-        def __init__(self):
-            self.heard, self.go = threading.Event(), threading.Event()
-
-        def run(self, _, interrupted):
-            """One attempt."""
-            self.heard.wait(20)
-            self.go.wait(20)
-            assert interrupted()
-
-        def wake(self):
-            """Somebody cancels."""
-            self.heard.set()
-
-        def close(self):
-            """Nothing is left."""
-
-    class Looks(Workers):
-        """Its first look comes before the job ends, and returns after."""
-        def _wait(self, number, deadline):
-            job = self.store.get(number)
-            slot.go.set()
-            while not self.store.get(number).end_time:
-                pass
-            return job
-
-    slot, store = Slot(), Store(str(tmp_path / "oqc.db"), Clock())
-    workers = Looks(store, [(RuntimeSpec("q", ("true",)), lambda: slot)], RetryPolicy(), Clock(), lambda: 0.5)
-    workers.start()
-    job, = store.add([Submission("X(1)", "verbatim", seed=1)], "test").jobs
-    workers.enqueue("verbatim", [job.id])
-    while not store.get(job.id).start_time:
-        pass
-    assert workers.cancel(job.id).return_code == 130
-    workers.stop()
-    store.close()

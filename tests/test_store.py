@@ -1,5 +1,4 @@
 """The jobs in SQL: real SQLite in a folder of its own, every transition and every other one, threads, pages, files."""
-# pylint: disable=protected-access # what a connection of the store is set to, and what it runs, shows nowhere else
 import ast
 import contextlib
 import os
@@ -8,33 +7,88 @@ import sqlite3
 import threading
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, until
 
 from oqc import jobs
 from oqc.clock import Clock
-from oqc.database import INVARIANTS, backup, check, connected
+from oqc.database import INVARIANTS, backup, check, connected, prepared
 from oqc.jobs import (
-    DiskFull, Ending, Foregone, IdempotencyKey, Job, KeyReused, Outcome, StoreError, Submission, UnknownJob)
-from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store, _Write
+    Addition, Batch, DiskFull, Ending, IdempotencyKey, ImmediateEnd, Job, KeyReused, Outcome,
+    StoreError, Submission, UnknownJob)
+from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store
 
 ECHO = Submission("X(90)", "echo", seed=7)
 GOOD, BAD, BUSY = Outcome(0, None, "[1]", True), Outcome(3, "cold"), Outcome(75, "busy", transient=True)
 OUTCOMES = {"succeeded": GOOD, "failed": BAD, "retry": BUSY, "release": BUSY}
 
 
+class Writer:
+    """The connection that writes, which a test can hold up, watch and have fail."""
+
+    def __init__(self, path):
+        self.connection = prepared(path)
+        self.statements = []            # what was executed
+        self.before = lambda statement: None    # called before each; may block or raise
+
+    @property
+    def in_transaction(self):
+        """Whether there is something to undo."""
+        return self.connection.in_transaction
+
+    def execute(self, statement, *values):
+        """Execute a statement."""
+        self.statements.append(statement)
+        self.before(statement)
+        return self.connection.execute(statement, *values)
+
+    def close(self):
+        """Close the connection."""
+        self.connection.close()
+
+    def commits(self):
+        """Return how many transactions were committed."""
+        return self.statements.count("COMMIT")
+
+
+class Connections:
+    """Make the connections of a store, and keep them."""
+
+    def __init__(self):
+        self.writer = None
+        self.readers = []
+        self.on_connect = lambda reader: None
+
+    def prepare(self, path):
+        """Return the one that writes."""
+        self.writer = Writer(path)
+        return self.writer
+
+    def connect(self, path):
+        """Return one that reads."""
+        self.readers.append(connected(path))
+        self.on_connect(self.readers[-1])
+        return self.readers[-1]
+
+
 @pytest.fixture
-def opened(tmp_path, clock):
+def connections():
+    """The connections of the store that was opened last."""
+    return Connections()
+
+
+@pytest.fixture
+def opened(tmp_path, clock, connections):
     """opened(): the store on tmp_path/oqc.db, closed at the end."""
     stores = []
 
     def make(path="oqc.db", clock=clock):
-        stores.append(Store(str(tmp_path / path), clock))
+        connections.readers.clear()
+        stores.append(Store(str(tmp_path / path), clock, connections.prepare, connections.connect))
         return stores[-1]
 
     yield make
     for store in stores:
-        if not store._closed:
-            store.close()
+        store.close()
 
 
 @pytest.fixture
@@ -42,10 +96,17 @@ def store(opened):
     return opened()
 
 
+@pytest.fixture
+def writer(store, connections):
+    """The connection with which the store writes."""
+    assert store
+    return connections.writer
+
+
 @contextlib.contextmanager
 def raw(tmp_path):
     """Another program's connection to the same file, which commits what it did."""
-    connection = sqlite3.connect(tmp_path / "oqc.db")
+    connection = sqlite3.connect(os.path.join(tmp_path, "oqc.db"))
     with contextlib.closing(connection), connection:
         yield connection
 
@@ -66,42 +127,53 @@ def ending(task, event, outcome=None, delay=0.0):
 
 
 class Held:
-    """The writer thread, held inside a write until `go`, so that what is asked of it meanwhile makes one group."""
+    """A store whose leader is held inside a commit until `go`, so that what is asked of it
+    meanwhile stands in line and makes one group."""
 
-    def __init__(self, store):
-        self.store, self.reached, self.may_go, self.statements = store, threading.Event(), threading.Event(), []
-        self.threads, self.came = [], {}
-        store._put(_Write(lambda value, error: None, self._hold))
+    def __init__(self, store, writer):
+        self.store = store
+        self.writer = writer
+        self.threads = []
+        self.results = {}
+        self.reached = threading.Event()
+        self.may_go = threading.Event()
+        writer.before = self._hold
+        self.start("held", store.resume, "nobody")
         assert self.reached.wait(20)
+        self.commits_before = writer.commits()
 
-    def _hold(self):
+    def _hold(self, _statement):
         self.reached.set()
         assert self.may_go.wait(20)
-        self.store._writer.set_trace_callback(self.statements.append)
 
-    def ask(self, name, write, *arguments):
-        """Have a thread do a write, and keep what it returned or raised; in the order of the calls."""
+    def start(self, name, write, *arguments):
+        """Have a thread do a write, and keep what it returned or raised."""
         def run():
             try:
-                self.came[name] = write(*arguments)
-            except Exception as error:      # pylint: disable=broad-exception-caught # the test looks at it
-                self.came[name] = error
-        waiting = self.store._writes.qsize()
+                self.results[name] = write(*arguments)
+            except Exception as error:      # pylint: disable=broad-exception-caught # looked at
+                self.results[name] = error
         self.threads.append(threading.Thread(target=run))
         self.threads[-1].start()
-        while self.store._writes.qsize() == waiting:
-            self.threads[-1].join(0.0005)
+
+    def ask(self, name, write, *arguments):
+        """Have a thread do a write, which stands in line after those before it."""
+        in_line = self.store.in_line()
+        self.start(name, write, *arguments)
+        until(lambda: self.store.in_line() > in_line)
 
     def go(self):
-        """Let the writer go on; what came of each, after all have ended."""
+        """Let the leader go on; return what came of each, after all have ended."""
+        self.writer.before = lambda statement: None
         self.may_go.set()
         for thread in self.threads:
             thread.join(20)
-        return self.came
+        del self.results["held"]
+        return self.results
 
     def commits(self):
-        """How many of the writes that were asked for ended a transaction on disk; the first is the one that held."""
-        return self.statements.count("COMMIT") - 1
+        """Return how many transactions committed the writes that were asked for."""
+        return self.writer.commits() - self.commits_before - 1      # that of the one that held
 
 
 # Every transition, and every other one
@@ -169,7 +241,7 @@ def happen(store, number, event):
         return store.claim(number, "qpu") is not None
     if event == "cancel":
         return store.cancel(number)
-    attempts = store._read("SELECT attempts FROM jobs WHERE id = ?", (number,))[0][0]
+    attempts = rows(os.path.dirname(store.path), number)[10]
     task = jobs.Task(number, "X(90)", "echo", attempts, 1000, 7, 0)
     try:
         store.settle([ending(task, event)])
@@ -389,12 +461,13 @@ def test_a_check_names_a_job_that_no_transition_leads_to(store, tmp_path, change
 
 # Groups
 
-def test_writes_that_come_together_share_a_commit_and_all_are_on_disk(store, tmp_path):
-    held = Held(store)
+def test_writes_that_come_together_share_a_commit_and_all_are_on_disk(store, writer, tmp_path):
+    held = Held(store, writer)
     for place in range(40):
         held.ask(place, added, store, ECHO, ECHO)
     came = held.go()
-    assert sorted(number for numbers in came.values() for number in numbers) == [row[0] for row in rows(tmp_path)]
+    numbers = sorted(number for numbers in came.values() for number in numbers)
+    assert numbers == [row[0] for row in rows(tmp_path)]
     assert len(rows(tmp_path)) == 80 and held.commits() == 1
 
 
@@ -423,13 +496,14 @@ def test_many_threads_at_once_lose_nothing_and_share_no_id(store, tmp_path):
     (lambda store, task: store.add([ECHO], "alice", IdempotencyKey("k", "another")), KeyReused, 1),
     (lambda store, task: store.add([ECHO, ECHO._replace(mode="other")], "alice"), sqlite3.IntegrityError, 4),
     (lambda store, task: store.add([ECHO._replace(job="\ud800")], "alice"), UnicodeEncodeError, 4),
-    (lambda store, task: store.add([ECHO], "alice", foregone=lambda submission: 1), AttributeError, 4),
+    (lambda store, task: store.add([ECHO], "alice", ends=[1]), AttributeError, 4),
 ], ids=["an illegal transition", "a key with another body", "a constraint", "no text", "a defect"])
-def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(store, tmp_path, wrong, error, commits):
+def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(
+        store, writer, tmp_path, wrong, error, commits):
     store.add([ECHO], "alice", IdempotencyKey("k", "digest"))
     ended, number = succeeded(store), waiting(store)
     before = rows(tmp_path, ended)
-    held = Held(store)
+    held = Held(store, writer)
     held.ask("added", added, store)
     held.ask("wrong", wrong, store, jobs.Task(ended, "X(90)", "echo", 1, 1000, 7, 0))
     held.ask("claimed", store.claim, number, "qpu")
@@ -442,73 +516,49 @@ def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(store, tmp_path,
     assert held.commits() in (commits, commits - 1), "one for all, or one for each that did nothing wrong"
 
 
-def test_what_is_added_soon_is_told_after_it_is_on_disk(store, tmp_path):
-    told = []
-    for _ in range(2):
-        store.add_soon([ECHO], "alice", None, lambda addition, error: told.append(
-            ([job.id for job in addition.jobs], error, threading.current_thread(), len(rows(tmp_path)))))
-    assert not told and not rows(tmp_path)
-    store.flush()
-    assert told == [([1], None, threading.current_thread(), 2), ([2], None, threading.current_thread(), 2)]
+def test_batches_that_are_added_together_share_a_commit_and_one_that_is_wrong_harms_no_other(
+        store, writer, tmp_path):
+    key = IdempotencyKey("k", "digest")
+    store.add([ECHO], "alice", key)
+    commits = writer.commits()
+    first, reused, replayed, second = store.add_together([
+        Batch([ECHO], "alice"), Batch([ECHO], "alice", IdempotencyKey("k", "another")),
+        Batch([ECHO], "alice", key), Batch([ECHO, ECHO], "bob")])
+    assert [job.id for job in first.jobs + second.jobs] == [2, 3, 4]
+    assert isinstance(reused, KeyReused) and [job.id for job in replayed.jobs] == [1]
+    assert writer.commits() == commits + 1 and len(rows(tmp_path)) == 4
+    wrong, good = store.add_together([Batch([ECHO._replace(mode="other")], "alice"),
+                                      Batch([ECHO], "alice")])
+    assert isinstance(wrong, sqlite3.IntegrityError) and isinstance(good, Addition)
+    assert len(rows(tmp_path)) == 5
 
 
-def test_a_flush_does_not_wait_for_the_writer_thread(store, tmp_path):
-    held, told, said = Held(store), [], threading.Event()
-
-    def then(addition, error):
-        told.append(([job.id for job in addition.jobs], error, threading.current_thread().name, len(rows(tmp_path))))
-        said.set()
-    store.add_soon([ECHO], "alice", None, then)
-    store.flush()
-    assert not told
+def test_a_store_is_busy_while_somebody_commits_and_after_a_commit_that_was_slow(
+        store, writer, clock):
+    assert not store.is_busy()
+    held = Held(store, writer)
+    assert store.is_busy()
     held.go()
-    assert said.wait(20) and told == [([1], None, "writer", 1)]
+    assert not store.is_busy()
+
+    def slow(statement):
+        clock.seconds += statement == "COMMIT"
+    writer.before = slow
+    added(store)
+    assert store.is_busy()
+    writer.before = lambda statement: None
+    added(store)
+    assert not store.is_busy(), "the last commit was quick again"
 
 
-def test_a_flush_leaves_a_slow_disk_to_the_writer_thread(store):
-    told, said = [], threading.Event()
-
-    def then(_addition, _error):
-        told.append(threading.current_thread().name)
-        said.set()
-    store._commit_seconds = 1.0
-    store.add_soon([ECHO], "alice", None, then)
-    store.flush()
-    assert said.wait(20) and told == ["writer"]
-    store.add_soon([ECHO], "alice", None, then)
-    store.flush()
-    assert len(told) == 2, "the last commit was quick again"
-
-
-def test_what_is_added_while_a_flush_tells_is_for_the_next(store):
-    told = []
-
-    def then(addition, _):
-        told.append(addition.jobs[0].id)
-        store.add_soon([ECHO], "alice", None, lambda addition, error: told.append(addition.jobs[0].id))
-    store.add_soon([ECHO], "alice", None, then)
-    for known in ([1], [1, 2]):
-        store.flush()
-        assert told == known
-
-
-def test_what_goes_wrong_in_the_one_who_is_told_does_not_end_the_writer(store, caplog):
-    def then(addition, error):
-        raise ZeroDivisionError
-    store.add_soon([ECHO], "alice", None, then)
-    store.flush()
-    store._put(_Write(then, lambda: None))
-    assert added(store) == [2]
-    assert caplog.text.count("after a write") == 2
-
-
-def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, clock):
-    ends = {0: Foregone("echo", "succeeded", Outcome(0)), 3: Foregone("echo", "failed", Outcome(3, "cold")), 75: None}
-    statements = []
-    store._writer.set_trace_callback(statements.append)
+def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, writer, clock):
+    ends = {0: ImmediateEnd("echo", "succeeded", Outcome(0)),
+            3: ImmediateEnd("echo", "failed", Outcome(3, "cold")), 75: None}
+    writer.statements.clear()
     addition = store.add([ECHO._replace(return_code=code) for code in ends], "alice",
-                         foregone=lambda submission: ends[submission.return_code])
-    assert [statement.split()[0] for statement in statements] == ["BEGIN", "INSERT", "INSERT", "INSERT", "COMMIT"]
+                         ends=list(ends.values()))
+    assert [statement.split()[0] for statement in writer.statements] == [
+        "BEGIN", "INSERT", "INSERT", "INSERT", "COMMIT"]
     now = clock.now()
     assert [store.get(number)[3:] for number in (1, 2, 3)] == [
         ("Success", "echo", 0, None, now, now, now), ("Runtime Error", "echo", 3, "cold", now, now, now),
@@ -523,76 +573,55 @@ def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, cloc
     assert store.claim(1, "qpu") is store.claim(2, "qpu") is None and not store.cancel(1)
 
 
-def test_of_large_adds_one_at_a_time_is_before_a_small_write(store):
-    held = Held(store)
-    for name in "abcd":
-        held.threads.append(threading.Thread(target=added, args=(store, *[ECHO] * (LARGE + 1)), name=name))
-        held.threads[-1].start()
-    until = Clock.monotonic() + 0.2
-    while store._writes.qsize() < 2 and Clock.monotonic() < until:
-        pass
+def test_of_large_adds_one_at_a_time_is_before_a_small_write(store, writer):
+    held = Held(store, writer)
+    held.ask("a", added, store, *[ECHO] * (LARGE + 1))
+    for name in "bcd":
+        held.start(name, added, store, *[ECHO] * (LARGE + 1))
     held.ask("small", added, store)
     assert held.go()["small"] == [LARGE + 2]
     assert len(store.page(None, 9999)) == 4 * (LARGE + 1) + 1
 
 
-def test_a_commit_that_goes_wrong_in_any_way_is_told_and_the_next_one_is_done(store, monkeypatch, caplog):
+def test_a_commit_that_goes_wrong_in_any_way_is_told_and_the_next_one_is_done(
+        store, writer, monkeypatch, caplog):
     """The disk is away, so that nothing can be undone either, nor asked how much room there is."""
-    class Away:
-        """The writing connection, without its disk."""
-        in_transaction = True
-
-        @staticmethod
-        def execute(statement, *_):
-            raise sqlite3.OperationalError(f"disk I/O error: {statement}")
+    def away(statement):
+        raise sqlite3.OperationalError(f"disk I/O error: {statement}")
 
     def no_answer(_):
         raise OSError(116, "Stale file handle")
-    writer = store._writer
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_writer", Away)
+        writer.before = away
         patch.setattr(os, "statvfs", no_answer)
         for _ in range(2):
             with pytest.raises(StoreError, match="disk I/O error"):
                 added(store)
             assert "disk I/O error" in store.unusable()
-        given = []
-        store.add_soon([ECHO], "alice", None, lambda addition, error: given.append(error))
-        store.flush()
-        assert isinstance(given[0], StoreError)
-    assert store._writer is writer and added(store) == [1] and store.unusable() is None
+        error, = store.add_together([Batch([ECHO], "alice")])
+        assert isinstance(error, StoreError)
+    writer.before = lambda statement: None
+    assert added(store) == [1] and store.unusable() is None
     assert "can be written again" in caplog.text
 
 
-def test_a_defect_of_a_commit_does_not_keep_the_turn(store, monkeypatch, caplog):
-    def commit(_):
+def test_a_defect_of_a_commit_does_not_keep_the_lead(store, writer, caplog):
+    def defect(_):
         raise KeyError("defect")
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_commit", commit)
-        with pytest.raises(KeyError):
-            added(store)
-    assert added(store) == [1] and "defect" in caplog.text
+    writer.before = defect
+    with pytest.raises(KeyError):
+        added(store)
+    writer.before = lambda statement: None
+    assert added(store) == [1] and not caplog.records, "who asked for it is told"
 
 
-def test_what_could_not_be_undone_is_undone_before_the_next_write(store, tmp_path):
-    class Stubborn:
-        """The writing connection; it fails once to undo something."""
+def test_what_could_not_be_undone_is_undone_before_the_next_write(store, writer, tmp_path):
+    failures = [sqlite3.OperationalError("disk I/O error")]
 
-        def __init__(self, connection):
-            self.connection, self.failures = connection, 0
-
-        in_transaction = property(lambda self: self.connection.in_transaction)
-
-        def execute(self, statement, *values):
-            """Run it, but for the first ROLLBACK."""
-            self.failures += statement == "ROLLBACK"
-            if statement == "ROLLBACK" and self.failures == 1:
-                raise sqlite3.OperationalError("disk I/O error")
-            return self.connection.execute(statement, *values)
-
-        def close(self):
-            self.connection.close()
-    store._writer = Stubborn(store._writer)
+    def fail_once_to_undo(statement):
+        if statement == "ROLLBACK" and failures:
+            raise failures.pop()
+    writer.before = fail_once_to_undo
     with pytest.raises(UnicodeEncodeError):
         store.add([ECHO, ECHO._replace(job="\ud800")], "alice")
     with pytest.raises(StoreError, match="within a transaction"):
@@ -610,20 +639,26 @@ def test_a_database_that_was_moved_away_is_said_before_anything_is_written(store
     assert store.unusable() is None
 
 
-def test_no_more_readers_are_kept_than_some(store, monkeypatch):
-    together, kept = threading.Barrier(3 * MOST_READERS), connected
+def test_no_more_readers_are_kept_than_some(store, connections):
+    """They meet inside their reads, each on a connection of its own."""
+    together = threading.Barrier(3 * MOST_READERS)
+    closed = []
 
-    def meeting(path):
-        reader = kept(path)
-        reader.create_function("meet", 0, lambda: together.wait(20))
-        return reader
-    monkeypatch.setattr("oqc.store.connected", meeting)
-    threads = [threading.Thread(target=store._read, args=("SELECT meet()",)) for _ in range(together.parties)]
+    def meet(reader):
+        reader.set_trace_callback(lambda statement: statement and together.wait(20))
+    connections.on_connect = meet
+    threads = [threading.Thread(target=store.pauses) for _ in range(together.parties)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
-    assert not together.broken and len(store._readers) == MOST_READERS
+    for reader in connections.readers:
+        try:
+            reader.set_trace_callback(None)
+        except sqlite3.ProgrammingError:
+            closed.append(reader)
+    assert len(connections.readers) == together.parties and not together.broken
+    assert len(connections.readers) - len(closed) == MOST_READERS
 
 
 # Pages
@@ -654,9 +689,9 @@ def fill(tmp_path, count, open_every=0):
 class Steps:
     """What the store's one reader does: its statements, and how many instructions SQLite took for them."""
 
-    def __init__(self, store):
+    def __init__(self, store, connections):
         store.pauses()
-        self.reader, = store._readers
+        self.reader, = connections.readers
         self.statements, self.count = [], 0
         self.reader.set_trace_callback(self.statements.append)
         self.reader.set_progress_handler(self._step, 10)
@@ -688,16 +723,17 @@ READS = {
 }
 
 
-def test_a_page_uses_an_index_and_costs_at_100000_jobs_what_it_costs_at_a_few(opened, tmp_path):
+def test_a_page_uses_an_index_and_costs_at_100000_jobs_what_it_costs_at_a_few(
+        opened, connections, tmp_path):
     opened().close()
     fill(tmp_path, 1)
     store = opened()
-    steps = Steps(store)
+    steps = Steps(store, connections)
     plans = {name: steps.of(read, store, 1)[2] for name, (read, _) in READS.items()}
     store.close()
     fill(tmp_path, 99_999, 10_000)
     store = opened()
-    steps = Steps(store)
+    steps = Steps(store, connections)
     for name, (read, expected) in READS.items():
         found, count, plan = steps.of(read, store, 100_000)
         assert expected in plan and "TEMP B-TREE" not in plan, (name, plan)
@@ -738,11 +774,10 @@ def test_what_waits_is_read_a_thousand_at_a_time(opened, tmp_path):
 
 # Files
 
-def test_a_commit_is_on_disk_before_it_is_told(store):
-    def settings(connection):
-        return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in (
-            "journal_mode", "synchronous", "foreign_keys", "query_only")]
-    assert store._write(lambda: settings(store._writer)) == ["wal", 2, 1, 0]      # 2: FULL, a sync at each commit
+def test_a_commit_is_on_disk_before_it_is_told(writer):
+    settings = [writer.execute(f"PRAGMA {name}").fetchone()[0] for name in (
+        "journal_mode", "synchronous", "foreign_keys", "query_only")]
+    assert settings == ["wal", 2, 1, 0]         # 2: FULL, a sync at each commit
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
@@ -758,29 +793,31 @@ def test_a_database_may_have_any_name(tmp_path, clock, name, slash):
     assert set(os.listdir(os.fsencode(tmp_path))) == {name, name + b".lock"}
 
 
-def test_readers_can_write_nothing(store):
+def test_readers_can_write_nothing(store, connections):
     store.pauses()
-    reader, = store._readers
+    reader, = connections.readers
     assert reader.execute("PRAGMA query_only").fetchone() == (1,)
     for statement in ("DELETE FROM jobs", "UPDATE jobs SET job = ''", "CREATE TABLE t (a)", "PRAGMA user_version = 9"):
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             reader.execute(statement)
 
 
-def test_a_reader_sees_no_write_that_is_not_committed(store):
+def test_a_reader_sees_no_write_that_is_not_committed(store, writer):
     number = waiting(store)
     seen = []
-    def see(_submission):
-        store._claim(number, "qpu")
-        seen.append(store.get(number))
-    store.add([ECHO], "alice", foregone=see)
+
+    def see(statement):
+        if statement == "COMMIT":
+            seen.append(store.get(number))
+    writer.before = see
+    store.claim(number, "qpu")
     assert seen[0].start_time is None and store.get(number).runtime == "qpu"
 
 
-def test_readers_are_as_many_as_read_at_once_and_are_used_again(store):
+def test_readers_are_as_many_as_read_at_once_and_are_used_again(store, connections):
     for _ in range(50):
         store.pauses()
-    assert len(store._readers) == 1
+    assert len(connections.readers) == 1
 
 
 def test_a_wall_clock_that_jumps_back_lets_no_job_start_before_it_was_added_or_end_before_it_began(store, clock):
@@ -800,15 +837,16 @@ def test_a_wall_clock_that_jumps_back_lets_no_job_start_before_it_was_added_or_e
     assert store.cancel(other) and store.get(other).end_time == created
 
 
-def test_close_leaves_one_file_with_everything_in_it_and_an_empty_lock(opened, tmp_path):
+def test_close_leaves_one_file_with_everything_in_it_and_an_empty_lock(
+        opened, connections, tmp_path):
     store = opened()
     number = succeeded(store)
     assert sorted(os.listdir(tmp_path)) == ["oqc.db", "oqc.db-shm", "oqc.db-wal", "oqc.db.lock"]
     assert (tmp_path / "oqc.db.lock").read_bytes() == b"in use\n"
-    held = Held(store)
+    held = Held(store, connections.writer)
     held.ask("last", added, store)
-    held.ask("close", store.close)
-    assert held.go() == {"last": [number + 1], "close": None}, "what was asked for before it is done"
+    held.start("close", store.close)
+    assert held.go() == {"last": [number + 1], "close": None}, "what stands in line is done"
     assert sorted(os.listdir(tmp_path)) == ["oqc.db", "oqc.db.lock"]
     assert (tmp_path / "oqc.db.lock").read_bytes() == b""
     assert len(rows(tmp_path)) == number + 1
@@ -821,15 +859,6 @@ def test_a_closed_store_refuses_every_write_and_waits_for_none(store):
                   lambda: store.settle([]), lambda: store.pause("qpu", "")):
         with pytest.raises(StoreError, match="is closed, the server is stopping"):
             write()
-
-
-def test_a_write_that_comes_while_the_store_is_being_closed_is_refused_and_not_forgotten(store, tmp_path):
-    held = Held(store)
-    held.ask("close", store.close)
-    with pytest.raises(StoreError, match="is closed"):
-        added(store)
-    held.go()
-    assert not rows(tmp_path)
 
 
 def test_a_database_is_one_store_s_at_a_time(opened):
@@ -891,11 +920,10 @@ def test_a_backup_is_one_file_with_every_job_that_was_there_and_replaces_none(st
 
 
 def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_there_is_room(
-        store, monkeypatch, caplog):
+        store, writer, monkeypatch, caplog):
     def most_pages(count):
-        store._write(lambda: store._writer.execute(f"PRAGMA max_page_count = {count}").fetchall())
-    pages, = store._read("PRAGMA page_count")[0]
-    most_pages(pages + 2)
+        writer.execute(f"PRAGMA max_page_count = {count}").fetchall()
+    most_pages(writer.execute("PRAGMA page_count").fetchone()[0] + 2)
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255)))
     for _ in range(5):
         with pytest.raises(DiskFull, match="no room on the disk"):

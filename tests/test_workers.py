@@ -4,23 +4,17 @@ import threading
 import time
 
 import pytest
-from conftest import HandClock
+from conftest import HandClock, until
 
 from oqc import jobs
-from oqc.jobs import Ended, IdempotencyKey, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, UnknownJob
+from oqc.jobs import (
+    Ended, IdempotencyKey, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, UnknownJob)
 from oqc.store import Store
+from oqc.waiting import Waiting
 from oqc.workers import Workers
 
 DONE, BUSY = Outcome(0), Outcome(75, "busy", transient=True)
 GONE = Outcome(127, "not found", transient=True, started=False)
-
-
-def until(condition):
-    """Wait until something holds that nothing else can be waited on for."""
-    give_up = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < give_up
-        time.sleep(0.001)
 
 
 class StillClock(HandClock):
@@ -90,12 +84,27 @@ class Blocked:
         self._given.put(outcome)
 
 
+class Watched(Waiting):
+    """Those who wait; it says when somebody looks at the job that is waited for."""
+
+    def __init__(self, store, clock):
+        super().__init__(self, clock)
+        self.jobs = store
+        self.looked = threading.Semaphore(0)
+
+    def get(self, number):
+        """What it asks the store, once it would hear of the job's end."""
+        job = self.jobs.get(number)
+        self.looked.release()
+        return job
+
+
 class Lab:
     """A store and workers over scripted runtimes; it can be stopped and started again."""
 
     def __init__(self, path, clock):
         self.path, self.clock, self.dice, self.policy = path, clock, 1.0, RetryPolicy()
-        self.specs, self.scripts, self.workers = [], {}, None
+        self.specs, self.scripts, self.workers, self.waiting = [], {}, None, None
         self.store = Store(path, clock)
 
     def runtime(self, play=DONE, name="qpu", **spec):
@@ -107,8 +116,10 @@ class Lab:
 
     def start(self):
         """Have new workers take up what the store says."""
-        self.workers = Workers(self.store, [(spec, self.scripts[spec.name].make) for spec in self.specs], self.policy,
-                               self.clock, lambda: self.dice)
+        self.waiting = Watched(self.store, self.clock)
+        slots = [(spec, self.scripts[spec.name].make) for spec in self.specs]
+        self.workers = Workers(self.store, slots, self.policy, self.clock, lambda: self.dice,
+                               self.waiting)
         self.workers.start()
 
     def stop(self):
@@ -123,11 +134,11 @@ class Lab:
 
     def add(self, mode="verbatim", count=1, return_code=0):
         """The ids of new jobs; if there are workers, they take them up."""
-        foregone = self.workers.foregone if self.workers else lambda submission: None
-        added = self.store.add([Submission("X(90)", mode, seed=1, return_code=return_code)] * count, "test",
-                               foregone=foregone)
+        submission = Submission("X(90)", mode, seed=1, return_code=return_code)
+        end = self.workers.immediate_end(submission) if self.workers else None
+        added = self.store.add([submission] * count, "test", ends=[end] * count)
         if self.workers:
-            self.workers.take_up(added)
+            self.workers.take_up([added])
         numbers = [job.id for job in added.jobs]
         return numbers if count > 1 else numbers[0]
 
@@ -162,18 +173,18 @@ def test_an_echo_ends_with_its_add_and_no_worker_sees_it(lab, caplog):
     caplog.set_level("INFO")
     echo = lab.runtime(**ECHO)
     lab.start()
-    changes = lab.workers.changes
+    changes = lab.waiting.changes
     number, other = lab.add("echo"), lab.add("echo", return_code=3)
     assert [lab.store.get(one)[3:7] for one in (number, other)] == [
         ("Success", "echo", 0, None), ("Runtime Error", "echo", 3, "echo of return code 3")]
-    assert echo.ran == [] and lab.workers.waiting() == 0 and lab.workers.changes > changes
+    assert echo.ran == [] and lab.workers.queued() == 0 and lab.waiting.changes > changes
     assert [lab.workers.describe("echo")[name] for name in ("ended", "failures", "state")] == [2, 1, "idle"]
     assert {key: sum(counts[:-1]) for key, counts in lab.workers.durations().items()} == {
         ("echo", "succeeded"): 1, ("echo", "failed"): 1}
     assert f"job {other} failed on echo after 1 attempts: return code 3, echo of return code 3" in caplog.text
     lab.workers.drain(threading.Event())        # nothing is taken from a queue any more
     lab.add("echo")
-    assert lab.workers.waiting() == 0
+    assert lab.workers.queued() == 0
 
 
 def test_an_echo_that_is_to_be_tried_again_is_run_by_a_worker(lab):
@@ -193,7 +204,7 @@ def test_echoes_wait_while_they_are_paused_and_one_that_comes_later_never_goes_b
     lab.start()
     lab.workers.pause("echo", "")
     first, second = lab.add("echo", 2)
-    assert [lab.store.get(one).status for one in (first, second)] == ["Starting"] * 2 and lab.workers.waiting() == 2
+    assert [lab.store.get(one).status for one in (first, second)] == ["Starting"] * 2 and lab.workers.queued() == 2
     lab.workers.resume("echo")
     attempt.wait()
     third = lab.add("echo")
@@ -208,14 +219,15 @@ def test_a_request_that_comes_again_has_nothing_run_again(lab):
     lab.runtime(**ECHO)
     lab.start()
     for _ in range(2):
-        added = lab.store.add([Submission("X(90)", mode, seed=1) for mode in ("verbatim", "echo")], "test",
-                              IdempotencyKey("key", "digest"), lab.workers.foregone)
-        lab.workers.take_up(added)
+        submissions = [Submission("X(90)", mode, seed=1) for mode in ("verbatim", "echo")]
+        added = lab.store.add(submissions, "test", IdempotencyKey("key", "digest"),
+                              list(map(lab.workers.immediate_end, submissions)))
+        lab.workers.take_up([added])
         lab.end(1)
         lab.workers.pause("qpu", "")
         assert [job.status for job in added.jobs] == ["Starting" if not added.replayed else "Success"] * 2
     until(lambda: lab.workers.describe("qpu")["ended"] == lab.workers.describe("echo")["ended"] == 1)
-    assert qpu.order == [1] and lab.workers.waiting() == 0
+    assert qpu.order == [1] and lab.workers.queued() == 0
 
 
 # Retries
@@ -366,7 +378,7 @@ def test_a_job_that_is_due_again_goes_before_younger_ones(still):
     still.add(count=4)
     second.wait()
     still.clock.seconds += 1
-    until(lambda: still.workers.waiting() == 3)     # 3 and 4, and 1 when the alarm thread has seen the time
+    until(lambda: still.workers.queued() == 3)     # 3 and 4, and 1 when the alarm thread has seen the time
     second.give(DONE)
     still.end(4)
     assert qpu.order == [1, 2, 1, 3, 4]
@@ -614,9 +626,9 @@ def test_a_job_that_waits_is_cancelled_at_once_and_never_runs(still):
     still.start()
     number = still.add()
     waiting = []
-    waiter = threading.Thread(target=lambda: waiting.extend(still.workers.wait([number], 20)))
+    waiter = threading.Thread(target=lambda: waiting.extend(still.waiting.until_ended([number], 20)))
     waiter.start()
-    until(lambda: number in still.workers._waiters)     # pylint: disable=protected-access # nothing else shows it
+    assert still.waiting.looked.acquire(timeout=20)
     job = still.workers.cancel(number)
     assert told(job) == CANCELLED
     assert (job.runtime, job.start_time, bool(job.end_time)) == (None, None, True)
@@ -652,27 +664,29 @@ def test_a_job_that_waits_for_its_next_attempt_is_cancelled_at_once_and_never_ru
 
 
 def test_a_job_that_is_cancelled_between_its_turn_and_its_claim_is_counted_once(lab, monkeypatch):
+    """It waits when the cancel looks, and has its turn before the store hears of the cancel."""
     claim, cancel, cancelled = lab.store.claim, lab.store.cancel, threading.Event()
 
     def claim_late(*arguments):
         assert cancelled.wait(20)
         return claim(*arguments)
 
-    def cancel_and_let_go(number):
-        found = cancel(number)
+    def cancel_late(number):
+        lab.workers.resume("qpu")
+        until(lab.workers.busy)
+        ended = cancel(number)
         cancelled.set()
         until(lambda: not lab.workers.busy())
-        return found
+        return ended
     lab.runtime()
     lab.start()
+    lab.workers.pause("qpu", "")
     monkeypatch.setattr(lab.store, "claim", claim_late)
-    monkeypatch.setattr(lab.store, "cancel", cancel_and_let_go)
-    number = lab.add()
-    until(lab.workers.busy)
-    assert told(lab.workers.cancel(number)) == CANCELLED
+    monkeypatch.setattr(lab.store, "cancel", cancel_late)
+    assert told(lab.workers.cancel(lab.add())) == CANCELLED
     lab.workers.pause("qpu", "")
     lab.add()
-    assert lab.workers.waiting() == 1
+    assert lab.workers.queued() == 1
 
 
 def test_a_job_that_has_ended_and_one_that_is_unknown_cannot_be_cancelled(lab):
@@ -908,9 +922,9 @@ def test_a_stop_leaves_no_thread_and_wakes_who_waits(still):
     still.start()
     number = still.add()
     attempt.wait()
-    waiter = threading.Thread(target=lambda: came.extend(still.workers.wait([number], 20)))
+    waiter = threading.Thread(target=lambda: came.extend(still.waiting.until_ended([number], 20)))
     waiter.start()
-    until(lambda: number in still.workers._waiters)   # pylint: disable=protected-access # nothing else shows it
+    assert still.waiting.looked.acquire(timeout=20)
     still.workers.stop()
     waiter.join(20)
     assert [job.id for job in came] == [number]
