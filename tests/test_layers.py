@@ -18,8 +18,9 @@ ROOMS = {
     "config": {"jobs"},
     "server": {"api", "wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"messages", "bloch", "jobs"},
+    "api": {"messages", "text", "bloch", "jobs"},
     "messages": {"jobs"},       # requests, responses and their bodies, kept apart from what they lead to
+    "text": {"jobs"},           # what a person or a scraper reads
     "workers": {"jobs"},
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
