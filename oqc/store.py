@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 from oqc import jobs
 from oqc.database import (
-    VERSION, Damaged, among, connected, explained, inspect, locked, moved, no_room, prepared, resolved)
+    VERSION, Damaged, connected, disk_full, file_gone, inspect, locked, prepared, resolved, sql_list, translated)
 from oqc.jobs import (
     Addition, DiskFull, Ending, Foregone, IdempotencyKey, Job, KeyReused, Refused, StoreError, Submission, Task,
     UnknownJob)
@@ -46,7 +46,7 @@ def _update(event: str, changes: str, guard: str) -> str:
     moves = {start: end for (start, name), end in jobs.TRANSITIONS.items() if name == event}
     cases = " ".join(f"WHEN '{start}' THEN '{end}'" for start, end in moves.items())
     return (f"UPDATE jobs SET status = CASE status {cases} END, {changes} "
-            f"WHERE id = ? AND status IN {among(tuple(moves))} AND {guard}")
+            f"WHERE id = ? AND status IN {sql_list(tuple(moves))} AND {guard}")
 
 
 # The values of each: what changes, in the order that it stands in; then the id and, of a job that runs, the attempt
@@ -100,7 +100,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             os.pwrite(self._lock_file, b"in use\n", 0)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
-            raise (error if isinstance(error, StoreError) else explained(path, error)) from None
+            raise (error if isinstance(error, StoreError) else translated(path, error)) from None
         self._closed, self._gate = False, threading.Lock()      # nothing is put on the queue after the last write
         self.trouble: Optional[StoreError] = None       # why the last write, or a read since, did not succeed
         self._writes: "queue.SimpleQueue[_Write]" = queue.SimpleQueue()
@@ -243,11 +243,11 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def unusable(self) -> Optional[str]:
         """Why jobs cannot be stored, or soon cannot be, or None. Trouble that may have passed since is tried again."""
-        full = no_room(self.path)
+        full = disk_full(self.path)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._change(f"PRAGMA user_version = {VERSION}")
-        trouble = self.trouble or full or moved(self.path, self._file)
+        trouble = self.trouble or full or file_gone(self.path, self._file)
         return str(trouble) if trouble else None
 
     # What is done in a transaction, by whoever has the turn
@@ -362,7 +362,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         if isinstance(self.trouble, Damaged):       # what is written into a damaged file may never be found again
             return [(None, self.trouble)] * len(group)
         try:
-            gone = moved(self.path, self._file)
+            gone = file_gone(self.path, self._file)
             if gone:
                 raise gone
             self._writer.execute("BEGIN IMMEDIATE")
@@ -379,7 +379,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             if isinstance(error, sqlite3.OperationalError) or len(group) == 1:
                 return [(None, self._noted(error))] * len(group)
             return [self._commit([write])[0] for write in group]
-        if self.trouble and not (isinstance(self.trouble, DiskFull) and no_room(self.path)):
+        if self.trouble and not (isinstance(self.trouble, DiskFull) and disk_full(self.path)):
             log.warning("the database can be written again")
             self.trouble = None
         return came
@@ -390,7 +390,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         try:
             reader = self._readers.pop()
         except IndexError:          # all are in use
-            gone = moved(self.path, self._file)
+            gone = file_gone(self.path, self._file)
             if gone:                # or it would read another file
                 raise self._noted(gone) from None
             reader = connected(self.path)
@@ -406,7 +406,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def _noted(self, error: Exception) -> Exception:
         """What an error means; an error of the database is remembered, and said once; damage until the next start."""
-        meaning = explained(self.path, error)
+        meaning = translated(self.path, error)
         if isinstance(meaning, StoreError) and not isinstance(self.trouble, Damaged):
             if not self.trouble or isinstance(meaning, Damaged):
                 log.error("database: %s", meaning)
