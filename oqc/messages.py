@@ -150,8 +150,8 @@ def choice(query: Dict[str, str], name: str, allowed: Sequence[str]) -> Optional
     """Return the word in a parameter, None without it; raise Malformed."""
     value = query.get(name)
     if value is not None and value not in allowed:
-        expected = " or ".join(allowed)
-        raise Malformed(f"{name}: expected {expected}, found {json.dumps(value[:40])}")
+        raise Malformed(f"{name}: expected {' or '.join(allowed)}, "
+                        f"found {json.dumps(value[:40])}")
     return value
 
 
@@ -190,8 +190,8 @@ def problem_response(problem: Problem) -> Response:
         "status": problem.status,
         "detail": problem.detail,
     }
-    content = json.dumps(body).encode() + b"\n"
-    return Response(problem.status, content, "application/problem+json", problem.headers)
+    return Response(problem.status, json.dumps(body).encode() + b"\n",
+                    "application/problem+json", problem.headers)
 
 
 def json_response(value: Any, status: int = 200) -> Response:

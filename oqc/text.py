@@ -15,10 +15,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
     """Return aligned columns under a header row; the last column is as long as it is."""
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for row in cells:
-        aligned = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join(aligned).rstrip() + "\n")
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() + "\n" for row in cells]
     return "".join(lines)
 
 
