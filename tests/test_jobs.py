@@ -102,8 +102,9 @@ def test_an_optional_member_is_refused_outside_its_bounds_and_as_anything_but_a_
 
 
 @pytest.mark.parametrize("text, number", [
-    ("1", 1), ("9", 9), ("007", 7), ("0", None), ("10", None), ("", None), ("x", None), ("+1", None),
-    ("-1", None), ("1.0", None), (" 1", None), ("1\n", None), ("1_0", None), ("\u0663", None),
+    ("1", 1), ("9", 9), ("007", 7), ("0", None), ("10", None), ("", None), ("x", None),
+    ("+1", None), ("-1", None), ("1.0", None), (" 1", None), ("1\n", None), ("1_0", None),
+    ("\u0663", None),
     ("0" * 18 + "1", 1), ("0" * 19 + "1", None)])
 def test_a_whole_number_in_text_is_ascii_digits_within_its_bounds(text, number):
     if number is None:
