@@ -95,17 +95,28 @@ def metrics_text(buckets: Sequence[float], status: Dict[str, Any], durations: Du
             for mode, count in status[state].items()]
     runtimes = [f'{{mode="{mode}",state="{state}"}} {count}'
                 for (mode, state), count in states.items()]
+    oldest = status["oldest_waiting_seconds"] or 0
     return "".join((
-        _family("jobs", "gauge", "Jobs that have not ended, by mode and what they do.", jobs),
-        _family("runtimes", "gauge", "Runtimes, by mode and state.", runtimes),
-        _family("oldest_waiting_seconds", "gauge",
-                "Age of the oldest job that waits; 0 if none does.",
-                [f" {status['oldest_waiting_seconds'] or 0}"]),
-        _family("database_bytes", "gauge", "Size of the database and its WAL.",
-                [f" {status['database_bytes']}"]),
-        _family("job_duration_seconds", "histogram",
-                "Seconds that the last attempt took, since the server began.",
-                _histogram(buckets, durations)),
+        _family(
+            "jobs", "gauge",
+            "Jobs that have not ended, by mode and what they do.",
+            jobs),
+        _family(
+            "runtimes", "gauge",
+            "Runtimes, by mode and state.",
+            runtimes),
+        _family(
+            "oldest_waiting_seconds", "gauge",
+            "Age of the oldest job that waits; 0 if none does.",
+            [f" {oldest}"]),
+        _family(
+            "database_bytes", "gauge",
+            "Size of the database and its WAL.",
+            [f" {status['database_bytes']}"]),
+        _family(
+            "job_duration_seconds", "histogram",
+            "Seconds that the last attempt took, since the server began.",
+            _histogram(buckets, durations)),
     ))
 
 
@@ -117,7 +128,7 @@ def _family(name: str, kind: str, meaning: str, samples: Iterable[str]) -> str:
 
 
 def _histogram(buckets: Sequence[float], durations: Durations) -> Iterator[str]:
-    """Yield the samples of the durations; each bucket counts those below it as well."""
+    """Yield the samples of the durations; a bucket counts those below it too."""
     for (mode, outcome), (*counts, seconds) in durations.items():
         labels = f'mode="{mode}",outcome="{outcome}"'
         total = 0.0
