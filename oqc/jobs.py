@@ -205,8 +205,8 @@ class RetryPolicy(NamedTuple):
     def delay(self, attempt: int, dice: float) -> float:
         """Return the seconds from the end of the `attempt`-th attempt (1 is the first) to the next.
 
-        They double with each attempt. `dice` is from 0 to 1: 0 takes half of them off, 1 nothing, so
-        that jobs that failed together do not come back together.
+        They double with each attempt. `dice` is from 0 to 1: 0 takes half of them off, 1 nothing,
+        so that jobs that failed together do not come back together.
         """
         doubled = self.first * 2 ** min(attempt - 1, 30)
         return min(self.most, doubled) * (0.5 + dice / 2)
