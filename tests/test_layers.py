@@ -21,8 +21,9 @@ ROOMS = {
     "server": {"api", "connection", "wire", "messages"},
     "connection": {"wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"messages", "bloch", "jobs"},
+    "api": {"messages", "text", "bloch", "jobs"},
     "messages": {"jobs"},       # requests, responses and their bodies, kept apart from what they lead to
+    "text": {"jobs"},           # what a person or a scraper reads
     "workers": {"waiting", "jobs"},
     "waiting": {"jobs"},
     "store": {"database", "jobs"},
