@@ -247,6 +247,14 @@ def test_openapi_describes_the_members_of_a_job_and_of_a_submission(server):
     assert list(schemas["ServerStatus"]["properties"]) == list(server.request("GET", "/status/").json)
 
 
+def test_what_openapi_refers_to_is_there_and_nothing_else(server):
+    document = server.request("GET", "/openapi.json").json
+    components = document["components"]
+    there = {f"#/components/{kind}/{name}" for kind, parts in components.items() for name in parts}
+    schemes = {f"#/components/securitySchemes/{name}" for way in document["security"] for name in way}
+    assert there == schemes | set(re.findall(r'"\$ref": "([^"]+)"', json.dumps(document)))
+
+
 # Numbers
 
 def test_the_status_counts_what_waits_runs_and_ended(serve, script):

@@ -5,6 +5,7 @@ starts a server goes on running, as in a terminal of its own, until the next one
 without a name is a picture or a format, and no command. There is no other kind of block.
 """
 import ast
+import json
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ NOT_RUN = {
     "./scripts/slurm_demo.sh": "needs Slurm and root, and is run by test_growing.py",
     "pip install -r requirements.txt": "needs a network",
 }
+# What openapi.json describes of every request that needs a key, and README once, under Problems.
+WITH_A_KEY = {"400", "401", "503"}
 STARTS_A_SERVER = re.compile(r"(\./scripts/start_server\.sh|python3 -m oqc)( --(?!help|version)[^\n]*)?")
 COMMAND = re.compile(r"(\./scripts/|python3? |curl -|pip |bash |sh |sed |cat |chmod |kill )")
 MASKS = (                           # what is another on every run
@@ -190,6 +193,32 @@ def test_every_status_that_the_server_can_answer_is_in_the_readme():
     assert {200, 201, 204, 400, 401, 404, 405, 409, 413, 500, 503, 507} <= statuses
     for status in statuses:
         assert f"| {status} " in README, status
+
+
+def status_table(heading):
+    """The statuses in the first column of the table below a heading."""
+    section = README.partition(f"\n### {heading}\n")[2].partition("\n### ")[0]
+    rows = re.findall(r"(?m)^\| ([0-9, ]+) \|", section)
+    return {status for row in rows for status in row.split(", ")}
+
+
+def test_openapi_describes_the_statuses_that_the_readme_names_and_no_other():
+    document = json.loads((ROOT / "oqc" / "openapi.json").read_text("utf-8"))
+    of_any_request = document["components"]["responses"]["AnyRequest"]["description"]
+    assert set(re.findall("[0-9]{3}", of_any_request)) == status_table("Problems")
+    assert WITH_A_KEY <= status_table("Problems")
+    headings = set()
+    for path, methods in document["paths"].items():
+        for method in methods.keys() - {"parameters"}:
+            heading = f"{method.upper()} {path}"
+            headings.add(heading)
+            described = methods[method]["responses"]
+            assert described.pop("default") == {"$ref": "#/components/responses/AnyRequest"}
+            named = status_table(heading)
+            if methods[method].get("security") != []:
+                named |= WITH_A_KEY
+            assert set(described) == named, heading
+    assert headings == set(re.findall("(?m)^### ([A-Z]+ /.*)$", README))
 
 
 def test_every_return_code_with_a_meaning_is_in_the_readme():
