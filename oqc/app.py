@@ -1,20 +1,21 @@
 """The composition root: builds a server, starts its parts, waits for signals, stops them in the
 reverse order.
 
-The table of threads:
+The table of threads, with the locks that each takes:
 
-| name | runs | may block on | takes |
+| name | runs | may block on | locks |
 |---|---|---|---|
-| main | serve: start, prune, reload, stop | the signals' events, the store | Store's lead |
-| signals | Signals._wait | sigwait | |
-| log | LogLines._write | standard error | |
-| listener | Server.serve_forever | select; a quick commit of small adds | Store's lead |
-| of the pool | Server.process_request_thread, ._handle_together | clients, store, Waiting | all |
-| alarms | Workers._ring_alarms | its event, until a retry is due | Workers.lock |
-| NAME-0, NAME-1, … | Workers._work, one a slot | its bell, its runtime, the store | all |
+| main | until_stopped, stop | the signals' events; a commit, when it prunes | Store |
+| signals | Signals._wait | sigwait | none |
+| log | LogLines._write | standard error | none |
+| listener | Server.serve_forever | select; a commit that is quick | Store, Api, Workers, Waiting |
+| of the pool | Server.process_request_thread | its client; a commit; Waiting | all |
+| alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
+| NAME-0, … | Workers._work, one a slot | its bell; its runtime; a commit | Store, Workers, Waiting |
 
-Locks, outermost first: Workers._pausing, Store's large, Store's lead, Workers.lock, Waiting's lock,
-Api's count. None is held while a runtime or a client is waited for.
+The locks, outermost first: of a pause (Workers._pausing), of large adds (Store._large), of who
+commits (Store._lead), of what runs (Workers.lock), of who waits (Waiting), of what is being stored
+(Api._counting). None is held while a runtime or a client is waited for.
 
 The way of a POST of a small job: Server._ready reads its bytes into a Connection; Connection.parse
 makes a Request of them; Server.process_request puts it with the other small adds of the round;
