@@ -225,6 +225,15 @@ def parse(value: Any) -> Submission:
                       _whole(value, "return_code", 255, 0))
 
 
+def whole_number(text: str, least: int, most: int) -> int:
+    """Return the whole number that a text is; raise ValueError whose text is
+    'expected a whole number from LEAST to MOST', to which the caller adds where and what it found."""
+    # int() also takes 1_0, blanks, signs, digits of other scripts, and any number of digits.
+    if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
+        raise ValueError(f"expected a whole number from {least} to {most}")
+    return int(text)
+
+
 def explain(job: str) -> str:
     """Where a job string leaves the documented pattern, counting characters from 1, and what is allowed there."""
     whole = PATTERN.match(job)
