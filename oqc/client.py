@@ -22,8 +22,6 @@ CONNECT_TIMEOUT = 10.0              # seconds until there is a connection
 ANSWER_TIMEOUT = 330.0              # seconds until there is an answer: longer than any wait
 MOST_WAIT = 300                     # seconds that a server waits at most for a job
 PAUSE = 0.5                         # seconds from one question to the next, at least
-PIECE = 1 << 16                     # bytes of a streamed answer that are read at once
-KEY_FILE_BYTES = 1 << 16            # that are read of a key file
 BROKEN = (OSError, HTTPException, UnicodeError)     # what http.client raises; UnicodeError: a host
 
 
@@ -86,7 +84,7 @@ class Server:
         try:
             response = self._send(method, self._prefix + path, body, headers, seconds)
             while response.status == 200 and response.length is None and not response.isclosed():
-                yield response.read1(PIECE)
+                yield response.read1(1 << 16)
             content = response.read()
         except BROKEN as error:
             raise self._unreachable(error, sent=True) from None
@@ -236,7 +234,7 @@ def _read_key_file(path: str) -> bytes:
     """
     try:
         with open(path, "rb") as file:
-            lines = file.read(KEY_FILE_BYTES).split(b"\n")
+            lines = file.read(1 << 16).split(b"\n")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.startswith(b"#")]

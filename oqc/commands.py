@@ -18,7 +18,7 @@ from oqc.config import Command, decimal, whole
 EX_FAILED, EX_TEMPFAIL = 1, 75      # sysexits.h
 NOT_ENDED = 124                     # timeout(1)
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 128 + 2, 128 + 13, 128 + 15      # the shell
-LAST_WORDS = 1.0                    # seconds a cancel may take after TERM: KILL may follow after two
+LAST_WORDS = 1.0                    # seconds for a cancel after TERM: KILL may come after two
 BATCH = 1000                        # jobs of standard input in one request
 BATCH_BYTES = 1 << 18               # and bytes of them
 ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
@@ -107,8 +107,9 @@ def each(do: Callable[[int], int], numbers: Sequence[int]) -> int:
 
 def named(numbers: Sequence[int]) -> str:
     """Return what to call these jobs."""
-    first, last = numbers[0], numbers[-1]
-    return f"job {first}" if first == last else f"{len(numbers)} jobs, {first} to {last}"
+    if len(numbers) == 1:
+        return f"job {numbers[0]}"
+    return f"{len(numbers)} jobs, {numbers[0]} to {numbers[-1]}"
 
 
 def outcome(server: Server, deadline: float, number: int, part: str = "", label: str = "") -> int:

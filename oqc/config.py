@@ -22,7 +22,6 @@ KEY = re.compile(rb"[\t\x20-\x7e\x80-\xff]+")     # what a header can carry (RFC
 DECIMAL = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")   # float() also takes 1_0, nan and ٣
 BUILT_IN = {"verbatim": "emulator", "simulation": "simulator", "echo": "echo"}      # by their modes
 LEVELS = ("debug", "info", "warning", "error")
-KEYS_FILE_BYTES = 1 << 20           # that are read of a keys file
 
 
 class ConfigError(Exception):
@@ -381,7 +380,7 @@ def _read_keys_file(path: str, secret: bool) -> Dict[str, bytes]:
     try:
         with open(path, "rb") as file:
             mode = os.fstat(file.fileno()).st_mode
-            lines = file.read(KEYS_FILE_BYTES).splitlines()
+            lines = file.read(1 << 20).splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     if secret and stat.S_IMODE(mode) & 0o077:

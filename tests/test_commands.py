@@ -1,4 +1,7 @@
-"""The client commands as their users meet them: a person at a terminal, a script that reads JSON, another oqc."""
+"""The commands that ask a server, as their users meet them.
+
+A person at a terminal, a script that reads JSON, another oqc.
+"""
 import json
 import os
 import pty
@@ -14,7 +17,8 @@ from conftest import KEY, ROOT
 
 PYTHON = (sys.executable, "-m", "oqc")
 FAR = f"{sys.executable} -m oqc add - --wait --server http://127.0.0.1:"
-COMMANDS = ("add", "get", "list", "wait", "cancel", "result", "prune", "runtimes", "pause", "resume", "status")
+COMMANDS = ("add", "get", "list", "wait", "cancel", "result", "prune", "runtimes", "pause",
+            "resume", "status")
 
 
 def environment(port, **more):
@@ -26,7 +30,8 @@ def environment(port, **more):
 def start(server, *arguments, **more):
     """A client that has just begun to run. `server` is one, or a port."""
     streams = {name: more.pop(name, subprocess.PIPE) for name in ("stdin", "stdout", "stderr")}
-    return subprocess.Popen([*PYTHON, *map(str, arguments)], env=environment(getattr(server, "port", server), **more),
+    port = getattr(server, "port", server)
+    return subprocess.Popen([*PYTHON, *map(str, arguments)], env=environment(port, **more),
                             text=True, **streams)
 
 
@@ -40,21 +45,23 @@ def run(server, *arguments, text="", **more):
 
 def line(ended, status):
     """The one line on standard error with which a client ended that could not do what it should."""
-    assert ended[0] == status and ended[1] == "" and ended[2].startswith("oqc: ") and ended[2].count("\n") == 1, ended
+    assert ended[:2] == (status, ""), ended
+    assert ended[2].startswith("oqc: ") and ended[2].count("\n") == 1, ended
     return ended[2][len("oqc: "):-1]
 
 
 def lines(count, begin=0):
     """Jobs, one a line, each another."""
-    return "".join(f"X({angle // 1000}), Y({angle % 1000})\n" for angle in range(begin, begin + count))
+    return "".join(f"X({angle // 1000}), Y({angle % 1000})\n"
+                   for angle in range(begin, begin + count))
 
 
 def on_a_terminal(server, *arguments, text=None, **more):
     """(exit status, what a terminal showed, escapes included)"""
     ours, theirs = pty.openpty()
     pieces = []
-    with start(server, *arguments, stdin=subprocess.PIPE if text else theirs, stdout=theirs, stderr=theirs,
-               **more) as process:
+    with start(server, *arguments, stdin=subprocess.PIPE if text else theirs, stdout=theirs,
+               stderr=theirs, **more) as process:
         os.close(theirs)
         if text:
             process.stdin.write(text)
@@ -75,11 +82,15 @@ def settled(shown):
 
 
 class Scripted:
-    """A server that answers each request with the next of these (status, body)s. None ends the connection; a function
-    is called, and the client ends it."""
+    """A server that answers each request with the next of these (status, body)s.
+
+    None ends the connection; a function is called, and the client ends it.
+    """
 
     def __init__(self, *answers):
-        self.listener, self.answers, self.requests = socket.create_server(("127.0.0.1", 0)), list(answers), []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.answers = list(answers)
+        self.requests = []
         self.port = self.listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -108,7 +119,8 @@ class Scripted:
             return bool(connection.recv(1))
         if answer:
             status, content = answer
-            connection.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(content), content))
+            connection.sendall(b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (
+                status, len(content), content))
         return answer is not None
 
     def __enter__(self):
@@ -120,8 +132,9 @@ class Scripted:
 
 def job(number, ended=True):
     """A job as a server would show it."""
-    members = {"id": number, "job": "X(90)", "mode": "echo", "status": "Success" if ended else "Starting",
-               "runtime": "echo", "return_code": 0 if ended else None, "runtime_error": None, "created_time": "T",
+    members = {"id": number, "job": "X(90)", "mode": "echo",
+               "status": "Success" if ended else "Starting", "runtime": "echo",
+               "return_code": 0 if ended else None, "runtime_error": None, "created_time": "T",
                "start_time": "T", "end_time": "T" if ended else None}
     return json.dumps(members).encode() + b"\n"
 
@@ -135,9 +148,11 @@ def free_port():
 # JSON, where nobody looks on
 
 def test_a_job_is_added_and_shown_as_the_server_says_it(server):
-    status, out, error = run(server, "add", "X(90)", "--mode", "simulation", "--shots", 10, "--seed", 7)
+    status, out, error = run(server, "add", "X(90)", "--mode", "simulation", "--shots", 10,
+                             "--seed", 7)
     added = json.loads(out)
-    assert (status, error, out.count("\n")) == (0, "", 1) and (added["job"], added["mode"]) == ("X(90)", "simulation")
+    assert (status, error, out.count("\n")) == (0, "", 1)
+    assert (added["job"], added["mode"]) == ("X(90)", "simulation")
     server.wait(added)
     assert run(server, "get", added["id"]) == (
         0, server.request("GET", f"/jobs/{added['id']}/").body.decode(), "")
@@ -150,9 +165,10 @@ def test_a_listing_comes_as_it_came_in_pages_or_whole(server):
         server.wait(server.add(return_code=code))
     assert run(server, "list")[1] == server.request("GET", "/jobs/list/").body.decode()
     page = "?status=Runtime%20Error&mode=echo&limit=2&after=9999&order=desc"
-    status, out, error = run(server, "list", "--status", "Runtime Error", "--mode", "echo", "--limit", 2,
-                             "--after", 9999, "--order", "desc")
-    assert (status, out, error) == (0, server.request("GET", "/jobs/list/" + page).body.decode(), "")
+    status, out, error = run(server, "list", "--status", "Runtime Error", "--mode", "echo",
+                             "--limit", 2, "--after", 9999, "--order", "desc")
+    shown = server.request("GET", "/jobs/list/" + page).body.decode()
+    assert (status, out, error) == (0, shown, "")
     assert json.loads(out)[0]["return_code"] == 3
 
 
@@ -166,7 +182,8 @@ def test_a_long_listing_does_not_wait_for_its_end(serve):
 
 
 def test_runtimes_and_status_are_what_the_server_says(server):
-    assert [one["name"] for one in json.loads(run(server, "runtimes")[1])] == ["emulator", "simulator", "echo"]
+    runtimes = json.loads(run(server, "runtimes")[1])
+    assert [one["name"] for one in runtimes] == ["emulator", "simulator", "echo"]
     assert set(json.loads(run(server, "status")[1])) == set(server.request("GET", "/status/").json)
 
 
@@ -174,9 +191,11 @@ def test_a_runtime_is_paused_with_a_reason_and_resumed(serve):
     server = serve()
     status, out, _ = run(server, "pause", "emulator", "--reason", "cool-down")
     assert (status, json.loads(out)) == (0, server.runtime("emulator"))
-    assert [server.runtime("emulator")[name] for name in ("state", "reason")] == ["paused", "cool-down"]
+    runtime = server.runtime("emulator")
+    assert (runtime["state"], runtime["reason"]) == ("paused", "cool-down")
     status, out, _ = run(server, "resume", "emulator")
-    assert (status, json.loads(out)["state"], server.runtime("emulator")["state"]) == (0, "idle", "idle")
+    assert (status, json.loads(out)["state"], server.runtime("emulator")["state"]) == (
+        0, "idle", "idle")
 
 
 def test_a_cancelled_job_is_shown_and_one_that_is_refused_keeps_no_other_back(serve):
@@ -204,23 +223,27 @@ def test_wait_ends_with_the_first_return_code_that_is_not_0_in_the_order_of_the_
     numbers = [server.add(return_code=code)["id"] for code in (0, 5, 3)]
     status, out, error = run(server, "wait", *numbers)
     assert (status, error) == (5, "")
-    assert [json.loads(row) for row in out.splitlines()] == [server.get(number) for number in numbers]
+    assert [json.loads(row) for row in out.splitlines()] == [
+        server.get(number) for number in numbers]
     assert run(server, "wait", numbers[0])[0] == 0
 
 
 def test_a_job_that_is_waited_for_is_as_if_it_ran_here(serve, script):
-    server = serve("--runtime", "qpu=" + script('read -r job; echo "ran $job"; echo one >&2; echo "$job" >&2\n'
-                                                '[ "$job" = "X(1)" ] && exit 3; exit 0'))
+    program = script('read -r job; echo "ran $job"; echo one >&2; echo "$job" >&2\n'
+                     '[ "$job" = "X(1)" ] && exit 3; exit 0')
+    server = serve("--runtime", f"qpu={program}")
     assert run(server, "add", "X(0)", "--mode", "verbatim", "--wait") == (0, "ran X(0)\n", "")
     assert run(server, "add", "--wait", "X(1)", "--mode", "verbatim") == (3, "ran X(1)\n", "X(1)\n")
-    assert run(server, "add", "-", "--mode", "verbatim", "--wait=60", text="X(0)\nX(1)\nX(2)\n") == (
+    assert run(server, "add", "-", "--mode", "verbatim", "--wait=60",
+               text="X(0)\nX(1)\nX(2)\n") == (
         3, "ran X(0)\nran X(1)\nran X(2)\n", "job 4: X(1)\n")
 
 
 def test_the_end_of_the_time_to_wait_is_124_and_the_job_goes_on(serve):
     server = serve()
     server.request("POST", "/runtimes/emulator/pause/")
-    assert line(run(server, "add", "X(0)", "--mode", "verbatim", "--wait=0"), 124) == "job 1 has not ended"
+    ended = run(server, "add", "X(0)", "--mode", "verbatim", "--wait=0")
+    assert line(ended, 124) == "job 1 has not ended"
     assert line(run(server, "wait", 1, "--seconds", "0.01"), 124) == "job 1 has not ended"
     assert server.get(1)["end_time"] is None
 
@@ -241,9 +264,11 @@ def test_a_wait_goes_on_through_a_restart_of_the_server(serve):
 
 @pytest.mark.slow        # many processes
 def test_a_wait_is_asked_for_again_after_300_seconds_and_after_a_lost_answer():
-    with Scripted(None, (b"200 OK", job(7, False)), (b"200 OK", job(7)), (b"200 OK", job(7))) as far:
+    answers = [None, (b"200 OK", job(7, False)), (b"200 OK", job(7)), (b"200 OK", job(7))]
+    with Scripted(*answers) as far:
         status, out, error = run(far, "wait", 7)
-    assert (status, out) == (0, job(7).decode()) and error.count("\n") == 1 and "trying again" in error
+    assert (status, out) == (0, job(7).decode())
+    assert error.count("\n") == 1 and "trying again" in error
     assert [head.split()[1] for head, _ in far.requests] == ["/jobs/7/?wait=300"] * 3 + ["/jobs/7/"]
 
 
@@ -265,7 +290,8 @@ def test_jobs_from_standard_input_are_added_in_their_order_a_thousand_at_a_time(
     status, out, error = run(server, "add", "-", "--mode", "echo", text=lines(2500))
     added = [json.loads(row) for row in out.splitlines()]
     assert (status, error) == (0, "")
-    assert [(one["id"], one["job"]) for one in added] == list(enumerate(lines(2500).splitlines(), 1))
+    assert [one["id"] for one in added] == list(range(1, 2501))
+    assert [one["job"] for one in added] == lines(2500).splitlines()
     server.wait(2500)
     assert server.stop() == 0
     assert server.log.count('"POST /jobs/add/"') == 3
@@ -279,23 +305,27 @@ def test_long_jobs_from_standard_input_stay_below_what_a_body_may_have(server):
 
 def test_a_wrong_line_is_named_and_what_was_added_before_it_as_well(serve):
     server = serve()
-    status, out, error = run(server, "add", "-", "--mode", "echo", text="\n" + lines(1000) + "\nX(1)\nX(9x)\nX(2)\n")
+    status, out, error = run(server, "add", "-", "--mode", "echo",
+                             text="\n" + lines(1000) + "\nX(1)\nX(9x)\nX(2)\n")
     assert (status, out.count("\n")) == (1, 1000)
-    assert error == ('oqc: line 1004: job: at character 4: expected ")" after an angle of 1 to 3 digits '
-                     '(whole degrees), found "x"; added 1000 jobs, 1 to 1000, before line 1003\n')
+    assert error == ('oqc: line 1004: job: at character 4: expected ")" after an angle of '
+                     '1 to 3 digits (whole degrees), found "x"; '
+                     'added 1000 jobs, 1 to 1000, before line 1003\n')
     assert server.request("GET", "/jobs/1001/").status == 404
 
 
 @pytest.mark.parametrize("text", ["", "\n\r\n"])
 def test_standard_input_without_a_job_is_an_error(server, text):
-    assert line(run(server, "add", "-", "--mode", "echo", text=text), 1) == "standard input: no job in it"
+    ended = run(server, "add", "-", "--mode", "echo", text=text)
+    assert line(ended, 1) == "standard input: no job in it"
 
 
 def test_a_connection_that_was_closed_meanwhile_is_opened_again_and_nothing_is_added_twice():
     added = b"[" + b",".join([job(1)] * 1000) + b"]"
     with Scripted((b"201 Created", added), None, (b"201 Created", b"[" + job(2) + b"]")) as far:
         assert run(far, "add", "-", "--mode", "echo", text=lines(1001))[::2] == (0, "")
-    keys = [re.search("Idempotency-Key: ([0-9a-f]{32})\r\n", head + "\r\n")[1] for head, _ in far.requests]
+    keys = [re.search("Idempotency-Key: ([0-9a-f]{32})\r\n", head + "\r\n")[1]
+            for head, _ in far.requests]
     assert keys[0] != keys[1] == keys[2]
     assert far.requests[1][1] == far.requests[2][1] == b'[{"job": "X(1), Y(0)", "mode": "echo"}]'
 
@@ -304,9 +334,11 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_again_and_nothing_is_a
 
 @pytest.mark.parametrize("arguments, said", [
     (["add", "X(90", "--mode", "echo"], 'job: at character 5: expected ")" after an angle'),
-    (["add", "X(90)"], "mode: missing"), (["add", "X(9)", "--mode", "echo", "--shots", "x"], "shots: expected a whole"),
+    (["add", "X(90)"], "mode: missing"),
+    (["add", "X(9)", "--mode", "echo", "--shots", "x"], "shots: expected a whole"),
     (["list", "--limit", "0"], "limit: expected"), (["get", "999999"], "no job has the id 999999"),
-    (["pause", "../../x"], "no runtime has this name"), (["resume", "nothing"], "no runtime has this name")])
+    (["pause", "../../x"], "no runtime has this name"),
+    (["resume", "nothing"], "no runtime has this name")])
 @pytest.mark.slow        # many processes
 def test_what_the_server_refuses_is_1_and_its_reason(server, arguments, said):
     assert line(run(server, *arguments), 1).startswith(said)
@@ -328,14 +360,16 @@ def test_a_server_that_cannot_be_reached_is_69_and_for_a_job_to_be_run_now_75():
 
 def test_only_what_was_surely_not_added_is_75():
     full = b'{"detail": "the server is stopping"}'
-    for answer, status in ((None, 69), ((b"503 Full\r\nRetry-After: 10", full), 75), ((b"500 Defect", full), 1)):
+    for answer, status in ((None, 69), ((b"503 Full\r\nRetry-After: 10", full), 75),
+                           ((b"500 Defect", full), 1)):
         with Scripted(answer) as far:
             said = line(run(far, "add", "X(1)", "--mode", "echo", "--wait"), status)
         assert said.endswith("; whether it was added is not known") == (answer is None)
 
 
 def test_what_is_not_an_oqc_server_is_one_line():
-    for answer in ((b"200 OK", b"<html>"), (b"502 Bad Gateway", b"<html>"), (b"404 Not Found", b"[1]")):
+    for answer in ((b"200 OK", b"<html>"), (b"502 Bad Gateway", b"<html>"),
+                   (b"404 Not Found", b"[1]")):
         with Scripted(answer) as far:
             line(run(far, "wait", 1), 1)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -343,23 +377,27 @@ def test_what_is_not_an_oqc_server_is_one_line():
             with listener.accept()[0] as connection:
                 connection.recv(65536)
                 connection.sendall(b"SSH-2.0-\x1b[2J\r\n\r\n")
-            assert line((client.wait(60), client.stdout.read(), client.stderr.read()), 69).isprintable()
+            ended = (client.wait(60), client.stdout.read(), client.stderr.read())
+            assert line(ended, 69).isprintable()
 
 
 @pytest.mark.parametrize("arguments", [
-    ["get"], ["get", "list"], ["get", "1/result"], ["get", "0"], ["add", "--mode", "echo"], ["add", "X(1)", "X(2)"],
-    ["add", "X(1)", "--wait=soon"], ["status", "--key", "x"], ["wait", "1", "--seconds", "-1"], ["pause"]])
+    ["get"], ["get", "list"], ["get", "1/result"], ["get", "0"], ["add", "--mode", "echo"],
+    ["add", "X(1)", "X(2)"], ["add", "X(1)", "--wait=soon"], ["status", "--key", "x"],
+    ["wait", "1", "--seconds", "-1"], ["pause"]])
 @pytest.mark.slow        # many processes
 def test_wrong_usage_is_2(arguments):
     status, out, error = run(0, *arguments)
     assert (status, out) == (2, "") and error.startswith("usage: oqc ") and ": error: " in error
 
 
-@pytest.mark.parametrize("url", ["localhost:12021", "ftp://localhost", "http://", "http://localhost:x",
-                                 "http://you:word@localhost", "http://localhost:70000", "http://[::1", "http://a b"])
+@pytest.mark.parametrize("url", [
+    "localhost:12021", "ftp://localhost", "http://", "http://localhost:x",
+    "http://you:word@localhost", "http://localhost:70000", "http://[::1", "http://a b"])
 @pytest.mark.slow        # many processes
 def test_a_server_that_cannot_be_meant_is_78_and_not_repeated(url):
-    assert line(run(0, "status", "--server", url), 78) == "--server: expected http://HOST:PORT or https://HOST:PORT"
+    ended = run(0, "status", "--server", url)
+    assert line(ended, 78) == "--server: expected http://HOST:PORT or https://HOST:PORT"
 
 
 def test_a_name_that_cannot_be_one_is_69_at_once_even_for_a_wait():
@@ -378,13 +416,16 @@ def test_standard_output_that_is_full_is_one_line_and_one_that_nobody_reads_none
 
 def test_a_closed_standard_input_is_one_line(server):
     closed = ["sh", "-c", 'exec "$@" <&-', "sh", *PYTHON, "add", "-", "--mode", "echo"]
-    ended = subprocess.run(closed, env=environment(server.port), capture_output=True, text=True, check=False)
-    assert line((ended.returncode, ended.stdout, ended.stderr), 1) == "standard input: Bad file descriptor"
+    ended = subprocess.run(closed, env=environment(server.port), capture_output=True, text=True,
+                           check=False)
+    said = line((ended.returncode, ended.stdout, ended.stderr), 1)
+    assert said == "standard input: Bad file descriptor"
 
 
 # The key, the certificate
 
-@pytest.mark.parametrize("text", ["{}", "{}\n", "alice:{}\n", "api_key: {}\r\n", "# mine\n\nalice:{}\n"])
+@pytest.mark.parametrize("text", [
+    "{}", "{}\n", "alice:{}\n", "api_key: {}\r\n", "# mine\n\nalice:{}\n"])
 @pytest.mark.slow        # many processes
 def test_a_key_file_holds_a_key_alone_or_behind_a_name(server, tmp_path, text):
     (tmp_path / "key").write_bytes(text.format(KEY).encode())
@@ -392,15 +433,17 @@ def test_a_key_file_holds_a_key_alone_or_behind_a_name(server, tmp_path, text):
     assert run(server, "status", OQC_KEY_FILE=str(tmp_path / "key"))[0] == 0
 
 
-@pytest.mark.parametrize("text, said", [("", "expected one line with a key, found 0"), ("a:1\nb:2\n", "found 2"),
-                                        ("a:\n", "can carry"), ("a:\x01\n", "can carry")])
+@pytest.mark.parametrize("text, said", [
+    ("", "expected one line with a key, found 0"), ("a:1\nb:2\n", "found 2"),
+    ("a:\n", "can carry"), ("a:\x01\n", "can carry")])
 @pytest.mark.slow        # many processes
 def test_a_key_file_that_cannot_be_meant_is_78_and_not_shown(tmp_path, text, said):
     path = tmp_path / "key"
     path.write_text(text, encoding="ascii")
     told = line(run(0, "status", "--key-file", path), 78)
     assert told.startswith(f"{path}: ") and told.endswith(said)
-    assert line(run(0, "status", "--key-file", tmp_path / "none"), 78).endswith("/none: No such file or directory")
+    ended = run(0, "status", "--key-file", tmp_path / "none")
+    assert line(ended, 78).endswith("/none: No such file or directory")
 
 
 def test_the_documented_key_goes_to_no_other_machine_and_ones_own_does(serve):
@@ -417,13 +460,15 @@ def test_a_path_before_the_servers_own_is_kept():
 
 def test_https_needs_a_certificate_that_is_trusted(serve, tmp_path):
     path = tmp_path / "cert.pem"
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                    "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{path}.key",
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec",
+                    "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{path}.key",
                     "-out", path], check=True, capture_output=True)
     url = f"https://127.0.0.1:{serve('--tls-cert', path, '--tls-key', f'{path}.key').port}"
     assert run(0, "status", "--server", url, "--ca", path)[0] == 0
     assert run(0, "status", OQC_SERVER=url, OQC_CA=str(path))[0] == 0
-    assert "self" in line(run(0, "wait", 1, OQC_SERVER=url), 69)     # at once: it will not be trusted later
+    ended = run(0, "wait", 1, OQC_SERVER=url)       # at once: it will not be trusted later
+    assert "self" in line(ended, 69)
     for wrong in (f"{path}.none", f"{path}.key"):
         assert line(run(0, "status", "--ca", wrong, OQC_SERVER=url), 78).startswith(f"{wrong}: ")
 
@@ -436,7 +481,8 @@ def test_ctrl_c_is_130_without_a_traceback_and_the_jobs_go_on():
                   lambda: clients[0].send_signal(signal.SIGINT)) as far:
         with start(far, "add", "-", "--mode", "echo", "--wait", stdin=subprocess.PIPE) as client:
             clients.append(client)
-            assert client.communicate(lines(2), timeout=60) == ("", "oqc: interrupted; 2 jobs, 1 to 2 not cancelled\n")
+            assert client.communicate(lines(2), timeout=60) == (
+                "", "oqc: interrupted; 2 jobs, 1 to 2 not cancelled\n")
     assert client.returncode == 130
     assert [head.split()[0] for head, _ in far.requests] == ["POST", "GET"]
 
@@ -473,7 +519,8 @@ def test_term_that_comes_before_the_answer_to_the_add_cancels_all_the_same():
                     data += connection.recv(65536)
                 client.send_signal(signal.SIGTERM)
                 answer = job(7, False)
-                connection.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (len(answer), answer))
+                connection.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (
+                    len(answer), answer))
                 with far.listener.accept()[0] as second:
                     assert second.recv(65536).startswith(b"DELETE /jobs/7/ ")
             assert client.wait(60) == 143
@@ -484,9 +531,11 @@ def test_term_that_comes_before_the_answer_to_the_add_cancels_all_the_same():
 def test_a_terminal_gets_the_servers_tables(serve):
     server = serve()
     number = server.wait(server.add(mode="simulation", seed=7))["id"]
-    for arguments, path in ((["get", number], f"/jobs/{number}/"), (["result", number], f"/jobs/{number}/result/"),
+    for arguments, path in ((["get", number], f"/jobs/{number}/"),
+                            (["result", number], f"/jobs/{number}/result/"),
                             (["wait", number], f"/jobs/{number}/"), (["runtimes"], "/runtimes/"),
-                            (["list", "--limit", 3], "/jobs/list/?limit=3"), (["list"], "/jobs/list/")):
+                            (["list", "--limit", 3], "/jobs/list/?limit=3"),
+                            (["list"], "/jobs/list/")):
         text = server.request("GET", path, headers={"Accept": "text/plain"}).body.decode()
         status, shown = on_a_terminal(server, *arguments)
         assert (status, settled(shown)) == (0, text), arguments
@@ -500,7 +549,8 @@ def test_a_change_shows_a_table_on_a_terminal(serve):
     assert re.search(r"(?m)^emulator +verbatim +lines +1 +paused +hot ", settled(
         on_a_terminal(server, "pause", "emulator", "--reason", "hot")[1]))
     number = server.add(mode="verbatim")["id"]
-    assert re.search(rf"(?m)^{number} +Runtime Error +130 ", settled(on_a_terminal(server, "cancel", number)[1]))
+    assert re.search(rf"(?m)^{number} +Runtime Error +130 ",
+                     settled(on_a_terminal(server, "cancel", number)[1]))
 
 
 def test_a_terminal_shows_progress_and_then_only_what_is_left(serve):
@@ -508,7 +558,8 @@ def test_a_terminal_shows_progress_and_then_only_what_is_left(serve):
     status, shown = on_a_terminal(server, "add", "-", "--mode", "echo", text=lines(1500))
     assert (status, settled(shown)) == (0, "added 1500 jobs, 1 to 1500\n")
     assert "\x1b[K1000 jobs added\r" in shown and "\x1b[K1500 jobs added\r" in shown
-    status, shown = on_a_terminal(server, "add", "-", "--mode", "echo", "--wait", "--return-code", 3, text=lines(2))
+    status, shown = on_a_terminal(server, "add", "-", "--mode", "echo", "--wait",
+                                  "--return-code", 3, text=lines(2))
     assert (status, settled(shown)) == (3, "null\njob 1501: echo of return code 3\n"
                                            "null\njob 1502: echo of return code 3\n")
     assert "\x1b[K0 of 2 jobs\r" in shown and "\x1b[K1 of 2 jobs\r" in shown
@@ -521,7 +572,8 @@ def test_what_goes_wrong_on_a_terminal_stands_on_a_line_of_its_own(server):
 # Starting
 
 def test_a_client_does_without_the_server_side_and_its_sqlite3(server, tmp_path):
-    (tmp_path / "sqlite3.py").write_text("raise ImportError('none', name='sqlite3')\n", encoding="utf-8")
+    (tmp_path / "sqlite3.py").write_text("raise ImportError('none', name='sqlite3')\n",
+                                         encoding="utf-8")
     path = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
     assert run(server, "status", **path)[0] == 0
     assert run(server, **path)[0] == 1
@@ -547,7 +599,8 @@ def test_the_help_of_oqc_names_each_command(server):
 def test_a_job_of_the_near_server_is_a_job_of_the_far_one(serve, script):
     """Its string, shots and seed go there; the result, the error and the return code come back."""
     far = serve("--db", "far.db", "--runtime", "qpu=" + script(
-        'read -r job; echo "{\\"ran\\": \\"$job\\", \\"shots\\": $OQC_SHOTS, \\"seed\\": $OQC_SEED}"\n'
+        'read -r job\n'
+        'echo "{\\"ran\\": \\"$job\\", \\"shots\\": $OQC_SHOTS, \\"seed\\": $OQC_SEED}"\n'
         '[ "$job" != "Z(0)" ] || { echo "Z(0): the device is warm" >&2; exit 3; }'))
     near = serve("--runtime", f"far={FAR}{far.port}")
     good = near.wait(near.add("X(90), Y(180)", mode="verbatim", shots=12, seed=34))
@@ -555,7 +608,8 @@ def test_a_job_of_the_near_server_is_a_job_of_the_far_one(serve, script):
     assert near.result(good).json == {"ran": "X(90), Y(180)", "shots": 12, "seed": 34}
     bad = near.wait(near.add("Z(0)", mode="verbatim"))
     assert (bad["return_code"], bad["runtime_error"]) == (3, "Z(0): the device is warm")
-    assert [(one["job"], one["mode"], one["return_code"]) for one in far.request("GET", "/jobs/list/").json] == [
+    listed = far.request("GET", "/jobs/list/").json
+    assert [(one["job"], one["mode"], one["return_code"]) for one in listed] == [
         ("X(90), Y(180)", "verbatim", 0), ("Z(0)", "verbatim", 3)]
 
 
@@ -563,13 +617,14 @@ def test_while_the_far_server_is_away_the_near_one_tries_again(serve, tmp_path):
     port, marker = free_port(), tmp_path / "failed"
     os.mkfifo(marker)
     command = tmp_path / "command"
-    command.write_text(f'#!/bin/sh\n{FAR}{port}\ncode=$?\n[ "$code" = 0 ] || echo "$code" >{marker}\nexit "$code"\n',
+    command.write_text(f'#!/bin/sh\n{FAR}{port}\ncode=$?\n'
+                       f'[ "$code" = 0 ] || echo "$code" >{marker}\nexit "$code"\n',
                        encoding="utf-8")
     command.chmod(0o755)
     near = serve("--runtime", f"far={command}")
     added = near.add(mode="verbatim")
     assert marker.read_text(encoding="ascii") == "75\n"
-    marker.unlink()                 # another attempt may have failed before the far server is there: it blocks no more
+    marker.unlink()     # another attempt may fail before the far server is there: it must not block
     far = serve("--db", "far.db", "--port", port)
     ended = near.wait(added)
     assert (ended["status"], ended["return_code"]) == ("Success", 0)
@@ -578,7 +633,8 @@ def test_while_the_far_server_is_away_the_near_one_tries_again(serve, tmp_path):
 
 def test_a_job_cancelled_near_is_cancelled_far(serve, tmp_path, script):
     os.mkfifo(tmp_path / "started")
-    far = serve("--db", "far.db", "--runtime", "qpu=" + script(f"echo >{tmp_path}/started; exec sleep 60"))
+    far = serve("--db", "far.db", "--runtime",
+                "qpu=" + script(f"echo >{tmp_path}/started; exec sleep 60"))
     near = serve("--runtime", f"far={FAR}{far.port}")
     added = near.add(mode="verbatim")
     assert (tmp_path / "started").read_text(encoding="ascii") == "\n"
