@@ -33,10 +33,6 @@ class CommandFailed(Failed):
         self.exit_status = status
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
-
-
 # Output
 
 def progress(text: str) -> None:
@@ -55,7 +51,7 @@ def say(line: str) -> None:
         print(shown, file=sys.stderr, flush=True)
 
 
-def put(data: bytes) -> int:
+def write(data: bytes) -> int:
     """Write to standard output and return 0; raise Failed, saying nothing if nobody reads on."""
     progress("")
     try:
@@ -73,20 +69,20 @@ def put(data: bytes) -> int:
 def show(server: Server, path: str) -> int:
     """Write what the server has at a path, for a terminal as a table; return 0."""
     for piece in server.stream("GET", path, text=sys.stdout.isatty()):
-        put(piece)
+        write(piece)
     return 0
 
 
 def show_change(server: Server, path: str, answer: bytes) -> int:
     """Write the answer to a change, for a terminal the table at a path; return 0."""
     if answer and not sys.stdout.isatty():
-        return put(answer)
+        return write(answer)
     return show(server, path)
 
 
 # Several jobs
 
-def each(do: Callable[[int], int], numbers: Sequence[int]) -> int:
+def for_each(do: Callable[[int], int], numbers: Sequence[int]) -> int:
     """Do something about each of these jobs; return the first status that is not 0.
 
     A job that the server refuses keeps no other back.
@@ -105,14 +101,15 @@ def each(do: Callable[[int], int], numbers: Sequence[int]) -> int:
     return first
 
 
-def named(numbers: Sequence[int]) -> str:
+def describe(numbers: Sequence[int]) -> str:
     """Return what to call these jobs."""
     if len(numbers) == 1:
         return f"job {numbers[0]}"
     return f"{len(numbers)} jobs, {numbers[0]} to {numbers[-1]}"
 
 
-def outcome(server: Server, deadline: float, number: int, part: str = "", label: str = "") -> int:
+def show_ended(server: Server, deadline: float, number: int, part: str = "",
+               label: str = "") -> int:
     """Write a job, or a part of it and its error, as soon as it has ended; return its return code.
 
     Return NOT_ENDED if it has not ended at the deadline. `label` stands before the error.
@@ -123,7 +120,7 @@ def outcome(server: Server, deadline: float, number: int, part: str = "", label:
         return NOT_ENDED
     path = f"/jobs/{number}/{part}"
     text = sys.stdout.isatty()
-    put(server.patiently(lambda _: server.ask("GET", path, text=text), deadline))
+    write(server.patiently(lambda _: server.ask("GET", path, text=text), deadline))
     if part and job["runtime_error"]:
         say(label + job["runtime_error"])
     return int(job["return_code"])
@@ -171,7 +168,7 @@ class Adding:
         code = error.exit_status
         if self.numbers:
             first, _ = batch[0]
-            reason += f"; added {named(self.numbers)}, before line {first}"
+            reason += f"; added {describe(self.numbers)}, before line {first}"
         elif self.waits and error.passing and not error.sent:
             code = EX_TEMPFAIL
         return CommandFailed(reason, code)
@@ -179,7 +176,7 @@ class Adding:
     def show_result(self, deadline: float, number: int) -> int:
         """Write the result of a job as soon as it has ended; return its return code."""
         label = f"job {number}: " if len(self.numbers) > 1 else ""
-        return outcome(self.server, deadline, number, "result/", label)
+        return show_ended(self.server, deadline, number, "result/", label)
 
     def cancel(self) -> None:
         """Cancel all jobs, soon."""
@@ -195,17 +192,17 @@ def add(server: Server, options: argparse.Namespace) -> int:
     adding = Adding(server, options)
     try:
         if adding.waits:
-            signal.signal(signal.SIGTERM, terminate)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
             return add_and_wait(adding, options)
         if adding.many:
             return add_lines(adding)
         answer = adding.add([(0, options.job)])
         return show_change(server, f"/jobs/{adding.numbers[0]}/", answer)
-    except Terminated:
+    except SystemExit:              # by that handler
         adding.cancel()
-        return TERMINATED
+        raise
     except KeyboardInterrupt:
-        going_on = f"; {named(adding.numbers)} not cancelled" if adding.numbers else ""
+        going_on = f"; {describe(adding.numbers)} not cancelled" if adding.numbers else ""
         say(f"oqc: interrupted{going_on}")
         return INTERRUPTED
 
@@ -216,9 +213,9 @@ def add_lines(adding: Adding) -> int:
     for batch in batches():
         answer = adding.add(batch)
         if not terminal:
-            put("".join(json.dumps(job) + "\n" for job in decoded(answer)).encode())
+            write("".join(json.dumps(job) + "\n" for job in decoded(answer)).encode())
         progress(f"{len(adding.numbers)} jobs added")
-    return put(f"added {named(adding.numbers)}\n".encode() if terminal else b"")
+    return write(f"added {describe(adding.numbers)}\n".encode() if terminal else b"")
 
 
 def add_and_wait(adding: Adding, options: argparse.Namespace) -> int:
@@ -227,7 +224,7 @@ def add_and_wait(adding: Adding, options: argparse.Namespace) -> int:
     for batch in batches() if adding.many else [[(0, options.job)]]:
         adding.add(batch)
         progress(f"{len(adding.numbers)} jobs added")
-    return each(functools.partial(adding.show_result, deadline), adding.numbers)
+    return for_each(functools.partial(adding.show_result, deadline), adding.numbers)
 
 
 def job_members(options: argparse.Namespace) -> Dict[str, Any]:
@@ -264,27 +261,22 @@ def batches() -> Iterator[List[Line]]:
     yield batch
 
 
-def terminate(*_: Any) -> None:
-    """Handle SIGTERM."""
-    raise Terminated
-
-
 # The other commands
 
 def show_jobs(part: str, server: Server, options: argparse.Namespace) -> int:
     """Show jobs, or a part of each."""
-    return each(lambda number: show(server, f"/jobs/{number}/{part}"), options.ids)
+    return for_each(lambda number: show(server, f"/jobs/{number}/{part}"), options.ids)
 
 
 def wait(server: Server, options: argparse.Namespace) -> int:
     """Show jobs as soon as they have ended; return the first return code that is not 0."""
     deadline = server.deadline(options.seconds)
-    return each(lambda number: outcome(server, deadline, number), options.ids)
+    return for_each(lambda number: show_ended(server, deadline, number), options.ids)
 
 
 def cancel(server: Server, options: argparse.Namespace) -> int:
     """Cancel jobs and show them."""
-    return each(functools.partial(cancel_job, server), options.ids)
+    return for_each(functools.partial(cancel_job, server), options.ids)
 
 
 def cancel_job(server: Server, number: int) -> int:
@@ -303,7 +295,7 @@ def list_jobs(server: Server, options: argparse.Namespace) -> int:
 def prune(server: Server, options: argparse.Namespace) -> int:
     """Forget the jobs that ended longer ago."""
     path = f"/jobs/list/?older-than={quote(options.older_than)}"
-    return put(server.ask("DELETE", path, seconds=math.inf))
+    return write(server.ask("DELETE", path, seconds=math.inf))
 
 
 def switch(action: str, server: Server, options: argparse.Namespace) -> int:
