@@ -233,12 +233,9 @@ def _read_ini(path: str, specs: List[RuntimeSpec]) -> None:
         raise ConfigError(f"{path}: line {error.lineno}: {reason}") from None
     except configparser.ParsingError as error:
         raise ConfigError(f"{path}: line {error.errors[0][0]}: expected key = value") from None
-    except configparser.DuplicateSectionError as error:
-        place = f"{path}: line {error.lineno}: [{error.section}]"
-        raise ConfigError(f"{place}: is there twice") from None
-    except configparser.DuplicateOptionError as error:
-        place = f"{path}: line {error.lineno}: [{error.section}]"
-        raise ConfigError(f"{place}: {error.option} is there twice") from None
+    except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
+        reason = f"{getattr(error, 'option', '')} is there twice".lstrip()
+        raise ConfigError(f"{path}: line {error.lineno}: [{error.section}]: {reason}") from None
     for name in parser.sections():
         section = Section(path, name, text.split("\n"))
         specs.append(_read_section(section, dict(parser[name]), specs))
