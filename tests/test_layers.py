@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 # Each room, and the rooms that it imports from; an arrow only ever points further down.
 ROOMS = {
     "__main__": {"cli"},
-    "cli": {"client", "app", "config"},
+    "cli": {"commands", "app", "config"},
+    "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
     "client": {"config", "clock"},
     "app": {"log", "config", "server", "api", "workers", "waiting", "store", "database", "runtimes",
             "clock", "jobs"},
@@ -54,7 +55,7 @@ ONLY_IN = {
     "os.system": {"runtimes"},
     # dice
     "random": {"qubit", "app"},                 # app makes the dice that it hands to the other rooms
-    "secrets": {"app", "cli", "client"},        # keys, those of idempotency as well
+    "secrets": {"app", "cli", "commands"},      # keys, those of idempotency as well
     "uuid": {"app"},
     "os.getrandom": {"app"},
     "os.urandom": {"app"},
@@ -170,6 +171,7 @@ def test_a_room_keeps_to_itself(room):
     ("clock", "from oqc.cli import main", "clock may not import cli"),
     ("__init__", "from oqc import jobs", "__init__ may not import jobs"),
     ("app", "from oqc.cli import main", "app may not import cli"),
+    ("client", "from oqc import commands", "client may not import commands"),
     ("store", "from oqc.jobs import *", "oqc.jobs.* hides"),
     ("runtimes", "from os import *", "os.* hides"),
     ("api", "import sqlite3", "sqlite3 belongs to database and store"),
@@ -186,7 +188,7 @@ def test_a_room_keeps_to_itself(room):
     ("app", "from os import popen as ask", "os.popen belongs to runtimes"),
     ("app", "import os\nstart = os.spawnv", "os.spawnv belongs to runtimes"),
     ("workers", "from random import Random", "random.Random belongs to app and qubit"),
-    ("api", "import secrets", "secrets belongs to app and cli and client"),
+    ("api", "import secrets", "secrets belongs to app and cli and commands"),
     ("store", "import os\nos.urandom(8)", "os.urandom belongs to app"),
     ("api", "import socket", "socket belongs to server"),
     ("app", "import socketserver", "socketserver belongs to server"),
@@ -194,6 +196,7 @@ def test_a_room_keeps_to_itself(room):
     ("api", "from http import HTTPStatus", "http.HTTPStatus belongs to server"),
     ("cli", "from http.server import HTTPServer", "http.server.HTTPServer belongs to server"),
     ("server", "import http.client", "http.client belongs to client"),
+    ("commands", "import http.client", "http.client belongs to client"),
     ("api", "from urllib.request import urlopen", "urllib.request.urlopen belongs to client"),
     ("workers", "import select", "select belongs to runtimes and server"),
     ("workers", "import selectors", "selectors belongs to runtimes and server"),
@@ -218,7 +221,7 @@ def test_a_wrong_is_found(room, source, wrong):
     ("store", "import sqlite3\nsqlite3.connect(':memory:')"),
     ("runtimes", "import os, select, subprocess\nos.posix_spawn('/bin/ls', [], {})\nos.waitpid(1, 0)"),
     ("server", "import http.server\nimport socket, ssl\nfrom http.server import ThreadingHTTPServer"),
-    ("client", "import http.client, secrets, ssl, urllib.request"),
+    ("client", "import http.client, ssl, urllib.request"),
     ("api", "from urllib.parse import parse_qsl\nimport json"),
     ("clock", "import time\nfrom datetime import datetime\ntime.sleep(0)"),
     ("workers", "import re\nre.compile('x').exec\nself.time.sleep(1)\ntime = self.clock.time()"),
