@@ -277,15 +277,6 @@ def parse(value: Any) -> Submission:
     return Submission(job, mode, shots, seed, return_code)
 
 
-def whole_number(text: str, least: int, most: int) -> int:
-    """Return the whole number that a text is; raise ValueError whose text is
-    'expected a whole number from LEAST to MOST', to which the caller adds where and what it found."""
-    # int() also takes 1_0, blanks, signs, digits of other scripts, and any number of digits.
-    if not re.fullmatch("[0-9]{1,19}", text) or not least <= int(text) <= most:
-        raise ValueError(f"expected a whole number from {least} to {most}")
-    return int(text)
-
-
 def explain(job: str) -> str:
     """Return where a job string leaves the pattern, and what is expected there.
 
