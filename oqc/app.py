@@ -9,13 +9,12 @@ import signal
 import threading
 from typing import Optional
 
-from oqc import runtimes
+from oqc import builtin, runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
 from oqc.config import ConfigError, Settings, read_keys
-from oqc.jobs import MODES, MOST_SEED, RetryPolicy, StoreError
-from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
+from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.store import Store
 from oqc.workers import Workers
 # last: what http.server brings fills the holes that compiling the others leaves, 1 MiB where no bytecode is kept
@@ -136,7 +135,7 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
         files = ", ".join(filter(None, (settings.tls_cert, settings.tls_key)))
         raise StartError(f"{files}: {error.strerror or error}") from None
     store = Store(settings.db, clock)
-    slots = [(spec, functools.partial(runtimes.slot, spec, clock, settings.kill_grace)) for spec in settings.runtimes]
+    slots = [(spec, functools.partial(_slot, spec, clock, settings.kill_grace)) for spec in settings.runtimes]
     workers = Workers(store, slots, RetryPolicy(), clock, dice.random, max(1, settings.max_connections // 2))
     api = Api(store, workers, Keys(dict(settings.keys)), lambda: dice.getrandbits(MOST_SEED.bit_length()),
               settings.max_waiting)
@@ -167,6 +166,13 @@ def _serve(settings: Settings, signals: Signals, clock: Clock, lines: LogLines) 
             signals.reload.clear()
             _read_keys_again(settings, api)
     _stop(settings, signals, clock, server, workers, store)
+
+
+def _slot(spec: RuntimeSpec, clock: Clock, kill_grace: float) -> runtimes.Slot:
+    """Return a slot for this runtime; a bundled one gets its command."""
+    if spec.command is None and spec.protocol == "lines":
+        spec = spec._replace(command=builtin.command(spec.name))
+    return runtimes.slot(spec, clock, kill_grace)
 
 
 def _stop(settings: Settings, signals: Signals, clock: Clock, server: Server, workers: Workers, store: Store) -> None:

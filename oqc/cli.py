@@ -83,6 +83,12 @@ def _client(arguments: Sequence[str]) -> int:
     return client.run(arguments)
 
 
+def _builtin(arguments: Sequence[str]) -> int:
+    """A bundled runtime, over standard input and output."""
+    from oqc import builtin     # pylint: disable=import-outside-toplevel # no other command needs it
+    return builtin.main(arguments)
+
+
 def _fail(reason: str, status: int) -> int:
     print("oqc: " + reason.replace("\n", "\\n"), file=sys.stderr)
     return status
@@ -127,6 +133,6 @@ COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
     "key": _key,
     "backup": _offline,
     "check": _offline,
-    "emulator": lambda arguments: int(_app().builtin(arguments)),
-    "simulator": lambda arguments: int(_app().builtin(arguments)),
+    "emulator": _builtin,
+    "simulator": _builtin,
 }

@@ -1,21 +1,22 @@
-"""The room that starts processes, against real hostile ones: whatever a runtime does, its attempt ends as it should."""
+"""Slots and their processes, with real hostile runtimes: whatever one does, its attempt ends as it
+should."""
 import contextlib
 import hashlib
 import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUNTIMES, descendants
+from conftest import RUNTIMES, descendants
 
 from oqc import jobs, runtimes
 from oqc.clock import Clock
 from oqc.jobs import Outcome, RuntimeSpec, Task
+from oqc.process import Process
 
 TASK = Task(7, "X(90)", "verbatim", 2, 100, 42, 0)
 TRUE = '{"return_code": 0}\n'
@@ -38,12 +39,28 @@ class Impatient:
         return False
 
 
-def slot_for(command, kill_grace=20.0, clock=None, **spec):
+def slot_for(command, kill_grace=20.0, clock=None, start=Process, **spec):
     """A slot of a runtime `qpu` with this command."""
     if isinstance(command, str):
         command = [command]
-    return runtimes.slot(RuntimeSpec("qpu", tuple(map(str, command)), **{"timeout": 30.0, **spec}),
-                         clock or Clock(), kill_grace)
+    runtime = RuntimeSpec("qpu", tuple(map(str, command)), **{"timeout": 30.0, **spec})
+    return runtimes.slot(runtime, clock or Clock(), kill_grace, start)
+
+
+class Starts:
+    """What to give a slot as `start`: real processes, and when they have exited."""
+
+    def __init__(self):
+        self.processes = []
+
+    def __call__(self, *arguments):
+        self.processes.append(Process(*arguments))
+        return self.processes[-1]
+
+    def wait_for_exit(self):
+        """Wait until the last one has exited; False, which as `interrupted` says no."""
+        os.waitid(os.P_PID, self.processes[-1].pid, os.WEXITED | os.WNOWAIT)
+        return False
 
 
 def run(*command, task=TASK, interrupted=lambda: False, **more):
@@ -90,18 +107,13 @@ def passed_on():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """After each of these tests no process, not even a zombie, no descriptor and no thread is there that was not; and
-    it ends sooner than the runtimes would by themselves, after a minute."""
-    def late(*_):
-        raise AssertionError("it did not end")
-    handler = signal.signal(signal.SIGALRM, late)
-    signal.alarm(40)
+    """After each of these tests no process, not even a zombie, no descriptor and no thread is there
+    that was not; and it ends sooner than the runtimes would by themselves, after a minute."""
     run("true")                     # has made what is made once a process, at its first runtime
-    before = possessions()
+    before, began = possessions(), Clock.monotonic()
     yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, handler)
     assert possessions() - before == set()
+    assert Clock.monotonic() - began < 40
 
 
 # Protocol exec
@@ -333,32 +345,31 @@ def test_ending_without_an_answer_over_lines_is_worth_another_attempt(status):
 
 def test_a_lines_runtime_that_has_ended_between_two_jobs_is_started_again(script):
     once = script("""read -r line; echo '{"return_code": 0}'""")
-    with contextlib.closing(slot_for([once], protocol="lines")) as slot:
-        for _ in range(2):
+    starts = Starts()
+    with contextlib.closing(slot_for(once, protocol="lines", start=starts)) as slot:
+        for attempt in (1, 2):
             assert slot.run(TASK, lambda: False).return_code == 0
-            pid = slot.process.pid
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert len(starts.processes) == attempt
+            starts.wait_for_exit()
 
 
 def test_an_answer_counts_though_its_runtime_has_ended_by_the_time_it_is_read(script):
     once = script("""read -r line; echo '{"return_code": 0, "result": "done"}'""")
-    with contextlib.closing(slot_for([once], protocol="lines")) as slot:
-        def wait_for_its_end():
-            os.waitid(os.P_PID, slot.process.pid, os.WEXITED | os.WNOWAIT)
-            return False
-        assert slot.run(TASK, wait_for_its_end)[:3] == (0, None, '"done"')
+    starts = Starts()
+    outcome = run(once, protocol="lines", start=starts, interrupted=starts.wait_for_exit)
+    assert outcome[:3] == (0, None, '"done"')
 
 
-def test_what_a_lines_runtime_says_while_it_fails_to_start_is_the_error(script, monkeypatch):
+def test_what_a_lines_runtime_says_while_it_fails_to_start_is_the_error(script):
     """Even if all of it was there before the first job was sent."""
-    start = runtimes.LinesSlot._start       # pylint: disable=protected-access
+    starts = Starts()
 
     def start_and_wait(*arguments):
-        process = start(*arguments)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        process = starts(*arguments)
+        starts.wait_for_exit()
         return process
-    monkeypatch.setattr(runtimes.LinesSlot, "_start", start_and_wait)
-    assert run(script("echo 'no device' >&2; exit 1"), protocol="lines")[:2] == (1, "no device")
+    fails = script("echo 'no device' >&2; exit 1")
+    assert run(fails, protocol="lines", start=start_and_wait)[:2] == (1, "no device")
 
 
 def test_a_lines_runtime_that_ends_before_it_took_a_job_has_not_started(script):
@@ -485,14 +496,13 @@ def test_without_pidfd_an_end_is_seen_too(monkeypatch, script):
     assert time_out(hostile("ignores-term"), kill_grace=0.05).return_code == 124
 
 
-def test_what_cannot_be_started_for_want_of_descriptors_is_tried_again(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(24, "Too many open files")
-    monkeypatch.setattr(os, "posix_spawn", refuse)
-    for protocol in ("exec", "lines"):
-        outcome = run("true", protocol=protocol)
-        assert (outcome.return_code, outcome.transient, outcome.started) == (126, True, False)
-        assert outcome.runtime_error == "could not be started: Too many open files"
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_what_cannot_be_started_for_want_of_processes_is_tried_again(protocol):
+    def refuse(*_):
+        raise OSError(11, "Resource temporarily unavailable")
+    outcome = run("true", protocol=protocol, start=refuse)
+    assert (outcome.return_code, outcome.transient, outcome.started) == (126, True, False)
+    assert outcome.runtime_error == "could not be started: Resource temporarily unavailable"
 
 
 @contextlib.contextmanager
@@ -532,50 +542,3 @@ def test_echo_gives_the_return_code_that_was_asked_for():
             outcome = slot.run(TASK._replace(return_code=code), lambda: False)
             assert outcome[:3] == (code, f"echo of return code {code}" if code else None, None)
             assert outcome.transient == (code == jobs.TEMPFAIL)
-
-
-# The built-in runtimes, from the command line
-
-def oqc(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "oqc", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          check=False, timeout=60, **options)
-
-
-@pytest.mark.parametrize("name", ["emulator", "simulator"])
-def test_a_built_in_runtime_answers_lines_on_the_command_line(name):
-    question = {"id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 1, "shots": 10, "seed": 1}
-    ran = oqc(name, input=2 * (json.dumps(question) + "\n"))
-    first, second = (json.loads(line) for line in ran.stdout.splitlines())
-    assert (first["return_code"], first["runtime_error"], first["result"]["shots"]) == (0, None, 10)
-    assert first == second
-    assert (ran.returncode, ran.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("line, reason", [
-    ("X(90)", "Expecting value: "), ("\udcff", "'utf-8' codec can't decode"),
-    ("", "Expecting value: "), ("[" * 100_000, ""),
-    ('["X(90)"]', "expected an object"),
-    ("{}", "job: missing"), ('{"job": "X(90); Y(1)"}', "job: at character 6: "),
-    ('{"job": "X(9)", "shots": NaN}', "NaN"), ('{"job": "X(9)", "seed": "7"}', "seed: expected a whole number ")],
-                         ids=lambda value: value[:12])
-def test_a_line_that_is_no_job_is_65_with_the_reason_and_the_next_is_answered(line, reason):
-    ran = oqc("simulator", input=line + '\n{"job": "X(180)", "shots": 0}\n', encoding="utf-8", errors="surrogateescape")
-    refused, answered = map(json.loads, ran.stdout.splitlines())
-    assert refused["return_code"] == 65 and refused["runtime_error"].startswith(f"not a job: {reason}")
-    assert answered["result"]["probabilities"] == [0.0, 1.0]
-    assert (ran.returncode, ran.stderr) == (0, "")
-
-
-def test_the_emulator_says_which_parameters_it_has_and_refuses_others():
-    told = oqc("emulator", "--help")
-    assert told.returncode == 0
-    assert "--t1-us" in told.stdout
-    refused = oqc("emulator", "--no-such-parameter", "1")
-    assert (refused.returncode, refused.stdout) == (2, "")
-
-
-@pytest.mark.parametrize("name", ["emulator", "simulator"])
-def test_a_built_in_runtime_runs_in_a_slot(name):
-    outcome = run(*runtimes.builtin_command(name), protocol="lines")
-    assert outcome.return_code == 0
-    assert json.loads(outcome.result)["shots"] == 100
