@@ -14,7 +14,8 @@ ROOMS = {
     "__main__": {"cli"},
     "cli": {"client", "app", "builtin", "config"},
     "client": {"config", "clock"},
-    "app": {"config", "server", "api", "workers", "store", "database", "builtin", "runtimes", "qubit", "clock", "jobs"},
+    "app": {"config", "server", "api", "workers", "store", "database", "builtin", "runtimes", "qubit",
+            "clock", "jobs"},
     "config": {"jobs"},
     "server": {"api", "wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
