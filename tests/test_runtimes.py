@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import RUNTIMES, descendants
 
-from oqc import jobs, runtimes
+from oqc import jobs, process, runtimes
 from oqc.clock import Clock
 from oqc.jobs import Outcome, RuntimeSpec, Task
 from oqc.process import Process
@@ -57,6 +57,12 @@ class Starts:
     def __call__(self, *arguments):
         self.processes.append(Process(*arguments))
         return self.processes[-1]
+
+    def start_and_wait(self, *arguments):
+        """Start one that exits by itself, and hand it over when it has."""
+        started = self(*arguments)
+        self.wait_for_exit()
+        return started
 
     def wait_for_exit(self):
         """Wait until the last one has exited; False, which as `interrupted` says no."""
@@ -116,6 +122,7 @@ def nothing_is_left():
     before, began = possessions(), Clock.monotonic()
     yield
     assert possessions() - before == set()
+    assert process.CHILDREN == []
     assert Clock.monotonic() - began < 40
 
 
@@ -232,6 +239,11 @@ def test_of_a_result_the_first_mib_is_kept_and_the_rest_is_read_and_dropped(scri
                          "echo done >&2; exit 5"))
     assert (outcome.return_code, outcome.runtime_error) == (5, "done")
     assert outcome.result == "a" * (1 << 20)
+
+
+def test_what_a_process_wrote_counts_though_it_ended_before_anybody_listened(script):
+    says = script("echo result; echo error >&2; exit 3")
+    assert run(says, start=Starts().start_and_wait)[:3] == (3, "error", "result\n")
 
 
 def test_a_result_that_fails_is_kept_too(script):
@@ -380,14 +392,9 @@ def test_an_answer_counts_though_its_runtime_has_ended_by_the_time_it_is_read(sc
 
 def test_what_a_lines_runtime_says_while_it_fails_to_start_is_the_error(script):
     """Even if all of it was there before the first job was sent."""
-    starts = Starts()
-
-    def start_and_wait(*arguments):
-        process = starts(*arguments)
-        starts.wait_for_exit()
-        return process
     fails = script("echo 'no device' >&2; exit 1")
-    assert run(fails, protocol="lines", start=start_and_wait)[:2] == (1, "no device")
+    start = Starts().start_and_wait
+    assert run(fails, protocol="lines", start=start)[:2] == (1, "no device")
 
 
 def test_a_lines_runtime_that_ends_before_it_took_a_job_has_not_started(script):
@@ -401,6 +408,45 @@ def test_a_lines_runtime_that_dies_of_its_job_has_started():
     outcome = run(hostile("dies"), "KILL", protocol="lines")
     assert (outcome.return_code, outcome.runtime_error) == (137, "died of SIGKILL; last words")
     assert (outcome.transient, outcome.started) == (True, True)
+
+
+def test_a_lines_runtime_that_answered_and_then_ends_without_a_look_at_the_next_job_had_started(
+        script, tmp_path):
+    os.mkfifo(tmp_path / "end")
+    blind = script(f"""echo '{{"return_code": 0}}'; read -r line <{tmp_path}/end; exit 1""")
+
+    def end_it():
+        (tmp_path / "end").write_text("now\n", encoding="ascii")
+        return starts.wait_for_exit()
+    starts = Starts()
+    with contextlib.closing(slot_for(blind, protocol="lines", start=starts)) as slot:
+        assert slot.run(TASK, lambda: False).return_code == 0
+        outcome = slot.run(TASK, end_it)
+        assert (outcome.return_code, outcome.started) == (1, True)
+        assert len(starts.processes) == 1
+
+
+def test_a_lines_runtime_that_cannot_start_again_has_not_started(script, tmp_path):
+    fails = script(f"""[ -e {tmp_path}/again ] && exit 1
+                       >{tmp_path}/again; read -r line; echo '{{"return_code": 0}}'""")
+    starts = Starts()
+    with contextlib.closing(slot_for(fails, protocol="lines", start=starts)) as slot:
+        assert slot.run(TASK, lambda: False).return_code == 0
+        starts.wait_for_exit()
+        outcome = slot.run(TASK, lambda: False)
+        assert (outcome.return_code, outcome.started) == (1, False)
+
+
+def test_a_lines_runtime_that_ends_with_127_has_not_started():
+    outcome, = lines("=127")
+    assert (outcome.return_code, outcome.transient, outcome.started) == (127, True, False)
+
+
+def test_what_a_lines_runtime_wrote_for_one_job_is_not_the_error_of_the_next(script):
+    warns = script("""read -r line; echo warning >&2; echo '{"return_code": 0}'; read -r line""")
+    with contextlib.closing(slot_for(warns, protocol="lines")) as slot:
+        assert slot.run(TASK, lambda: False).return_code == 0
+        assert slot.run(TASK, lambda: False)[:2] == (76, "ended without an answer")
 
 
 def test_what_a_lines_runtime_says_too_much_is_not_the_answer_to_the_next_job(tmp_path):
@@ -509,6 +555,18 @@ def test_a_slot_that_is_woken_again_and_again_does_not_block():
         for _ in range(70_000):
             slot.wake()
         assert slot.run(TASK, lambda: False).return_code == 0
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_slot_that_has_nothing_to_do_rests(protocol, script):
+    """Neither a wake, nor an input that is closed before all of the job is written, nor silence
+    keeps it busy."""
+    asked = []
+    task = TASK._replace(job=", ".join(["X(90)"] * 450_000))
+    with contextlib.closing(slot_for(script("exec <&-; sleep 0.24"), protocol=protocol)) as slot:
+        slot.wake()
+        slot.run(task, lambda: bool(asked.append(1)))
+    assert len(asked) <= 6
 
 
 # Where there is less than Linux has today
