@@ -122,7 +122,7 @@ def nothing_is_left():
     before, began = possessions(), Clock.monotonic()
     yield
     assert possessions() - before == set()
-    assert process.CHILDREN == []
+    assert not process.CHILDREN
     assert Clock.monotonic() - began < 40
 
 
