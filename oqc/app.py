@@ -35,14 +35,13 @@ import signal
 import threading
 from typing import Any, Tuple
 
-from oqc import runtimes
+from oqc import builtin, runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
 from oqc.config import ConfigError, Settings, read_keys
-from oqc.jobs import MODES, MOST_SEED, RetryPolicy, StoreError
+from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.log import LogLines
-from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
 from oqc.store import Store
 from oqc.waiting import Waiting
 from oqc.workers import Workers
@@ -121,7 +120,7 @@ class _Running:
         dice = random.Random()
         self.store = Store(settings.db, clock)
         waiting = Waiting(self.store, clock, max(1, settings.max_connections // 2))
-        slots = [(spec, functools.partial(runtimes.slot, spec, clock, settings.kill_grace))
+        slots = [(spec, functools.partial(_slot, spec, clock, settings.kill_grace))
                  for spec in settings.runtimes]
         self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting)
         choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
@@ -200,6 +199,13 @@ class _Running:
             log.info("keys read again: %s", ", ".join(sorted(self.api.keys.names.values())))
         except ConfigError as error:
             log.error("keys not read again, the old ones stay: %s", error)
+
+
+def _slot(spec: RuntimeSpec, clock: Clock, kill_grace: float) -> runtimes.Slot:
+    """Return a slot for this runtime; a bundled one gets its command."""
+    if spec.command is None and spec.protocol == "lines":
+        spec = spec._replace(command=builtin.command(spec.name))
+    return runtimes.slot(spec, clock, kill_grace)
 
 
 def _discard(_: str) -> None:

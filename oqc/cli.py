@@ -149,8 +149,9 @@ def _check(arguments: Sequence[str]) -> int:
 
 
 def _builtin(arguments: Sequence[str]) -> int:
-    """Be a built-in runtime."""
-    return int(_app().builtin(arguments))
+    """Be a bundled runtime, over standard input and output."""
+    from oqc import builtin     # pylint: disable=import-outside-toplevel # no other needs it
+    return builtin.main(arguments)
 
 
 COMMANDS = {
