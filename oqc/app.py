@@ -11,7 +11,7 @@ The table of threads, with the locks that each takes:
 | listener | Server.serve_forever | select; a commit that is quick | Store, Api, Workers, Waiting |
 | of the pool | Server.process_request_thread | its client; a commit; Waiting | all |
 | alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
-| NAME-0, … | Workers._work, one a slot | its bell; its runtime; a commit | Store, Workers, Waiting |
+| NAME-n | Workers._work, one a slot | its bell; its runtime; a commit | Store, Workers, Waiting |
 
 The locks, outermost first: of a pause (Workers._pausing), of large adds (Store._large), of who
 commits (Store._lead), of what runs (Workers.lock), of who waits (Waiting), of what is being stored

@@ -127,10 +127,10 @@ class Submission(NamedTuple):
 
 
 class Addition(NamedTuple):
-    """What came of adding jobs: them, or those of the first time that the same Idempotency-Key came."""
+    """The jobs that a batch added, or that its Idempotency-Key added the first time it came."""
 
     jobs: List[Job]
-    replayed: bool = False
+    replayed: bool = False          # they were added before
     endings: Sequence["Ending"] = ()        # of those that ended with it
 
 
@@ -178,10 +178,11 @@ class Outcome(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """An attempt that is over and what becomes of its job."""
+    """An attempt that is over and the event that it is for its job: "retry", "succeeded" or
+    "failed"; or "release", a retry that costs no attempt."""
 
     task: Task
-    event: str                      # "retry", "succeeded" or "failed"; or "release": a retry that costs no attempt
+    event: str
     outcome: Outcome
     delay: float = 0.0              # seconds until it is due again
     seconds: float = 0.0            # that the attempt took
@@ -232,10 +233,11 @@ def decide(outcome: Outcome, attempt: int, policy: RetryPolicy) -> str:
 
 
 def echo(return_code: int, retry_codes: Sequence[int]) -> Outcome:
-    """What a runtime would have come to that ends with this return code and does nothing."""
+    """Return the outcome of a runtime that ends with this return code and does nothing."""
     if not return_code:
         return Outcome(0)
-    return Outcome(return_code, f"echo of return code {return_code}", transient=return_code in retry_codes)
+    error = f"echo of return code {return_code}"
+    return Outcome(return_code, error, transient=return_code in retry_codes)
 
 
 def immediate_end(return_code: int, spec: RuntimeSpec, policy: RetryPolicy
