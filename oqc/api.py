@@ -16,8 +16,7 @@ from typing import (
 
 from oqc import __version__, bloch, jobs
 from oqc.jobs import (
-    Addition, Batch, IdempotencyKey, ImmediateEnd, Job, Malformed, StoreError, Submission,
-    UnknownJob)
+    Addition, Batch, IdempotencyKey, Job, Malformed, Outcome, StoreError, Submission, UnknownJob)
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
     json_response, number, parameters, problem_response, text_response, wants_text)
@@ -42,10 +41,6 @@ Headers = Tuple[Tuple[str, str], ...]
 class Store(Protocol):
     """What the endpoints ask of the store. Raises StoreError from everything."""
 
-    def add(self, submissions: Sequence[Submission], submitter: str,
-            key: Optional[IdempotencyKey], ends: Sequence[Optional[ImmediateEnd]]) -> Addition:
-        """Store jobs, all of them or none; raise KeyReused."""
-
     def add_together(self, batches: Sequence[Batch]) -> List[Union[Addition, Exception]]:
         """Store batches with one commit; return what each came to, or the error."""
 
@@ -57,7 +52,7 @@ class Store(Protocol):
 
     def page(self, after: Optional[int], limit: int, descending: bool = False,
              **equal: Optional[str]) -> List[Job]:
-        """Return a page of jobs."""
+        """Return a page of jobs, as plain tuples of Job's members: a listing makes no Job."""
 
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON)."""
@@ -78,8 +73,8 @@ class Workers(Protocol):
     draining: threading.Event       # no more jobs are started
     runtimes: Dict[str, Any]        # by name
 
-    def immediate_end(self, submission: Submission) -> Optional[ImmediateEnd]:
-        """Return how a job ends that needs no runtime, else None."""
+    def immediate_outcome(self, submission: Submission) -> Optional[Outcome]:
+        """Return the outcome of a job that ends at once, else None."""
 
     def take_up(self, additions: Sequence[Addition]) -> None:
         """Have new jobs run."""
@@ -193,7 +188,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         self.choose_seed = choose_seed
         self.most_waiting = most_waiting
         self._heavy = threading.BoundedSemaphore(HEAVY)
-        self._coming = 0                        # jobs that are being stored and will wait then
+        self._being_stored = 0                  # jobs that are, and will wait then
         self._counting = threading.Lock()       # over it
 
     # What the server asks
@@ -211,7 +206,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         """Return whether this may be answered by handle_together: it costs others no time."""
         methods, _ = route(request.path)
         return (methods.get(request.method) is Api.add and not request.query
-                and len(request.body) <= SMALL_BODY and not request.body.startswith(b"["))
+                and len(request.body) <= SMALL_BODY
+                and not request.body.lstrip().startswith(b"["))
 
     def is_quick(self, request: Request) -> bool:
         """Return whether `handle` returns soon enough for the thread that reads all connections."""
@@ -233,19 +229,16 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def handle_together(self, requests: Sequence[Request]) -> List[Response]:
         """Return the responses to small adds, stored with one commit."""
-        checked = [self._checked_add(request) for request in requests]
-        batches = [batch for batch in checked if isinstance(batch, Batch)]
-        additions = iter(self._stored(batches))
+        outcomes: List[Any] = [self._parse_add(request) for request in requests]
+        stored = iter(self._store_and_queue([one for one in outcomes if isinstance(one, Batch)]))
         responses = []
-        for request, batch in zip(requests, checked):
-            if isinstance(batch, Response):
-                responses.append(batch)
-                continue
-            addition = next(additions)
-            if isinstance(addition, Exception):
-                responses.append(failure(addition, request))
+        for request, outcome in zip(requests, outcomes):
+            if isinstance(outcome, Batch):
+                outcome = next(stored)
+            if isinstance(outcome, Exception):
+                responses.append(failure(outcome, request))
             else:
-                responses.append(_added(addition.jobs, False, addition.replayed))
+                responses.append(_created(outcome.jobs, False, outcome.replayed))
         return responses
 
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
@@ -277,7 +270,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         they are on disk. `?wait=` seconds for their end."""
         seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
         batch, many = self._batch(request)
-        addition, = self._stored([batch])
+        addition, = self._store_and_queue([batch])
         if isinstance(addition, Exception):
             raise addition
         added = addition.jobs
@@ -285,17 +278,17 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             # Whatever became of them since: they were added, and that is what the answer says.
             with contextlib.suppress(UnknownJob, StoreError):
-                added, headers = self._when_ended(added, seconds)
-        return _added(added, many, addition.replayed, headers)
+                added, headers = self._wait_for_ends(added, seconds)
+        return _created(added, many, addition.replayed, headers)
 
-    def _checked_add(self, request: Request) -> Union[Batch, Response]:
-        """Return what a small add is to store, or the response that refuses it."""
+    def _parse_add(self, request: Request) -> Union[Batch, Exception]:
+        """Return what a small add is to store, or the error for which it is refused."""
         try:
             _, _, name = self._endpoint(request)
             batch, _ = self._batch(request._replace(key_name=name))
             return batch
         except Exception as error:  # pylint: disable=broad-exception-caught # `failure` logs it
-            return failure(error, request)
+            return error
 
     def _batch(self, request: Request) -> Tuple[Batch, bool]:
         """Return (what a request adds, with room reserved for it; whether it came as an array).
@@ -308,8 +301,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             raise Problem(503, "the server is stopping; send the job again when it is back",
                           ("Retry-After", "10"))
         self._reserve(submissions)
-        ends = [self.workers.immediate_end(submission) for submission in submissions]
-        return Batch(submissions, request.key_name, key, ends), many
+        outcomes = [self.workers.immediate_outcome(submission) for submission in submissions]
+        return Batch(submissions, request.key_name, key, outcomes), many
 
     def _submissions(self, values: List[Any], many: bool) -> List[Submission]:
         """Return the checked submissions, each with a seed; raise Malformed, which names the index
@@ -346,13 +339,13 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         """Count jobs that are about to be stored, so that a crowd that comes at one moment does
         not pass --max-waiting; raise Problem if there is no room."""
         with self._counting:
-            waiting = self.workers.queued() + self._coming
+            waiting = self.workers.queued() + self._being_stored
             if waiting + len(submissions) > self.most_waiting:
                 raise Problem(503, f"{self.most_waiting} jobs wait already (--max-waiting); try "
                               "again later", ("Retry-After", "10"))
-            self._coming += _count_waiting(submissions)
+            self._being_stored += _count_waiting(submissions)
 
-    def _stored(self, batches: Sequence[Batch]) -> List[Union[Addition, Exception]]:
+    def _store_and_queue(self, batches: Sequence[Batch]) -> List[Union[Addition, Exception]]:
         """Store batches and have their jobs run; return what each came to, or the error."""
         try:
             additions = self.store.add_together(batches)
@@ -361,7 +354,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         finally:
             with self._counting:
                 for batch in batches:
-                    self._coming -= _count_waiting(batch.submissions)
+                    self._being_stored -= _count_waiting(batch.submissions)
 
     # Jobs
 
@@ -379,7 +372,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if limit is None:
             return self._listing(request, pages(select, page))
         headers: Headers = ()
-        if may_go_on(page, limit) and select(page[-1][0], 1):
+        if may_have_more(page, limit) and select(page[-1][0], 1):
             kept = "".join(f"&{name}={value.replace(' ', '%20')}"
                            for name, value in query.items() if name != "after")
             headers = (("Link", f'</jobs/list/?after={page[-1][0]}{kept}>; rel="next"'),)
@@ -399,18 +392,18 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             return Response(200, job_rows(chunks), PLAIN)
         return Response(200, array(chunks))
 
-    def get(self, request: Request, name: str) -> Response:
+    def get(self, request: Request, job_number: str) -> Response:
         """GET /jobs/{id}/: the job, or 404 and a 0 (documented so). `?wait=` seconds for its
         end."""
-        job, headers = self._job(request, name)
+        job, headers = self._job(request, job_number)
         if wants_text(request):
             return Response(200, b"".join(job_rows([[job]])), PLAIN, headers)
         return Response(200, job_json(job), headers=headers)
 
-    def result(self, request: Request, name: str) -> Response:
+    def result(self, request: Request, job_number: str) -> Response:
         """GET /jobs/{id}/result/: what the runtime put out, as JSON where it is that, else as
         text."""
-        job, headers = self._job(request, name)
+        job, headers = self._job(request, job_number)
         if job.end_time is None:
             raise Problem(409, f"job {job.id} has not ended yet: {job.status}", *headers)
         result, is_json = self.store.result(job.id)
@@ -420,27 +413,27 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             return text_response(result_text(result))
         return Response(200, result.encode() + b"\n")
 
-    def picture(self, _: Request, name: str) -> Response:
+    def picture(self, _: Request, job_number: str) -> Response:
         """GET /jobs/{id}/bloch.svg: the path of a simulation on the Bloch sphere."""
-        job = self.store.get(job_id(name))
+        job = self.store.get(job_id(job_number))
         if job.mode != "simulation":
             raise Problem(409, f"job {job.id} has the mode {job.mode}; only a simulation has a "
                           "path that is known")
         svg = bloch.picture(f"Job {job.id} on the Bloch sphere", job.job)
         return Response(200, svg.encode(), "image/svg+xml", PICTURE_HEADERS)
 
-    def _job(self, request: Request, name: str) -> Tuple[Job, Headers]:
+    def _job(self, request: Request, job_number: str) -> Tuple[Job, Headers]:
         """Return the job of this path, after the wait that the query asks for, and headers; raise
         UnknownJob, Malformed."""
-        known = job_id(name)
+        known_id = job_id(job_number)
         seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
-        job = self.store.get(known)
+        job = self.store.get(known_id)
         if not seconds or job.end_time is not None:
             return job, ()
-        (job,), headers = self._when_ended([job], seconds)
+        (job,), headers = self._wait_for_ends([job], seconds)
         return job, headers
 
-    def _when_ended(self, waited_for: List[Job], seconds: float) -> Tuple[List[Job], Headers]:
+    def _wait_for_ends(self, waited_for: List[Job], seconds: float) -> Tuple[List[Job], Headers]:
         """Return these jobs as soon as all have ended, or as they are after so many seconds; and
         as they are now, with a Retry-After, when there is no room for another that waits."""
         ended = self.waiting.until_ended([job.id for job in waited_for], seconds)
@@ -448,9 +441,9 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             return waited_for, (("Retry-After", "1"),)
         return ended, ()
 
-    def cancel(self, _: Request, name: str) -> Response:
+    def cancel(self, _: Request, job_number: str) -> Response:
         """DELETE /jobs/{id}/: end a job that has not ended; answers when it has."""
-        return Response(200, job_json(self.workers.cancel(job_id(name))))
+        return Response(200, job_json(self.workers.cancel(job_id(job_number))))
 
     def prune(self, request: Request) -> Response:
         """DELETE /jobs/list/?older-than=90d: forget the jobs that ended longer ago;
@@ -481,9 +474,10 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         query = parameters(request.query, ("wait", "since"))
         since = number(query, "since", 0, 2 ** 63 - 1)
         seconds = number(query, "wait", 0, MOST_WAIT)
-        if since is None:
-            since = self.waiting.changes
-        self.waiting.for_change(since, seconds or 0)
+        if seconds:
+            if since is None:
+                since = self.waiting.changes
+            self.waiting.for_change(since, seconds)
         change = self.waiting.changes   # before the store is read: nothing after it goes unnoticed
         with self._heavy:
             stored = self.store.status()
@@ -547,7 +541,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             raise Problem(404, "no runtime has this name; GET /runtimes/ lists them") from None
 
 
-def _added(added: List[Job], many: bool, replayed: bool, headers: Headers = ()) -> Response:
+def _created(added: List[Job], many: bool, replayed: bool, headers: Headers = ()) -> Response:
     """Return the 201 for jobs that are on disk: an array if they came so."""
     if replayed:
         headers = (*headers, ("Idempotent-Replayed", "true"))
@@ -559,7 +553,7 @@ def _added(added: List[Job], many: bool, replayed: bool, headers: Headers = ()) 
 
 def _count_waiting(submissions: Sequence[Submission]) -> int:
     """Return how many of these jobs will wait for a runtime."""
-    return len([one for one in submissions if one.mode != "echo"])
+    return sum(submission.mode != "echo" for submission in submissions)
 
 
 def _reason(body: bytes) -> str:
@@ -626,12 +620,12 @@ def pages(select: Callable[[Optional[int], int], List[Job]], page: List[Job]
     """Yield a page of jobs and all that follow it, of what `select(after, limit)` gives."""
     while page:
         yield page
-        if not may_go_on(page, PAGE):
+        if not may_have_more(page, PAGE):
             return
         page = select(page[-1][0], PAGE)
 
 
-def may_go_on(page: List[Job], most: int) -> bool:
+def may_have_more(page: List[Job], most: int) -> bool:
     """Return whether jobs may follow on a page of up to so many: it is full, or was cut because
     they are long."""
     return len(page) == most or sum(len(job[1]) for job in page) > jobs.PAGE_BYTES

@@ -1,21 +1,23 @@
-"""The composition root: builds a server, starts its parts, waits for signals, stops them in the
-reverse order.
+"""The composition root: builds a server, starts its parts, waits for signals, stops its parts.
 
 The table of threads, with the locks that each takes:
 
 | name | runs | may block on | locks |
 |---|---|---|---|
-| main | until_stopped, stop | the signals' events; a commit, when it prunes | Store |
+| main | start, until_stopped, stop | signals; a commit; threads | Store, Workers, Waiting |
 | signals | Signals._wait | sigwait | none |
 | log | LogLines._write | standard error | none |
-| listener | Server.serve_forever | select; a commit that is quick | Store, Api, Workers, Waiting |
-| of the pool | Server.process_request_thread | its client; a commit; Waiting | all |
+| listener | Server.serve_forever | select; a commit, see below | Store, Api, Workers, Waiting |
+| pool | Server.process_request_thread | its client; a commit; Waiting | all |
 | alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
-| NAME-n | Workers._work, one a slot | its bell; its runtime; a commit | Store, Workers, Waiting |
+| NAME-n | Workers._work, one a slot | a bell; a runtime; a commit | Store, Workers, Waiting |
 
-The locks, outermost first: of a pause (Workers._pausing), of large adds (Store._large), of who
-commits (Store._lead), of what runs (Workers.lock), of who waits (Waiting), of what is being stored
-(Api._counting). None is held while a runtime or a client is waited for.
+The locks: Store._large, of large adds, and in it Store._lead, the leader's; Workers._pausing, of a
+pause that comes or goes, and in it Store._lead or Workers.lock; Workers.lock, over what runs;
+Waiting's, over who waits; Api._counting, over what is being stored; process.CHILDREN_LOCK. No other
+two are held together, and none while a runtime or a client is waited for. The listener commits
+while nobody else does and the last commit was quick, so that it waits for the disk alone; if a
+thread takes the lead just before it, it waits for that one's commit as well.
 
 The way of a POST of a small job: Server._ready reads its bytes into a Connection; Connection.parse
 makes a Request of them; Server.process_request puts it with the other small adds of the round;
@@ -45,8 +47,8 @@ from oqc.log import LogLines
 from oqc.store import Store
 from oqc.waiting import Waiting
 from oqc.workers import Workers
-# last: what http.server brings fills the holes that compiling the others leaves, 1 MiB where no
-# bytecode is kept
+# Last on purpose: what http.server brings reuses the memory that compiling the others has freed,
+# which saves 1 MiB where no bytecode is kept.
 from oqc.server import Limits, Server, notify, tls_context
 
 log = logging.getLogger("oqc")
@@ -59,7 +61,7 @@ class StartError(Exception):
 
 
 class Signals:
-    """What the outside asked for, as events that a thread of its own sets.
+    """The signals that came, as events that a thread of its own sets.
 
     No handlers: they run only when the main thread happens to, so that a signal that comes just
     before it waits is not heard, and one that comes while it holds an event's lock waits for that
@@ -69,7 +71,7 @@ class Signals:
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
-        self.any = threading.Event()        # one of the three below
+        self.any = threading.Event()        # one of the three below; or no job runs any more
         self.stop = threading.Event()
         self.hurry = threading.Event()      # a second signal to stop
         self.reload = threading.Event()
@@ -147,12 +149,16 @@ class _Running:
             self.store.close()
             raise StartError(f"no room for so many slots: {error.strerror}; each takes two "
                              "descriptors (ulimit -n), and more while a job runs in it") from None
-        _say_what_there_is(self.settings, self.server.server_address)
+        except RuntimeError as error:
+            self.store.close()
+            raise StartError(f"no room for so many slots: {error}; each takes a thread "
+                             "(ulimit -u)") from None
+        _log_startup(self.settings, self.server.server_address)
         threading.Thread(target=self.server.serve_forever, name="listener", daemon=True).start()
         notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
 
     def until_stopped(self, signals: Signals) -> None:
-        """Do what is to be done now and then, until a signal asks to stop."""
+        """Prune and read keys again, as it is time, until a signal asks to stop."""
         while not signals.stop.is_set():
             pause = None
             if self.settings.keep_days:
@@ -165,8 +171,8 @@ class _Running:
                 self._read_keys_again()
 
     def stop(self, signals: Signals) -> None:
-        """Take no more jobs, let those that run end, then everything, in the reverse order of its
-        start."""
+        """Take no more jobs and let those that run end. Then stop the workers, so that who waits
+        for a job is answered; then the listener; then the store."""
         notify(os.environ.get("NOTIFY_SOCKET"), "STOPPING=1")
         log.info("stopping: no new jobs, %g s for those that run; a second signal ends them at "
                  "once", self.settings.drain)
@@ -221,7 +227,7 @@ def _tls(settings: Settings) -> Any:
         raise StartError(f"{files}: {error.strerror or error}") from None
 
 
-def _say_what_there_is(settings: Settings, address: Tuple[str, int]) -> None:
+def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:
     host, port = address[:2]
     if ":" in str(host):
         host = f"[{host}]"
@@ -239,8 +245,8 @@ def _say_what_there_is(settings: Settings, address: Tuple[str, int]) -> None:
 
 
 def _keep_standard_descriptors() -> None:
-    """Open what of 0, 1 and 2 is closed, so that no socket or database gets its number; make sure
-    that runtimes inherit no other descriptor than those."""
+    """Open /dev/null for each of 0, 1 and 2 that is closed, so that no socket or database gets its
+    number; make sure that runtimes inherit no other descriptor than those."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

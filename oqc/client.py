@@ -1,7 +1,7 @@
 """The HTTP API of a server, for programs: its address and key, one connection, requests, retries.
 
-Nothing here writes to a terminal: what goes wrong is raised as Failed. A Server belongs to one
-thread. It imports the clock: whoever uses it alone has no other room to get one from.
+Nothing here writes to a terminal: what goes wrong is raised as Failed. A Client belongs to one
+thread.
 """
 import contextlib
 import json
@@ -52,7 +52,7 @@ class KeyRefused(Failed):
     exit_status = 77
 
 
-class Server:
+class Client:
     """A server at the other end of one connection, which is opened again whenever it was closed.
 
     `report` is called with a line of text when a server that is away is going to be asked again.
@@ -117,7 +117,7 @@ class Server:
         return self.connection.getresponse()
 
     def _unreachable(self, error: Exception, sent: bool) -> Unreachable:
-        """Close the connection and return what has become of the request."""
+        """Close the connection; return Unreachable, with the reason."""
         self.connection.close()
         reason = (getattr(error, "verify_message", "")      # of a certificate that is not trusted
                   or getattr(error, "strerror", "")
@@ -187,7 +187,7 @@ def decoded(answer: bytes) -> Any:
 
 
 def connect(url: Optional[str] = None, key_file: Optional[str] = None, ca: Optional[str] = None,
-            report: Optional[Callable[[str], Any]] = None) -> Server:
+            report: Optional[Callable[[str], Any]] = None) -> Client:
     """Return the server at a URL, with its key; the connection opens with the first request.
 
     What is left out comes from OQC_SERVER, OQC_KEY_FILE, OQC_API_KEY and OQC_CA. Raises
@@ -200,7 +200,7 @@ def connect(url: Optional[str] = None, key_file: Optional[str] = None, ca: Optio
         connection = _https(host, port, ca or os.environ.get("OQC_CA"))
     else:
         connection = HTTPConnection(host, port)
-    return Server(connection, url, key, report)
+    return Client(connection, url, key, report)
 
 
 def _address(url: str) -> Tuple[str, Optional[int]]:

@@ -12,13 +12,13 @@ import sys
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 from urllib.parse import quote, urlencode
 
-from oqc.client import LOCAL, Failed, Server, connect, decoded
+from oqc.client import LOCAL, Client, Failed, connect, decoded
 from oqc.config import Command, decimal, whole
 
 EX_FAILED, EX_TEMPFAIL = 1, 75      # sysexits.h
 NOT_ENDED = 124                     # timeout(1)
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 128 + 2, 128 + 13, 128 + 15      # the shell
-LAST_WORDS = 1.0                    # seconds for a cancel after TERM: KILL may come after two
+CANCEL_TIMEOUT = 1.0                    # seconds for a cancel after TERM: KILL may come after two
 BATCH = 1000                        # jobs of standard input in one request
 BATCH_BYTES = 1 << 18               # and bytes of them
 ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
@@ -66,18 +66,18 @@ def write(data: bytes) -> int:
     return 0
 
 
-def show(server: Server, path: str) -> int:
+def show(client: Client, path: str) -> int:
     """Write what the server has at a path, for a terminal as a table; return 0."""
-    for piece in server.stream("GET", path, text=sys.stdout.isatty()):
+    for piece in client.stream("GET", path, text=sys.stdout.isatty()):
         write(piece)
     return 0
 
 
-def show_change(server: Server, path: str, answer: bytes) -> int:
+def show_change(client: Client, path: str, answer: bytes) -> int:
     """Write the answer to a change, for a terminal the table at a path; return 0."""
     if answer and not sys.stdout.isatty():
         return write(answer)
-    return show(server, path)
+    return show(client, path)
 
 
 # Several jobs
@@ -108,19 +108,19 @@ def describe(numbers: Sequence[int]) -> str:
     return f"{len(numbers)} jobs, {numbers[0]} to {numbers[-1]}"
 
 
-def show_ended(server: Server, deadline: float, number: int, part: str = "",
+def show_ended(client: Client, deadline: float, number: int, part: str = "",
                label: str = "") -> int:
     """Write a job, or a part of it and its error, as soon as it has ended; return its return code.
 
     Return NOT_ENDED if it has not ended at the deadline. `label` stands before the error.
     """
-    job = server.ended_job(number, deadline)
+    job = client.ended_job(number, deadline)
     if job is None:
         say(f"oqc: job {number} has not ended")
         return NOT_ENDED
     path = f"/jobs/{number}/{part}"
     text = sys.stdout.isatty()
-    write(server.patiently(lambda _: server.ask("GET", path, text=text), deadline))
+    write(client.patiently(lambda _: client.ask("GET", path, text=text), deadline))
     if part and job["runtime_error"]:
         say(label + job["runtime_error"])
     return int(job["return_code"])
@@ -131,8 +131,8 @@ def show_ended(server: Server, deadline: float, number: int, part: str = "",
 class Adding:
     """The jobs of one `oqc add`, from the command line or from standard input."""
 
-    def __init__(self, server: Server, options: argparse.Namespace) -> None:
-        self.server = server
+    def __init__(self, client: Client, options: argparse.Namespace) -> None:
+        self.client = client
         self.many = options.job == "-"
         self.waits = options.wait is not None
         self.members = job_members(options)
@@ -146,7 +146,7 @@ class Adding:
             jobs = [{"job": job, **self.members} for _, job in batch]
             body = json.dumps(jobs if self.many else jobs[0]).encode()
             # With a key: on a connection that was closed meanwhile it is sent again.
-            answer = self.server.ask("POST", "/jobs/add/", body,
+            answer = self.client.ask("POST", "/jobs/add/", body,
                                      idempotency_key=secrets.token_hex(16))
             added = decoded(answer)
             self.numbers += [job["id"] for job in (added if self.many else [added])]
@@ -176,20 +176,20 @@ class Adding:
     def show_result(self, deadline: float, number: int) -> int:
         """Write the result of a job as soon as it has ended; return its return code."""
         label = f"job {number}: " if len(self.numbers) > 1 else ""
-        return show_ended(self.server, deadline, number, "result/", label)
+        return show_ended(self.client, deadline, number, "result/", label)
 
     def cancel(self) -> None:
         """Cancel all jobs, soon."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.server.connection.close()          # it may be in the middle of an answer
+        self.client.connection.close()          # it may be in the middle of an answer
         for number in reversed(self.numbers):   # so that none begins because another was cancelled
             with contextlib.suppress(Failed):   # it has ended, or ends after this program
-                self.server.ask("DELETE", f"/jobs/{number}/", seconds=LAST_WORDS)
+                self.client.ask("DELETE", f"/jobs/{number}/", seconds=CANCEL_TIMEOUT)
 
 
-def add(server: Server, options: argparse.Namespace) -> int:
+def add(client: Client, options: argparse.Namespace) -> int:
     """Add a job, or those on standard input; with --wait end as they do."""
-    adding = Adding(server, options)
+    adding = Adding(client, options)
     try:
         if adding.waits:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
@@ -197,7 +197,7 @@ def add(server: Server, options: argparse.Namespace) -> int:
         if adding.many:
             return add_lines(adding)
         answer = adding.add([(0, options.job)])
-        return show_change(server, f"/jobs/{adding.numbers[0]}/", answer)
+        return show_change(client, f"/jobs/{adding.numbers[0]}/", answer)
     except SystemExit:              # by that handler
         adding.cancel()
         raise
@@ -220,7 +220,7 @@ def add_lines(adding: Adding) -> int:
 
 def add_and_wait(adding: Adding, options: argparse.Namespace) -> int:
     """Add jobs and show their results; return the first return code that is not 0."""
-    deadline = adding.server.deadline(options.wait)
+    deadline = adding.client.deadline(options.wait)
     for batch in batches() if adding.many else [[(0, options.job)]]:
         adding.add(batch)
         progress(f"{len(adding.numbers)} jobs added")
@@ -249,13 +249,14 @@ def batches() -> Iterator[List[Line]]:
     batch: List[Line] = []
     size = 0
     for number, line in enumerate(open(0, "rb", closefd=False), 1):
+        if not line.strip():
+            continue
         if batch and (len(batch) == BATCH or size + len(line) > BATCH_BYTES):
             yield batch
             batch = []
             size = 0
-        if line.strip():
-            batch.append((number, line.decode("utf-8", "replace").rstrip("\r\n")))
-            size += len(line)
+        batch.append((number, line.decode("utf-8", "replace").rstrip("\r\n")))
+        size += len(line)
     if not batch:
         raise Failed("standard input: no job in it")
     yield batch
@@ -263,47 +264,47 @@ def batches() -> Iterator[List[Line]]:
 
 # The other commands
 
-def show_jobs(part: str, server: Server, options: argparse.Namespace) -> int:
+def show_jobs(part: str, client: Client, options: argparse.Namespace) -> int:
     """Show jobs, or a part of each."""
-    return for_each(lambda number: show(server, f"/jobs/{number}/{part}"), options.ids)
+    return for_each(lambda number: show(client, f"/jobs/{number}/{part}"), options.ids)
 
 
-def wait(server: Server, options: argparse.Namespace) -> int:
+def wait(client: Client, options: argparse.Namespace) -> int:
     """Show jobs as soon as they have ended; return the first return code that is not 0."""
-    deadline = server.deadline(options.seconds)
-    return for_each(lambda number: show_ended(server, deadline, number), options.ids)
+    deadline = client.deadline(options.seconds)
+    return for_each(lambda number: show_ended(client, deadline, number), options.ids)
 
 
-def cancel(server: Server, options: argparse.Namespace) -> int:
+def cancel(client: Client, options: argparse.Namespace) -> int:
     """Cancel jobs and show them."""
-    return for_each(functools.partial(cancel_job, server), options.ids)
+    return for_each(functools.partial(cancel_job, client), options.ids)
 
 
-def cancel_job(server: Server, number: int) -> int:
+def cancel_job(client: Client, number: int) -> int:
     """Cancel a job and show it; return 0."""
     path = f"/jobs/{number}/"
-    return show_change(server, path, server.ask("DELETE", path))
+    return show_change(client, path, client.ask("DELETE", path))
 
 
-def list_jobs(server: Server, options: argparse.Namespace) -> int:
+def list_jobs(client: Client, options: argparse.Namespace) -> int:
     """Show all jobs, or a page of them."""
     names = ("status", "mode", "limit", "after", "order")
     query = {name: getattr(options, name) for name in names if getattr(options, name)}
-    return show(server, "/jobs/list/?" + urlencode(query))
+    return show(client, "/jobs/list/?" + urlencode(query))
 
 
-def prune(server: Server, options: argparse.Namespace) -> int:
+def prune(client: Client, options: argparse.Namespace) -> int:
     """Forget the jobs that ended longer ago."""
     path = f"/jobs/list/?older-than={quote(options.older_than)}"
-    return write(server.ask("DELETE", path, seconds=math.inf))
+    return write(client.ask("DELETE", path, seconds=math.inf))
 
 
-def switch(action: str, server: Server, options: argparse.Namespace) -> int:
+def switch(action: str, client: Client, options: argparse.Namespace) -> int:
     """Pause a runtime, or resume it, and show it."""
     reason = getattr(options, "reason", None)       # resume takes none
     body = json.dumps({"reason": reason}).encode() if reason else b""
     path = f"/runtimes/{quote(options.name, safe='')}/{action}/"
-    return show_change(server, "/runtimes/", server.ask("POST", path, body))
+    return show_change(client, "/runtimes/", client.ask("POST", path, body))
 
 
 # The command line
@@ -338,13 +339,13 @@ COMMANDS = {
     "prune": Command("--older-than AGE", "forget the jobs that ended longer ago",
                      prune, "--older-than"),
     "runtimes": Command("", "show the runtimes and their states",
-                        lambda server, _: show(server, "/runtimes/")),
+                        lambda client, _: show(client, "/runtimes/")),
     "pause": Command("NAME", "let a runtime start no more jobs",
                      functools.partial(switch, "pause"), "name --reason"),
     "resume": Command("NAME", "let a runtime run jobs again",
                       functools.partial(switch, "resume"), "name"),
     "status": Command("", "show how much waits, runs and has ended",
-                      lambda server, _: show(server, "/status/")),
+                      lambda client, _: show(client, "/status/")),
 }
 
 
@@ -401,9 +402,9 @@ def run(arguments: Sequence[str]) -> int:
     arguments = ["--wait=" if argument == "--wait" else argument for argument in arguments]
     options = command_line().parse_args(arguments)
     try:
-        server = connect(options.server, options.key_file, options.ca,
+        client = connect(options.server, options.key_file, options.ca,
                          report=lambda reason: say(f"oqc: {reason}"))
-        return int(options.run(server, options))
+        return int(options.run(client, options))
     except Failed as error:
         if str(error):
             say(f"oqc: {error}")

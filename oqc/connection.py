@@ -1,12 +1,13 @@
 """One client's connection: its state, the bytes of its next request, the one in hand, its response.
 
-It has one owner at a time, and only the owner touches it: the listener in every state but
-ANSWERING, and in that one whoever has the request in hand. No sockets are read or written here.
+It has one owner at a time: the listener, but while it is ANSWERING the thread that has the request
+in hand. Of that one's the listener touches only `state` and `events`, and at the end of a shutdown
+it closes the connection. No sockets are read or written here.
 """
 from typing import Any, Dict, Optional, Tuple, Union
 
 from oqc.messages import Request, Response
-from oqc.wire import Head, Limits, answer_head, parse_head, split_head
+from oqc.wire import Head, Limits, parse_head, response_head, split_head
 
 IDLE = "idle"                       # no byte of a request has arrived
 HEAD = "head"                       # a part of a head has
@@ -40,7 +41,7 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
         self.sock = sock
         self.address = address
         self.state = IDLE
-        self.since = now                # when it became idle, or its request incomplete
+        self.since = now                # when it became idle, its head began, its body arrived last
         self.deadline = deadline        # when the listener gives it up, unless it is ANSWERING
         self.events = 0                 # what the selector watches it for
         self.buffer: Union[bytes, bytearray] = b""
@@ -49,7 +50,7 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
         self.response: Optional[Response] = None    # to it; none after a defect
         self.began = now                # when the request was whole
         self.keep = False               # whether the connection goes on after the response
-        self.size = 0                   # bytes of the response's body that were sent
+        self.size = 0                   # bytes of the response's body, for the access log
         self.unsent: Union[bytes, memoryview] = b""     # what the socket has not taken yet
         self.dropped = 0                # bytes that arrived while it was LEAVING
 
@@ -71,7 +72,7 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
             raw, self.buffer = split_head(self.buffer, limits)
             if raw is None:
                 return
-            self.head = parse_head(raw, limits.fields, limits.body)
+            self.head = parse_head(raw, limits)
             if len(self.buffer) < self.head.length:
                 self.buffer = bytearray(self.buffer)    # grows without being copied each time
                 self.become(BODY)
@@ -86,14 +87,12 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
         """Return whether the response goes out piece by piece, by whoever has the request."""
         return not isinstance(self.response.body, bytes) and self.head.method != "HEAD"
 
-    def decide_keep(self, stopping: bool) -> None:
-        """Decide whether the connection goes on: its client must want that, and see an end."""
+    def response_head(self, date: str, stopping: bool) -> bytes:
+        """Return the head of the response as it goes over the wire, and decide whether to keep the
+        connection: its client must want that, and see where the response ends."""
         delimited = self.head.minor > 0 or isinstance(self.response.body, bytes)
-        self.keep = self.head.keep and delimited and not stopping
-
-    def response_head(self, date: str) -> bytes:
-        """Return the head of the response as it goes over the wire."""
-        return answer_head(self.response, date, self.keep, self.head.minor)
+        self.keep = self.head.wants_keep and delimited and not stopping
+        return response_head(self.response, date, self.keep, self.head.minor)
 
     def next_request(self) -> None:
         """Go on, after the response, to what has arrived since."""

@@ -188,21 +188,13 @@ class Ending(NamedTuple):
     seconds: float = 0.0            # that the attempt took
 
 
-class ImmediateEnd(NamedTuple):
-    """How the one attempt at a job ends that takes no time and has no result: known on arrival."""
-
-    runtime: str
-    event: str                      # "succeeded" or "failed"
-    outcome: Outcome
-
-
 class Batch(NamedTuple):
     """The jobs of one request, of which all are added or none."""
 
     submissions: Sequence[Submission]
     submitter: str                  # the name of the key that it came with
     key: Optional[IdempotencyKey] = None
-    ends: Sequence[Optional[ImmediateEnd]] = ()     # of each submission; (): none ends at once
+    outcomes: Sequence[Optional[Outcome]] = ()      # known on arrival, of each that ends at once
 
 
 class RetryPolicy(NamedTuple):
@@ -238,16 +230,6 @@ def echo(return_code: int, retry_codes: Sequence[int]) -> Outcome:
         return Outcome(0)
     error = f"echo of return code {return_code}"
     return Outcome(return_code, error, transient=return_code in retry_codes)
-
-
-def immediate_end(return_code: int, spec: RuntimeSpec, policy: RetryPolicy
-                  ) -> Optional[ImmediateEnd]:
-    """Return how an echo of this return code ends, or None if it is to be tried again."""
-    outcome = echo(return_code, spec.retry_codes)
-    event = decide(outcome, 1, policy)
-    if event == "retry":
-        return None
-    return ImmediateEnd(spec.name, event, outcome)
 
 
 KINDS = {                           # what JSON calls the types of decoded values

@@ -10,8 +10,8 @@ from oqc.clock import Clock
 
 MOST_LINES = 10_000                 # that wait for a standard error which nobody reads
 GATHER = 0.05                       # seconds in which access lines are gathered into one write
-PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
-ACCESS = 6                          # the priority of an access line (sd-daemon(3))
+PRIORITIES = {                      # sd-daemon(3)
+    logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 
 class LogLines(logging.Handler):
@@ -25,7 +25,7 @@ class LogLines(logging.Handler):
         super().__init__()
         self.clock = clock
         self.journal = journal
-        self.dropped = 0                # lines, since the last one that was written
+        self.dropped = 0                # about how many lines were, since the last write
         self._lines: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()   # None: the last
         self._urgent = threading.Event()
         self._thread = threading.Thread(target=self._write, name="log", daemon=True)
@@ -40,7 +40,7 @@ class LogLines(logging.Handler):
 
     def access(self, line: str) -> None:
         """Log a request, in a line that is printable."""
-        self._put(ACCESS, "access", line)
+        self._put(PRIORITIES[logging.INFO], "access", line)
 
     def _put(self, priority: int, kind: str, text: str) -> None:
         if self._lines.qsize() >= MOST_LINES:
@@ -70,7 +70,7 @@ class LogLines(logging.Handler):
                     data = data[os.write(2, data):]
 
     def close(self) -> None:
-        """Write what there is, unless nobody reads it."""
+        """Write the lines that wait; give up after a second."""
         self._lines.put(None)
         self._urgent.set()
         self._thread.join(1)

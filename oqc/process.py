@@ -17,7 +17,7 @@ from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple
 MOST_OUTPUT = 1 << 20               # bytes of standard output that are kept, from its beginning
 MOST_ERROR = 2048                   # bytes of standard error that are kept, from its end
 PIPE_READ = 1 << 16                 # bytes that one read asks for
-LOOK_EVERY = 0.05                   # seconds between looks at a child that no descriptor watches
+POLL_EVERY = 0.05                   # seconds between looks at a child that no descriptor watches
 LONGEST_POLL = 3600.0               # seconds; poll(2) takes no more than 24 days
 
 # A tiny shell in the child's process group holds the read end of a pipe whose write end only the
@@ -73,24 +73,24 @@ class Process:
         self._input = -1                # our end of the pipe to its standard input, if there is one
         self._unsent = memoryview(b"")
         self._sent = 0                  # bytes
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:
-            output, childs_output = _pipe(ours, childs)
-            error, childs_error = _pipe(ours, childs)
+        with contextlib.ExitStack() as at_end, contextlib.ExitStack() as after_start:
+            output, childs_output = _pipe(at_end, after_start)
+            error, childs_error = _pipe(at_end, after_start)
             if feed is None:
-                feed, self._input = _pipe(childs, ours)
+                feed, self._input = _pipe(after_start, at_end)
                 os.set_blocking(self._input, False)
             self.pid = _spawn(command, environment, (feed, childs_output, childs_error))
-            self._open = ours.pop_all()
+            self._descriptors = at_end.pop_all()
         self._sinks = {output: self.output, error: self.error}
         self._poll = select.poll()
         self._poll.register(wake, select.POLLIN)
         for descriptor in self._sinks:
             os.set_blocking(descriptor, False)
             self._poll.register(descriptor, select.POLLIN)
-        self._longest_poll = LOOK_EVERY
+        self._longest_poll = POLL_EVERY
         with contextlib.suppress(AttributeError, OSError):      # Linux 5.3 and later have it
             watch = os.pidfd_open(self.pid)     # type: ignore[attr-defined,unused-ignore]
-            self._open.callback(os.close, watch)
+            self._descriptors.callback(os.close, watch)
             self._poll.register(watch, select.POLLIN)
             self._longest_poll = LONGEST_POLL
 
@@ -160,7 +160,7 @@ class Process:
         with CHILDREN_LOCK:
             CHILDREN.remove(self.pid)
         _reap_orphans()
-        self._open.close()
+        self._descriptors.close()
         return os.waitstatus_to_exitcode(status)
 
     def _wait_for_event(self, seconds: float) -> None:
@@ -215,7 +215,7 @@ class Process:
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
-    """Return the two ends of a new pipe, which are closed with these."""
+    """Return the two ends of a new pipe, (to read, to write), closed with these stacks."""
     ends = os.pipe()
     reader.callback(os.close, ends[0])
     writer.callback(os.close, ends[1])
@@ -234,7 +234,7 @@ def _spawn(
             ["/bin/sh", "-c", GUARD, "oqc", *command],
             environment,
             file_actions=[
-                *((os.POSIX_SPAWN_DUP2, ours, childs) for childs, ours in enumerate(standard)),
+                *((os.POSIX_SPAWN_DUP2, ours, number) for number, ours in enumerate(standard)),
                 (os.POSIX_SPAWN_DUP2, _lifeline(), 3),
             ],
             setpgroup=0,

@@ -57,7 +57,8 @@ class Slot:
         kill_grace: float,
         start: Start = Process,
     ) -> None:
-        """Make room; raise OSError if there is none. `kill_grace`: seconds from TERM to KILL."""
+        """Make the pipe of `wake`; raise OSError if no descriptor is left. `kill_grace`: seconds
+        from TERM to KILL."""
         self.spec = spec
         self._clock = clock
         self._kill_grace = kill_grace
@@ -87,16 +88,17 @@ class Slot:
             for variable, value in os.environ.items()
             if not variable.startswith("OQC_") and variable not in SECRETS
         }
+        # QRMI, the quantum resource management interface, reads the name of its resource there.
         name = {"OQC_RUNTIME": self.spec.name, "QRMI_JOB_QPU_RESOURCES": self.spec.name}
         environment = {**inherited, **name, **environment}
         return self._start(self.spec.command, environment, feed, self._wake, self._clock)
 
-    def _late(self) -> Outcome:
+    def _timed_out(self) -> Outcome:
         """Return the outcome of an attempt that was not over in time."""
         error = f"took longer than its timeout of {self.spec.timeout:g} s"
         return Outcome(jobs.TIMED_OUT, error)
 
-    def _exited(self, code: int, process: Child) -> Outcome:
+    def _outcome_of_exit(self, code: int, process: Child) -> Outcome:
         """Return the outcome of a process that ended by itself; the code is what `end` gave."""
         error = _last_words(process)
         if code < 0:
@@ -128,11 +130,11 @@ class ExecSlot(Slot):
         exited = process.exited()       # by itself: asked before it is made to
         code = process.end(self._kill_grace)
         if exited:
-            outcome = self._exited(code, process)
+            outcome = self._outcome_of_exit(code, process)
         elif in_time:
             return None
         else:
-            outcome = self._late()
+            outcome = self._timed_out()
         result, is_json = _result(process.output)
         return outcome._replace(result=result, is_json=is_json)
 
@@ -172,8 +174,8 @@ class LinesSlot(Slot):
         if not _is_answered(process):
             process.read_on()           # it may have answered and ended at once
         if _is_answered(process):
-            return self._answered(process)
-        return self._unanswered(process, in_time)
+            return self._outcome_of_answer(process)
+        return self._outcome_without_answer(process, in_time)
 
     def close(self) -> None:
         if self._process is not None:
@@ -193,34 +195,34 @@ class LinesSlot(Slot):
             self._process.error.clear()
         return self._process
 
-    def _answered(self, process: Child) -> Outcome:
+    def _outcome_of_answer(self, process: Child) -> Outcome:
         """Return the outcome in an answer; end a process that does not keep to the protocol."""
         line, end, _ = process.output.partition(b"\n")
         if not end:                     # the job ran: it would take as long, and say as much, again
             self._end(process)
             error = "an answer longer than 1 MiB; its beginning is the result"
             return Outcome(jobs.PROTOCOL, error, *_result(line))
-        outcome = _answer(line, self.spec.retry_codes)
+        outcome = _parse_answer(line, self.spec.retry_codes)
         self._has_answered = True
         if outcome.return_code == jobs.PROTOCOL and outcome.transient:
             self._end(process)
         return outcome
 
-    def _unanswered(self, process: Child, in_time: bool) -> Optional[Outcome]:
+    def _outcome_without_answer(self, process: Child, in_time: bool) -> Optional[Outcome]:
         """End the process; return the outcome without an answer, or None if it was interrupted."""
         exited = process.exited()       # by itself: asked before it is made to
         # One that ends before it takes a job has not started; later it may be the job's fault.
         started = self._has_answered or process.took_some()
         code = self._end(process)
         if exited:
-            outcome = self._exited(code, process)
+            outcome = self._outcome_of_exit(code, process)
             if code == 0:
                 error = _last_words(process) or "ended without an answer"
                 outcome = Outcome(jobs.PROTOCOL, error)
             return outcome._replace(transient=True, started=started and outcome.started)
         if in_time:
             return None
-        return self._late()
+        return self._timed_out()
 
     def _end(self, process: Child) -> int:
         """End the process, so that the next attempt starts another; return its exit code."""
@@ -247,7 +249,7 @@ def slot(spec: RuntimeSpec, clock: Clock, kill_grace: float, start: Start = Proc
 
 
 def _unstartable(error: OSError) -> Outcome:
-    """Return the outcome where no process, descriptor or memory was to be had."""
+    """Return the outcome if there was no room for a process."""
     text = f"could not be started: {error.strerror}"
     return Outcome(jobs.NOT_EXECUTABLE, text, transient=True, started=False)
 
@@ -284,7 +286,7 @@ def _is_answered(process: Child) -> bool:
     return b"\n" in process.output or len(process.output) > MOST_OUTPUT
 
 
-def _answer(line: bytearray, retry_codes: Sequence[int]) -> Outcome:
+def _parse_answer(line: bytearray, retry_codes: Sequence[int]) -> Outcome:
     """Return the outcome in an answer, {"return_code", "runtime_error", "result"}.
 
     A line that is none becomes PROTOCOL, to be tried again.

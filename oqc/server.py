@@ -2,7 +2,8 @@
 
 What socketserver calls a request is a `Connection` here, as UDPServer's is `(data, socket)`; the
 method `process_request` is called each time a connection has a whole HTTP request in hand. The
-listener is the thread in `serve_forever`. A method without a word on its thread is the listener's.
+listener is the thread in `serve_forever`, and every method of Server is the listener's but those
+that say otherwise.
 
 | hook | thread | what it does |
 |---|---|---|
@@ -10,12 +11,12 @@ listener is the thread in `serve_forever`. A method without a word on its thread
 | verify_request | listener | is there room |
 | process_request | listener | answers what is quick, gathers small adds, else asks the pool |
 | process_request_thread | pool | inherited: finish_request, handle_error, shutdown_request |
-| finish_request | either | inherited: Handler(connection, address, server) |
-| Handler.handle, .finish | either | asks the Api for the response; sends one that comes in pieces |
-| shutdown_request | either | gives the connection back to the listener |
+| finish_request | listener or pool | inherited: Handler(connection, address, server) |
+| Handler.handle | listener or pool | asks the Api for the response |
+| Handler.finish | pool | sends a response in pieces; what is quick has none |
+| shutdown_request | listener or pool | gives the connection back to the listener |
 | close_request | listener | ends a connection |
-| handle_error | either | logs a defect, which costs its connection and no other |
-| _handle_together | either | asks the Api for the responses to the small adds of a round |
+| handle_error | listener or pool | logs a defect, which costs its connection and no other |
 | service_actions | listener | ends what is past its deadline |
 """
 import collections
@@ -32,9 +33,10 @@ from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Tuple
 
 from oqc.api import Api
-from oqc.connection import ANSWERING, BODY, CLOSED, IDLE, LEAVING, READING, SENDING, Connection
+from oqc.connection import (
+    ANSWERING, BODY, CLOSED, HEAD, IDLE, LEAVING, READING, SENDING, Connection)
 from oqc.messages import Problem, Request, Response, problem_response
-from oqc.wire import Limits, answer_head
+from oqc.wire import Limits, response_head
 
 log = logging.getLogger("oqc")
 
@@ -45,7 +47,7 @@ READ = 1 << 16                      # bytes read at once
 ACCEPTED_AT_ONCE = 64
 MOST_LEAVING = 64                   # connections over the limit that are told so before they end
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-REST = 60.0                         # seconds that a thread of the pool waits for work, then it ends
+REST = 60.0                         # seconds that a thread of the pool waits for work
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OVERLOADED = problem_response(Problem(
     503, "no connection or no thread is free; try again soon", ("Retry-After", "1")))
@@ -77,20 +79,19 @@ class Handler(socketserver.BaseRequestHandler):
         connection = self.request
         if connection.response is None or not connection.streams():
             return
-        connection.decide_keep(self.server.stopping)
         try:
             self._send_pieces(connection)
         except OSError:                 # the client has gone
             connection.keep = False
-        except Exception:   # pylint: disable=broad-exception-caught # the body's, so that it breaks off
+        except Exception:   # pylint: disable=broad-exception-caught # of what makes the pieces
             log.exception("an answer is cut short")
-            connection.keep = False     # the last chunk is missing, which shows the client
+            connection.keep = False     # HTTP/1.1 clients see that the last chunk is missing
 
     def _send_pieces(self, connection: Connection) -> None:
         """Send the head and each piece, chunked (RFC 9112, section 7.1); raise what goes wrong."""
         limits = self.server.limits
         chunked = connection.head.minor > 0
-        data = connection.response_head(self.server.date)
+        data = connection.response_head(self.server.date, self.server.stopping)
         for piece in connection.response.body:
             if chunked:
                 data += b"%x\r\n%b\r\n" % (len(piece), piece)
@@ -147,7 +148,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         and HTTPServer's server_bind does."""
         socketserver.TCPServer.server_bind(self)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # accept() hands it on
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = self.server_address[:2]    # HTTPServer's attributes
 
     # The loop, in place of BaseServer's, which watches one descriptor
 
@@ -182,7 +183,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._stopped.wait(seconds + 1)
 
     def server_close(self) -> None:
-        """Give back the listening socket and the loop's descriptors; after shutdown()."""
+        """Give back the listening socket and the loop's descriptors; after shutdown(), by who
+        called it."""
         super().server_close()
         self._wake_end.close()
         self._wake_write_end.close()
@@ -194,14 +196,14 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         Responses go out together at its end: one at a time, each wakes a client that has gone to
         sleep since the last, and 16 clients are answered a quarter more slowly.
         """
-        if self._adds or self._returned:
+        if self._adds or self._returned:    # requests that came right behind others
             seconds = 0
         for key, _ in self._selector.select(seconds):
             if isinstance(key.data, Connection):
                 self._guarded(self._ready, key.data)
             else:
                 key.data()
-        self._handle_adds()
+        self._dispatch_adds()
         self._take_back()
         self.service_actions()
 
@@ -244,10 +246,10 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         return Connection(sock, address, now, now + self.limits.idle_seconds), address
 
     def verify_request(self, request: Connection, client_address: Any) -> bool:
-        """Return whether there is room for a connection, if need be in place of another."""
+        """Return whether there is room for a connection; close an idle one to make some."""
         if self._has_room():
             return True
-        self._handle_adds()             # who gets an answer may leave with it
+        self._dispatch_adds()             # who gets an answer may leave with it
         self._take_back()
         return self._has_room()
 
@@ -260,9 +262,9 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
                 if error.errno in EXHAUSTED:
                     self._pause_accepting(error)
                 return
-            step = self._ready if self.verify_request(connection, address) else self._turn_away
+            has_room = self.verify_request(connection, address)
             self.connections[connection] = None
-            self._guarded(step, connection)
+            self._guarded(self._ready if has_room else self._turn_away, connection)
 
     def _pause_accepting(self, error: OSError) -> None:
         """Accept nothing for a while; the connection that waited longest gives up its descriptor.
@@ -279,12 +281,12 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _make_room(self) -> bool:
         """Close the connection that was idle or incomplete longest; False if all are at work."""
-        leaving = [one for one in self.connections if one.state == LEAVING]
-        candidates = [one for one in self.connections if one.state in READING]
+        leaving = [other for other in self.connections if other.state == LEAVING]
+        candidates = [other for other in self.connections if other.state in READING]
         if leaving and len(self.connections) - len(leaving) < self.limits.connections:
             candidates = leaving        # they have their answers
         if candidates:
-            self.close_request(min(candidates, key=lambda one: one.since))
+            self.close_request(min(candidates, key=lambda other: other.since))
         return bool(candidates)
 
     def _turn_away(self, connection: Connection) -> None:
@@ -322,6 +324,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         """Read once: the bytes, none at the end, None where nothing has arrived."""
         try:
             data: bytes = connection.sock.recv(READ)
+            # What TLS has decrypted already, the selector does not see.
             while data and self.tls and connection.sock.pending():
                 data += connection.sock.recv(READ)
             return data
@@ -341,7 +344,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._go_on(connection)
 
     def _go_on(self, connection: Connection) -> None:
-        """Have the request answered that is whole, or wait for the rest of it."""
+        """Have the request answered if it is whole, else wait for the rest."""
         before = connection.state
         try:
             connection.parse(self.limits)
@@ -366,41 +369,43 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             return
         seconds = self.limits.head_seconds + head.length / self.limits.pace
         connection.deadline = self.clock.monotonic() + seconds
-        if head.expects and not connection.buffer:
+        if head.expects_continue and not connection.buffer:
             with contextlib.suppress(OSError):      # the client has gone: reading finds that out
                 connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def process_request(self, request: Connection, client_address: Any) -> None:
-        """Have the request in hand answered: with others, at once, or by a thread of the pool."""
-        if self.api.is_small_add(request.request):
-            self._adds.append(request)
-        elif self.api.is_quick(request.request):
-            self.finish_request(request, client_address)
-            self.shutdown_request(request)
+        """Have the request in hand answered: with others of this round, now, or by the pool."""
+        connection = request
+        if self.api.is_small_add(connection.request):
+            self._adds.append(connection)
+        elif self.api.is_quick(connection.request):
+            self.finish_request(connection, client_address)
+            self.shutdown_request(connection)
         else:
-            self._in_pool([request], self.process_request_thread, request, client_address)
+            self._in_pool([connection], self.process_request_thread, connection, client_address)
 
-    def _handle_adds(self) -> None:
-        """Have the small adds of this round stored together: here, since handing them to another
-        thread and back takes as long as the disk does; by the pool if the store is busy or slow."""
+    def _dispatch_adds(self) -> None:
+        """Have the small adds of this round stored with one commit: here, since handing them to
+        another thread and back takes as long as the disk does; by the pool if the store is busy or
+        slow."""
         if not self._adds:
             return
         adds = self._adds
         self._adds = []
         if self.api.would_wait():
-            self._in_pool(adds, self._handle_together, adds)
+            self._in_pool(adds, self._answer_together, adds)
         else:
-            self._handle_together(adds)
+            self._answer_together(adds)
 
-    def _handle_together(self, connections: List[Connection]) -> None:
-        """Answer small adds with one commit, as process_request_thread answers one request. For
-        any thread."""
-        requests = [one.request for one in connections if one.request is not None]
+    def _answer_together(self, connections: List[Connection]) -> None:
+        """Answer small adds together, as process_request_thread answers one request. Listener or
+        pool."""
+        requests = [connection.request for connection in connections]
         try:
             responses = self.api.handle_together(requests)
             for connection, response in zip(connections, responses):
                 connection.response = response
-        except Exception:           # pylint: disable=broad-exception-caught # logged by handle_error
+        except Exception:           # pylint: disable=broad-exception-caught # see handle_error
             self.handle_error(connections[0], connections[0].address)
         finally:
             for connection in connections:
@@ -408,7 +413,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def _in_pool(self, connections: List[Connection], work: Callable[..., None],
                  *arguments: Any) -> None:
-        """Have a thread of the pool answer these connections; 503 if there is none to be had."""
+        """Answer these connections by a thread of the pool; 503 if none can be started."""
         try:
             self._pool.submit(work, *arguments)
         except RuntimeError:        # no more threads (RLIMIT_NPROC, a container's limit of pids)
@@ -419,13 +424,13 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def shutdown_request(self, request: Connection) -> None:
         """Give a connection back to the listener, with its response or, after a defect, without.
-        For any thread; whoever calls it lets go of the connection."""
+        Listener or pool; who calls it does not touch the connection any more."""
         self._returned.append(request)
         if threading.get_ident() != self._listener:
-            self._wake()        # each time: who left that to another could do so just after it
+            self._wake()    # always: to look first whether others wait would race with _take_back
 
     def handle_error(self, request: Connection, client_address: Any) -> None:
-        """Log a defect. For any thread."""
+        """Log a defect. Listener or pool."""
         log.exception("a request of %s", client_address)
 
     # Responses
@@ -440,8 +445,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._log_access(connection, response.status, connection.size, connection.began)
             self._end_response(connection)
             return
-        connection.decide_keep(self.stopping)
-        connection.unsent = connection.response_head(self.date)
+        connection.unsent = connection.response_head(self.date, self.stopping)
         if connection.head.method != "HEAD":
             connection.unsent += response.body
             connection.size = len(response.body)
@@ -491,7 +495,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         connection.deadline = self.clock.monotonic() + self.limits.leave_seconds
         connection.buffer = b""
         try:
-            connection.sock.send(answer_head(response, self.date, False) + body)
+            connection.sock.send(response_head(response, self.date, False) + body)
             # An SSLSocket's own shutdown() forgets its TLS.
             socket.socket.shutdown(connection.sock, socket.SHUT_WR)
             self._watch(connection, selectors.EVENT_READ)
@@ -517,13 +521,14 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         if self._accept_at and now >= self._accept_at and not self.stopping:
             self._accept_at = 0.0
             self._selector.register(self.socket, selectors.EVENT_READ, self._accept)
-        late = [one for one in self.connections if one.deadline < now and one.state != ANSWERING]
+        late = [connection for connection in self.connections
+                if connection.deadline < now and connection.state != ANSWERING]
         for connection in late:
             self._guarded(self._end_late, connection)
 
     def _end_late(self, connection: Connection) -> None:
         """Say what did not arrive in time, if a client had begun to send it, and close."""
-        if connection.state not in READING or connection.state == IDLE:
+        if connection.state not in (HEAD, BODY):
             self.close_request(connection)
             return
         part = "body" if connection.state == BODY else "head"
@@ -531,7 +536,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self._refuse(connection, problem_response(problem))
 
     def _watch(self, connection: Connection, events: int) -> None:
-        """Have the loop look out for these events of a connection, and no others."""
+        """Watch a connection for exactly these events."""
         if events == connection.events:
             return
         if not connection.events:
@@ -574,7 +579,8 @@ class Pool:
         if self._resting.acquire(blocking=False):   # pylint: disable=consider-using-with # counts
             self._work.put((function, arguments))
         else:
-            threading.Thread(target=self._run, args=(function, arguments), daemon=True).start()
+            threading.Thread(target=self._run, name="pool", args=(function, arguments),
+                             daemon=True).start()
 
     def _run(self, function: Callable[..., None], arguments: Tuple[Any, ...]) -> None:
         """What a thread of the pool does."""

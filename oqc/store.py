@@ -3,9 +3,9 @@
 One connection writes and checkpoints, because SQLite 3.7.0 to 3.51.2 can corrupt a WAL that two of
 them do (https://sqlite.org/wal.html, "the WAL-reset bug"). Every other one is `query_only`.
 
-There is no writer thread. Who has something to write puts it into line and takes the lead if nobody
-has it: the leader commits for all who stand in line, since the disk, not SQL, is what takes time
-(the scheme of LevelDB's DBImpl::Write). The others find their work done when they get the lead.
+There is no writer thread. A thread that writes appends its writes to the line, then takes the lead
+lock: its holder commits all that stands in line, since the disk, not SQL, is what takes time (the
+scheme of LevelDB's DBImpl::Write). The next ones to take it find their writes done.
 """
 import collections
 import contextlib
@@ -21,22 +21,23 @@ from oqc.database import (
     VERSION, Damaged, connected, disk_full, file_gone, inspect, locked, prepared, resolved,
     sql_list, translated)
 from oqc.jobs import (
-    Addition, Batch, DiskFull, Ending, IdempotencyKey, ImmediateEnd, Job, KeyReused, Refused,
-    StoreError, Submission, Task, UnknownJob)
+    Addition, Batch, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome, Refused, StoreError,
+    Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
 MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
 PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
-LARGE = 200                         # jobs in one add for which others would wait
+LARGE = 200                         # jobs; larger adds take turns, so that others wait for one
 MOST_READERS = 8                    # connections kept for the next read
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
+CLOSED = "{}: is closed, the server is stopping"
 
 
 class IllegalTransition(Refused):
-    """A job was not where its transition starts: a defect, and nothing was changed."""
+    """A job was not where its transition starts: a defect. It is left as it was."""
 
 
 class Clock(Protocol):
@@ -68,16 +69,10 @@ class Write:
         self.value: Any = None
         self.error: Optional[Exception] = None
 
-    def end(self, error: Optional[Exception]) -> None:
+    def finish(self, error: Optional[Exception]) -> None:
         """Note that the work is committed, or the error for which it is not."""
         self.error = error
         self.done = True
-
-    def result(self) -> Any:
-        """Return what the work gave; raise the error for which it is not committed."""
-        if self.error is not None:
-            raise self.error
-        return self.value
 
 
 def _update(event: str, changes: str, guard: str) -> str:
@@ -95,25 +90,25 @@ def _insert(columns: str) -> str:
     return f"INSERT INTO jobs ({columns}) VALUES ({places})"
 
 
-# Their values: what changes, in the order that it stands in; the id; if it runs, the attempt.
-WAITS = "start_time IS NULL"
-RUNS = "start_time IS NOT NULL AND attempts = ?"
-STARTS = "runtime = ?, start_time = max(created_time, ?), attempts = attempts + 1, due = NULL"
-WAITS_AGAIN = "runtime = NULL, start_time = NULL, due = ?"
-ENDS = ("return_code = ?, runtime_error = ?, due = NULL, "
-        "end_time = max(coalesce(start_time, created_time), ?)")
-CLAIM = _update("claimed", STARTS, WAITS)
-RETRY = _update("retry", WAITS_AGAIN, RUNS)
-RELEASE = _update("retry", WAITS_AGAIN + ", attempts = attempts - 1", RUNS)
-END = {event: _update(event, ENDS, RUNS) for event in ("succeeded", "failed")}
-CANCEL_WAITING = _update("failed", ENDS, WAITS)
+# Their parameters in order: what is set, the id and, where IF_RUNNING guards, the attempt.
+IF_WAITING = "start_time IS NULL"
+IF_RUNNING = "start_time IS NOT NULL AND attempts = ?"
+SET_RUNNING = "runtime = ?, start_time = max(created_time, ?), attempts = attempts + 1, due = NULL"
+SET_WAITING = "runtime = NULL, start_time = NULL, due = ?"
+SET_ENDED = ("return_code = ?, runtime_error = ?, due = NULL, "
+             "end_time = max(coalesce(start_time, created_time), ?)")
+CLAIM = _update("claimed", SET_RUNNING, IF_WAITING)
+RETRY = _update("retry", SET_WAITING, IF_RUNNING)
+# The status becomes Retrying, too, but the attempt does not count.
+RELEASE = _update("retry", SET_WAITING + ", attempts = attempts - 1", IF_RUNNING)
+SETTLE = {event: _update(event, SET_ENDED, IF_RUNNING) for event in ("succeeded", "failed")}
+CANCEL_WAITING = _update("failed", SET_ENDED, IF_WAITING)
 
+# The first five are the members of a Submission.
 NEW = "job, mode, shots, seed, echo_code, created_time, submitter, status"
 INSERT = _insert(NEW)
 INSERT_ENDED = _insert(
     NEW + ", runtime, return_code, runtime_error, start_time, end_time, attempts")
-RAN = jobs.TRANSITIONS[jobs.STARTING, "claimed"]
-ENDED = {event: jobs.TRANSITIONS[RAN, event] for event in END}      # after one attempt
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
 TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
 RESULT = ("SELECT coalesce(result, 'null'), coalesce(is_json, 1) "
@@ -144,8 +139,7 @@ def _up_to_page_bytes(rows: sqlite3.Cursor) -> List[Any]:
 class Store:                        # pylint: disable=too-many-instance-attributes # each says why
     """The jobs on disk. All methods are for any thread; one that writes returns when it is on disk.
 
-    Raises StoreError from everything when the database cannot be used, DiskFull when there is no
-    room.
+    Every method raises StoreError when the database cannot be used, DiskFull when there is no room.
     """
 
     def __init__(self, path: str, clock: Clock,
@@ -160,7 +154,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         self._lock_file = locked(path)
         try:
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
-            self._writer = prepare(path)            # of whoever has the lead
+            self._writer = prepare(path)
             self._file = os.stat(path)
             os.pwrite(self._lock_file, b"in use\n", 0)
         except (OSError, sqlite3.Error, StoreError) as error:
@@ -169,10 +163,10 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         self.trouble: Optional[StoreError] = None   # why the last write failed, or a read since
         self._readers: List[sqlite3.Connection] = []    # that nobody uses now
         self._line: Deque[Write] = collections.deque()  # appended to by all, emptied by the leader
-        self._lead = threading.Lock()           # held by whoever commits, and what is below with it
+        self._lead = threading.Lock()           # of the leader; over _writer and what is below
         self._closed = False
         self._commit_seconds = 0.0              # that the last commit took
-        self._large = threading.Lock()          # held by who adds much: a small write waits for one
+        self._large = threading.Lock()          # held by an add that is LARGE
 
     def close(self) -> None:
         """Commit what stands in line; merge the WAL into the file; give up the lock. Once."""
@@ -182,8 +176,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             while self._line:
                 self._commit_line()
             self._closed = True
-        for reader in self._readers:
-            reader.close()
+        while self._readers:
+            self._readers.pop().close()
         with contextlib.suppress(OSError):      # after a kill from here on there may be no WAL
             os.ftruncate(self._lock_file, 0)
         self._writer.close()        # last: the one that is closed last checkpoints, and it may
@@ -261,19 +255,18 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         open_jobs = {state: {mode: 0 for mode in jobs.MODES}
                      for state in ("waiting", "running", "retrying")}
         ended = {}
-        created_times = []
-        for state, mode, count, created in rows:
+        for state, mode, count, _ in rows:
             if state in open_jobs:
                 open_jobs[state][mode] = count
             else:
                 ended[state] = count
-            if state == "waiting":
-                created_times.append(created)
+        idle = not any(sum(modes.values()) for modes in open_jobs.values())
         age = None
-        if created_times:
-            age = max(0.0, round(now - self.clock.parse(min(created_times)), 3))
+        oldest = min((created for state, _, _, created in rows if state == "waiting"), default="")
+        if oldest:
+            age = max(0.0, round(now - self.clock.parse(oldest), 3))
         files = [path for path in (self.path, self.path + "-wal") if os.path.exists(path)]
-        return {"idle": len(rows) == len(ended), **open_jobs, "oldest_waiting_seconds": age,
+        return {"idle": idle, **open_jobs, "oldest_waiting_seconds": age,
                 "ended_last_minute": ended["minute"], "ended_last_hour": ended["hour"],
                 "database_bytes": sum(map(os.path.getsize, files))}
 
@@ -283,6 +276,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         try:
             reader = self._readers.pop()
         except IndexError:          # all are in use
+            if self._closed:
+                raise StoreError(CLOSED.format(self.path)) from None
             gone = file_gone(self.path, self._file)
             if gone:                # or it would read another file
                 raise self._noted(gone) from None
@@ -292,7 +287,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         except sqlite3.Error as error:
             raise self._noted(error) from error
         finally:
-            if len(self._readers) < MOST_READERS:
+            if len(self._readers) < MOST_READERS and not self._closed:
                 self._readers.append(reader)
             else:
                 reader.close()
@@ -301,10 +296,11 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def add(self, submissions: Sequence[Submission], submitter: str,
             key: Optional[IdempotencyKey] = None,
-            ends: Sequence[Optional[ImmediateEnd]] = ()) -> Addition:
-        """Store new jobs, all of them or none; as ended those whose end is known. With a key that
-        came before, return the jobs of that time; raise KeyReused if it came with another body."""
-        addition, = self.add_together([Batch(submissions, submitter, key, ends)])
+            outcomes: Sequence[Optional[Outcome]] = ()) -> Addition:
+        """Store new jobs, all of them or none; as ended those whose outcome is known. With a key
+        that came before, return the jobs of that time; raise KeyReused if it came with another
+        body."""
+        addition, = self.add_together([Batch(submissions, submitter, key, outcomes)])
         if isinstance(addition, Exception):
             raise addition
         return addition
@@ -371,19 +367,21 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         now = self.clock.now()
         added = []
         endings = []
-        ends = batch.ends or [None] * len(batch.submissions)
-        for submission, end in zip(batch.submissions, ends):
+        outcomes = batch.outcomes or [None] * len(batch.submissions)
+        for submission, outcome in zip(batch.submissions, outcomes):
             values = (*submission, now, batch.submitter)
             job, mode, *asked = submission      # asked: shots, seed, return_code
-            if end is None:
+            if outcome is None:
                 cursor = self._writer.execute(INSERT, (*values, jobs.STARTING))
             else:
-                outcome = end.outcome
+                event = "failed" if outcome.return_code else "succeeded"
+                status = jobs.TRANSITIONS[jobs.STARTING, event]
                 cursor = self._writer.execute(INSERT_ENDED, (
-                    *values, ENDED[end.event], end.runtime, outcome.return_code,
+                    *values, status, mode, outcome.return_code,     # an echo's runtime is "echo"
                     outcome.runtime_error, now, now, 1))
                 task = Task(cursor.lastrowid or 0, job, mode, 1, *asked)
-                endings.append(Ending(task, end.event, outcome))
+                endings.append(Ending(task, event, outcome))
+            # Also one that has ended is answered as it was when it came in.
             added.append(Job(cursor.lastrowid or 0, job, mode, jobs.STARTING, None, None, None,
                              now, None, None))
         if batch.key:
@@ -420,8 +418,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         now = self.clock.now()
         illegal = []
         for task, event, outcome, delay, _ in endings:
-            if event in END:
-                statement = END[event]
+            if event in SETTLE:
+                statement = SETTLE[event]
                 values = (outcome.return_code, outcome.runtime_error, now)
             else:
                 statement = RELEASE if event == "release" else RETRY
@@ -429,7 +427,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             changed = self._writer.execute(statement, (*values, task.id, task.attempt)).rowcount
             if not changed:
                 illegal.append(f"job {task.id}, attempt {task.attempt}: {event}")
-            elif event in END and outcome.result is not None:
+            elif event in SETTLE and outcome.result is not None:
                 self._writer.execute("INSERT INTO results VALUES (?, ?, ?)",
                                      (task.id, outcome.result, outcome.is_json))
         if illegal:
@@ -453,7 +451,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """Have `work` done in the next transaction. Return or raise what it came to, committed."""
         write = Write(work, *arguments)
         self._write_until_done([write])
-        return write.result()
+        if write.error is not None:
+            raise write.error
+        return write.value
 
     def _write_until_done(self, writes: Sequence[Write]) -> None:
         """Stand in line with these; take the lead if the leader before has not done them."""
@@ -467,7 +467,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         group = [self._line.popleft() for _ in range(min(GROUP, len(self._line)))]
         if self._closed:
             for write in group:
-                write.end(StoreError(f"{self.path}: is closed, the server is stopping"))
+                write.finish(StoreError(CLOSED.format(self.path)))
             return
         began = self.clock.monotonic()
         try:
@@ -475,7 +475,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         except Exception as error:  # pylint: disable=broad-exception-caught # or nobody is told
             log.exception("commit")
             for write in group:
-                write.end(self._noted(error))
+                write.finish(self._noted(error))
         self._commit_seconds = self.clock.monotonic() - began
 
     def _commit(self, group: Sequence[Write]) -> None:
@@ -496,7 +496,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         else:
             self._note_success()
         for write, refusal in zip(group, refusals):
-            write.end(refusal)
+            write.finish(refusal)
 
     def _refuse_if_lost(self) -> None:
         """Raise StoreError where what is written now may never be found again."""
@@ -531,8 +531,10 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         return meaning
 
     def _note_success(self) -> None:
-        """Forget the trouble, unless it is a full disk on which this just fitted."""
-        if not self.trouble or (isinstance(self.trouble, DiskFull) and disk_full(self.path)):
+        """Forget the trouble, unless it is damage, or a full disk on which this just fitted."""
+        if not self.trouble or isinstance(self.trouble, Damaged):
+            return
+        if isinstance(self.trouble, DiskFull) and disk_full(self.path):
             return
         log.warning("the database can be written again")
         self.trouble = None

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as bytes: strict parsing of the head of a request, the head of an answer. No sockets.
+"""HTTP/1.1 as bytes: strict parsing of the head of a request, the head of a response. No sockets.
 
 In place of http.server's parser, which lets through what a proxy in front may read differently
 (RFC 9112, section 11.2).
@@ -12,14 +12,14 @@ from oqc.messages import PHRASES, Problem, Response
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"                    # RFC 9110, section 5.6.2
 REQUEST_LINE = re.compile(                                  # RFC 9112, section 3
     rb"(%s) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % TOKEN)
-FIELD_LINE = re.compile(                                    # one way to match: blanks cost no time
-    rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+# The value keeps its blanks, which are stripped later: to match them apart would backtrack.
+FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 HOST = re.compile(rb"[0-9A-Za-z\-._~!$&'()*+,;=%:\[\]]*")   # RFC 3986, section 3.2.2
 ABSOLUTE = re.compile(                                      # RFC 9112, section 3.2.2: MUST be taken
     rb"(?i:https?)://(%s)(?=[/?]|\Z)" % HOST.pattern)
-EMPTY_LINE = b"\r\n\r\n"
+HEAD_END = b"\r\n\r\n"
 ONCE = ("host", "content-length", "transfer-encoding")      # decide where a request ends or goes
-UNUSED_BODY = 1 << 16               # bytes of a body that nobody looks at, also without a key
+UNUSED_BODY = 1 << 16               # bytes of the body of anything but a POST: nobody reads it
 KNOWN_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH",
                  "QUERY")
 
@@ -36,7 +36,7 @@ class Limits(NamedTuple):
     head_seconds: float = 10.0      # for the whole head
     idle_seconds: float = 30.0      # between two requests, and before the first
     leave_seconds: float = 5.0      # for the client to read a refusal
-    pace: int = 16 << 10            # bytes a second that bodies and answers may take beyond that
+    pace: int = 16 << 10            # bytes a second: n of them get head_seconds + n / pace
 
 
 class Head(NamedTuple):
@@ -47,9 +47,9 @@ class Head(NamedTuple):
     query: str
     headers: Dict[str, bytes]
     length: int                     # bytes of the body
-    keep: bool                      # whether the connection goes on afterwards
+    wants_keep: bool                # whether the client wants the connection to go on
     minor: int                      # the n of HTTP/1.n
-    expects: bool                   # whether the client waits for a 100 before it sends the body
+    expects_continue: bool          # whether the client waits for a 100 to send the body
 
 
 def split_head(buffer: bytes, limits: Limits) -> Tuple[Optional[bytes], bytes]:
@@ -60,11 +60,11 @@ def split_head(buffer: bytes, limits: Limits) -> Tuple[Optional[bytes], bytes]:
     line = buffer.find(b"\r\n")
     if line > limits.line or (line < 0 and len(buffer) > limits.line):
         raise Problem(414, f"the request line is longer than {limits.line} bytes")
-    end = buffer.find(EMPTY_LINE)
+    end = buffer.find(HEAD_END)
     if end > limits.head or (end < 0 and len(buffer) > limits.head):
         raise Problem(431, f"the head is longer than {limits.head} bytes")
     if end >= 0:
-        return buffer[:end], buffer[end + len(EMPTY_LINE):]
+        return buffer[:end], buffer[end + len(HEAD_END):]
     lines = buffer.count(b"\r\n")
     returns = buffer.count(b"\r")
     if buffer.endswith(b"\r"):
@@ -75,7 +75,7 @@ def split_head(buffer: bytes, limits: Limits) -> Tuple[Optional[bytes], bytes]:
 
 
 @functools.lru_cache(maxsize=128)
-def parse_head(head: bytes, most_fields: int = 100, most_body: int = 4 << 20) -> Head:
+def parse_head(head: bytes, limits: Limits = Limits()) -> Head:
     """Parse the head of a request, given without its last empty line; raise Problem.
 
     Pure, and cached: a client that keeps asking sends the same head each time, and parsing it is
@@ -87,8 +87,8 @@ def parse_head(head: bytes, most_fields: int = 100, most_body: int = 4 << 20) ->
         raise Problem(400, "the request line is not METHOD /path HTTP/1.1")
     if match[3] != b"1":
         raise Problem(505, "this server speaks HTTP/1.1")
-    if len(lines) > most_fields:
-        raise Problem(431, f"more than {most_fields} header lines")
+    if len(lines) > limits.fields:
+        raise Problem(431, f"more than {limits.fields} header lines")
     method = match[1].decode()
     minor = int(match[4])
     if method not in KNOWN_METHODS:
@@ -97,11 +97,11 @@ def parse_head(head: bytes, most_fields: int = 100, most_body: int = 4 << 20) ->
     if not HOST.fullmatch(headers.get("host", b"")) or (minor and "host" not in headers):
         raise Problem(400, "HTTP/1.1 needs one Host header")
     path, _, query = _target(method, match[2], headers).decode().partition("?")
-    expects = minor > 0 and _expects(headers)
-    if method != "POST":
-        most_body = min(most_body, UNUSED_BODY)
+    expects_continue = minor > 0 and _expects_continue(headers)
+    most_body = limits.body if method == "POST" else min(limits.body, UNUSED_BODY)
     return Head(method, path, query, headers, length=_length(headers, most_body),
-                keep=_keeps(minor, headers), minor=minor, expects=expects)
+                wants_keep=_wants_keep(minor, headers), minor=minor,
+                expects_continue=expects_continue)
 
 
 def _fields(lines: List[bytes]) -> Dict[str, bytes]:
@@ -137,7 +137,7 @@ def _target(method: str, target: bytes, headers: Dict[str, bytes]) -> bytes:
     return target
 
 
-def _expects(headers: Dict[str, bytes]) -> bool:
+def _expects_continue(headers: Dict[str, bytes]) -> bool:
     """Return whether the client waits for a 100 (RFC 9110, section 10.1.1); raise Problem."""
     expectation = headers.get("expect", b"").lower()
     if expectation not in (b"", b"100-continue"):
@@ -145,7 +145,7 @@ def _expects(headers: Dict[str, bytes]) -> bool:
     return bool(expectation)
 
 
-def _keeps(minor: int, headers: Dict[str, bytes]) -> bool:
+def _wants_keep(minor: int, headers: Dict[str, bytes]) -> bool:
     """Return whether the client wants the connection to go on (RFC 9112, section 9.3)."""
     connection = headers.get("connection", b"").lower()
     if b"close" in connection:
@@ -165,7 +165,7 @@ def _length(headers: Dict[str, bytes], most: int) -> int:
         return 0
     if not re.fullmatch(rb"[0-9]+", text):
         raise Problem(400, "Content-Length is not a number")
-    # int() takes no more than 4,300 digits, zeros included.
+    # int() takes no more than 4,300 digits, zeros included; 18 of them are over every limit.
     length = int(text.lstrip(b"0")[:18] or b"0")
     if length > most:
         raise Problem(
@@ -173,8 +173,8 @@ def _length(headers: Dict[str, bytes], most: int) -> int:
     return length
 
 
-def answer_head(response: Response, date: str, keep: bool, minor: int = 1) -> bytes:
-    """Return the head of an answer, its last empty line included, to a client that speaks
+def response_head(response: Response, date: str, keep: bool, minor: int = 1) -> bytes:
+    """Return the head of a response, its last empty line included, to a client that speaks
     HTTP/1.`minor`."""
     status, body, content_type, headers = response
     text = [f"HTTP/1.1 {status} {PHRASES[status]}\r\nDate: {date}\r\n"]

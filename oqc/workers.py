@@ -16,8 +16,7 @@ from typing import (
 
 from oqc import jobs
 from oqc.jobs import (
-    Addition, Ended, Ending, ImmediateEnd, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError,
-    Submission, Task)
+    Addition, Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, Task)
 from oqc.waiting import Waiting
 
 log = logging.getLogger("oqc")
@@ -28,7 +27,7 @@ MOST_PAUSE = 60.0
 CANCELLED = Outcome(jobs.CANCELLED, "cancelled")
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
-CANCEL_AGAIN = 0.01                 # seconds until a job is looked for again that changed hands
+CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
 
 
 class _Stopping(Exception):
@@ -96,20 +95,19 @@ class Clock(Protocol):
 
 
 class _Attempt:
-    """A job that a worker has in its hands, from its queue to its end on disk.
+    """One attempt, from the moment a worker takes the job from its queue until its end is on disk.
 
-    Changed under Workers.lock. Who cancels it asks for that before it is decided, or comes late.
+    A cancel counts if it is set before `_decide` reads it: both hold Workers.lock.
     """
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.cancelled = False          # somebody wants the job ended
         self.stopped = False            # the server stops
-        self.decided = False            # its end stands, nobody can interrupt it any more
         self.ending: Optional[Ending] = None        # how it ended, once that is on disk
-        self.over = threading.Event()   # set last: the worker has let go of it
+        self.over = threading.Event()   # set last: the worker has done with it
 
-    def interrupted(self) -> bool:
+    def must_end(self) -> bool:
         """Return whether somebody wants it ended."""
         return self.cancelled or self.stopped
 
@@ -121,33 +119,33 @@ class _Runtime:
         self.spec = spec
         self.make_slot = make_slot
         self.since = since              # UTC time of the last change of state
-        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # see ring
+        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # its workers wait on it
         self.paused: Optional[str] = None       # the reason
-        self.unstartable = 0            # failures to start, in a row
+        self.failed_starts = 0          # in a row
         self.aside_until = 0.0          # monotonic seconds
-        self.why: Optional[str] = None  # the last failure to start, once it is set aside
+        self.start_error: Optional[str] = None      # the last one, once it is set aside
         self.running: Dict[int, _Attempt] = {}
-        self.ended = 0
-        self.failures = 0
+        self.jobs_ended = 0
+        self.jobs_failed = 0
 
     @property
-    def failing(self) -> bool:
-        """Whether it is set aside."""
-        return self.unstartable >= SET_ASIDE_AFTER
+    def set_aside(self) -> bool:
+        """Whether it failed to start too often, so that it is tried only now and then."""
+        return self.failed_starts >= SET_ASIDE_AFTER
 
     def state(self) -> str:
         """Return what GET /runtimes/ says of it."""
         if self.paused is not None:
             return "paused"
-        if self.failing:
+        if self.set_aside:
             return "failing"
         if len(self.running) >= self.spec.slots:
             return "busy"
         return "idle"
 
     def ring(self, times: int = 0) -> None:
-        """Have so many workers that wait look at the queues, or all. A full bell is heard anyway:
-        each worker looks once more for each ring."""
+        """Have so many workers that wait look at the queues, or all. If the bell is full, each has
+        a ring before it already."""
         with contextlib.suppress(queue.Full):
             for _ in range(times or self.spec.slots):
                 self.bell.put_nowait(None)
@@ -167,8 +165,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self.dice = dice
         self.waiting = waiting
         self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
-        self._echo = next((one for one in self.runtimes.values() if one.spec.protocol == "echo"),
-                          None)
+        self._echo = self.runtimes.get("echo")
         self._queues: Dict[str, "queue.PriorityQueue[int]"] = {
             mode: queue.PriorityQueue() for mode in jobs.MODES}
         self._began = clock.monotonic()
@@ -178,10 +175,12 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self._threads: List[threading.Thread] = []
         self._pausing = threading.Lock()        # held while a pause comes or goes, on disk and here
         self.lock = threading.Lock()            # over every _Runtime and _Attempt, and what follows
-        self._alarms: List[Tuple[float, str, int]] = []     # a heap: (monotonic seconds, mode, id);
-        self._alarm_set = threading.Event()                 # id 0: have its workers look again
+        # A heap of (monotonic seconds, mode, id): then the job is queued; with the id 0 the mode's
+        # workers look again.
+        self._alarms: List[Tuple[float, str, int]] = []
+        self._alarm_set = threading.Event()
         self._durations: Dict[Tuple[str, str], List[float]] = {}
-        self._cancelled = 0                     # jobs that still are on a queue, or will be
+        self._cancelled_in_queue = 0            # cancelled jobs that are on a queue, or will be
 
     # Life
 
@@ -192,10 +191,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if name in self.runtimes:
                 self.runtimes[name].paused = reason
                 self.runtimes[name].since = since
-        for running in self.store.running():
-            self.store.settle([self._cut_off(*row) for row in running])
-        for waiting in self.store.waiting():
-            for number, mode, due in waiting:
+        for page in self.store.running():
+            self.store.settle([self._cut_off(*row) for row in page])
+        for page in self.store.waiting():
+            for number, mode, due in page:
                 delay = 0.0
                 if due is not None:
                     # A wall clock that jumped must hold no job back for longer than a delay can.
@@ -233,7 +232,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             return any(runtime.running for runtime in self.runtimes.values())
 
     def stop(self) -> None:
-        """End what still runs, so that it is run again at the next start, and all threads."""
+        """End what still runs, which the next start runs again or what its runtime's `interrupted`
+        says, and all threads."""
         self.drain(self._idle)
         self._stopped.set()
         with self.lock:
@@ -249,9 +249,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     # Queues
 
-    def immediate_end(self, submission: Submission) -> Optional[ImmediateEnd]:
-        """Return how a new job ends, where nothing can come between: an echo, unless echoes are
-        paused or wait before it.
+    def immediate_outcome(self, submission: Submission) -> Optional[Outcome]:
+        """Return the outcome of a new job where nothing can come between: of an echo, unless it is
+        to be tried again, or echoes are paused or wait before it.
 
         It is stored as ended: a thread that claims and ends each one takes a third of the rate at
         which they are added.
@@ -261,7 +261,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             return None
         if not self._queues["echo"].empty():
             return None
-        return jobs.immediate_end(submission.return_code, echo.spec, self.policy)
+        outcome = jobs.echo(submission.return_code, echo.spec.retry_codes)
+        return None if outcome.transient else outcome
 
     def take_up(self, additions: Sequence[Addition]) -> None:
         """Have new jobs run, once the store has them; count and announce those that ended."""
@@ -277,8 +278,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     numbers.setdefault(job.mode, []).append(job.id)
         if endings and self._echo:
             self._announce(self._echo, endings)
-        for mode, waiting in numbers.items():
-            self.enqueue(mode, waiting)
+        for mode, numbers_of_mode in numbers.items():
+            self.enqueue(mode, numbers_of_mode)
 
     def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
         """Have these jobs run, oldest first, once the store has them."""
@@ -290,7 +291,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def queued(self) -> int:
         """Return how many jobs wait to be run now."""
         queued = sum(one.qsize() for one in self._queues.values())
-        return max(0, queued - self._cancelled)
+        return max(0, queued - self._cancelled_in_queue)
 
     def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
         """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
@@ -339,16 +340,14 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 continue
             attempt = runtime.running[number]
             try:
-                self._run(runtime, attempt, number)
+                try:
+                    self._run(runtime, attempt, number)
+                finally:
+                    self._finish(runtime, attempt, number)
             except _Stopping:       # the next start decides on the job
                 pass
             except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
                 log.exception("worker of %s: job %d", runtime.spec.name, number)
-            finally:
-                self._let_go(runtime, number)
-                attempt.over.set()
-                if self.draining.is_set() and not self.busy():
-                    self._idle.set()
         slot.close()
 
     def _take(self, runtime: _Runtime, slot: Slot) -> Optional[int]:
@@ -357,7 +356,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         with self.lock:             # whoever takes from a queue holds it
             if self.draining.is_set() or runtime.paused is not None:
                 return None
-            if runtime.failing:
+            if runtime.set_aside:
                 if runtime.aside_until > self.clock.monotonic() or runtime.running:
                     return None     # set aside, or one job is trying it out already
             queues = [self._queues[mode] for mode in runtime.spec.modes
@@ -370,75 +369,83 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             return number
 
     def _run(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
-        """Make one attempt at a job, from its claim in the store to whoever waits for its end."""
+        """Claim a job, make an attempt at it and store how it ended."""
         task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
         if not task:                # it was cancelled meanwhile
             with self.lock:
-                self._cancelled -= 1
+                self._cancelled_in_queue -= 1
             return
         self.waiting.notify()
         began = self.clock.monotonic()
         outcome = None
-        started = not attempt.interrupted()
-        if started:
+        has_run = not attempt.must_end()
+        if has_run:
             outcome = self._outcome(runtime, attempt, task)
-        ending = self._decide(runtime, task, attempt, outcome, started)
+        ending = self._decide(runtime, task, attempt, outcome, has_run)
         ending = ending._replace(seconds=self.clock.monotonic() - began)
         self._write_until_stored(self.store.settle, [ending])
         attempt.ending = ending
-        self._let_go(runtime, number)
-        self._announce(runtime, [ending])
+
+    def _finish(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
+        """Enter an attempt as over, and tell those who wait."""
+        with self.lock:         # first: what they read when they are told shows it as over
+            del runtime.running[number]
+        try:
+            if attempt.ending is not None:
+                self._announce(runtime, [attempt.ending])
+        finally:
+            attempt.over.set()
+            if self.draining.is_set() and not self.busy():
+                self._idle.set()
 
     def _outcome(self, runtime: _Runtime, attempt: _Attempt, task: Task) -> Optional[Outcome]:
         """Run a job on its slot; return None if it was ended because somebody wanted that."""
         try:
-            return attempt.slot.run(task, attempt.interrupted)
+            return attempt.slot.run(task, attempt.must_end)
         except Exception:           # pylint: disable=broad-exception-caught # the job has to end
             log.exception("%s: job %d", runtime.spec.name, task.id)
             return Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
 
     def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt,
-                outcome: Optional[Outcome], started: bool) -> Ending:
+                outcome: Optional[Outcome], has_run: bool) -> Ending:
         """Return what becomes of a job after this outcome; after None it was cancelled, or the
         server stops. Exactly one of an answer and a cancel wins."""
         with self.lock:
-            attempt.decided = True
             if outcome is None:
-                failed = started and runtime.spec.interrupted == "fail"
-                ending = Ending(task, "failed" if failed else "release", INTERRUPTED)
-            else:
-                self._note_start(runtime, outcome)
-                event = jobs.decide(outcome, task.attempt, self.policy)
-                if not outcome.started and runtime.failing:
-                    event = "release"   # the runtime's fault: it costs the job no attempt
-                delay = self.policy.delay(task.attempt, self.dice())
-                ending = Ending(task, event, outcome, delay)
-            if attempt.cancelled and ending.event in ("release", "retry"):
+                if attempt.cancelled:
+                    return Ending(task, "failed", CANCELLED)
+                failed = has_run and runtime.spec.interrupted == "fail"
+                return Ending(task, "failed" if failed else "release", INTERRUPTED)
+            self._note_start(runtime, outcome)
+            event = jobs.decide(outcome, task.attempt, self.policy)
+            if not outcome.started and runtime.set_aside:
+                event = "release"       # the runtime's fault: it costs the job no attempt
+            if attempt.cancelled and event in ("release", "retry"):
                 return Ending(task, "failed", CANCELLED)
-            return ending
+            return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
 
     def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
         """Set a runtime aside that fails to start again and again, and take it back when it starts;
         say so once."""
-        was_failing = runtime.failing
+        was_set_aside = runtime.set_aside
         if outcome.started:
-            runtime.unstartable = 0
-            runtime.why = None
+            runtime.failed_starts = 0
+            runtime.start_error = None
         else:
-            runtime.unstartable += 1
-        if runtime.failing:
-            runtime.why = outcome.runtime_error
-            doublings = min(30, runtime.unstartable - SET_ASIDE_AFTER)
+            runtime.failed_starts += 1
+        if runtime.set_aside:
+            runtime.start_error = outcome.runtime_error
+            doublings = min(30, runtime.failed_starts - SET_ASIDE_AFTER)
             pause = min(MOST_PAUSE, FIRST_PAUSE * 2 ** doublings)
             runtime.aside_until = self.clock.monotonic() + pause
             for mode in runtime.spec.modes:
                 self._set_alarm(runtime.aside_until, mode)
-        if runtime.failing == was_failing:
+        if runtime.set_aside == was_set_aside:
             return
         runtime.since = self.clock.now()
-        if runtime.failing:
+        if runtime.set_aside:
             log.error("runtime %s is set aside: it failed to start %d times in a row (%s); its "
-                      "jobs wait, and it is tried again", runtime.spec.name, runtime.unstartable,
+                      "jobs wait, and it is tried again", runtime.spec.name, runtime.failed_starts,
                       outcome.runtime_error)
         else:
             log.warning("runtime %s starts again", runtime.spec.name)
@@ -470,9 +477,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Count a job that ended. The lock is taken for each: there may be 10,000, and the listener
         wants it, too."""
         with self.lock:
-            runtime.ended += 1
+            runtime.jobs_ended += 1
             if ending.event == "failed":
-                runtime.failures += 1
+                runtime.jobs_failed += 1
             counts = self._durations.setdefault(
                 (ending.task.mode, ending.event), [0.0] * (len(jobs.BUCKETS) + 2))
             counts[bisect.bisect_left(jobs.BUCKETS, ending.seconds)] += 1
@@ -492,10 +499,6 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 if self.clock.wait(self._stopped, STORE_AGAIN):
                     raise _Stopping from None
 
-    def _let_go(self, runtime: _Runtime, number: int) -> None:
-        with self.lock:
-            runtime.running.pop(number, None)
-
     # What people ask for
 
     def cancel(self, number: int) -> Job:
@@ -507,10 +510,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if attempt is not None:
                 attempt.over.wait()
                 if attempt.ending is not None and attempt.ending.outcome is CANCELLED:
-                    return self.store.get(number)
+                    return self.store.get(number)       # ended by this, not by itself
             elif self.store.cancel(number):
                 with self.lock:
-                    self._cancelled += 1
+                    self._cancelled_in_queue += 1
                 self.waiting.notify([number])
                 return self.store.get(number)
             job = self.store.get(number)
@@ -526,9 +529,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             for runtime in self.runtimes.values():
                 attempt = runtime.running.get(number)
                 if attempt is not None:
-                    if not attempt.decided:
-                        attempt.cancelled = True
-                        attempt.slot.wake()
+                    attempt.cancelled = True
+                    attempt.slot.wake()
                     return attempt
         return None
 
@@ -563,20 +565,20 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Return a runtime as GET /runtimes/ shows it; raise KeyError."""
         with self.lock:
             runtime = self.runtimes[name]
-            reason = runtime.why if runtime.paused is None else runtime.paused
+            reason = runtime.start_error if runtime.paused is None else runtime.paused
             return {"name": name, "modes": list(runtime.spec.modes),
                     "protocol": runtime.spec.protocol, "slots": runtime.spec.slots,
                     "state": runtime.state(), "reason": reason,
-                    "running": sorted(runtime.running), "ended": runtime.ended,
-                    "failures": runtime.failures, "since": runtime.since}
+                    "running": sorted(runtime.running), "ended": runtime.jobs_ended,
+                    "failures": runtime.jobs_failed, "since": runtime.since}
 
     def uptime(self) -> float:
         """Return the seconds since the server began."""
         return round(float(self.clock.monotonic() - self._began), 3)
 
     def durations(self) -> Dict[Tuple[str, str], List[float]]:
-        """Return {(mode, outcome): how many last attempts took up to each of jobs.BUCKETS, how many
-        longer, all seconds}."""
+        """Return {(mode, event): [last attempts in each of jobs.BUCKETS, those that took longer,
+        sum of seconds]}."""
         with self.lock:
             return {key: list(values) for key, values in self._durations.items()}
 

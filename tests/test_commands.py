@@ -297,6 +297,12 @@ def test_jobs_from_standard_input_are_added_in_their_order_a_thousand_at_a_time(
     assert server.log.count('"POST /jobs/add/"') == 3
 
 
+def test_blank_lines_behind_a_full_batch_are_no_batch_of_their_own(server):
+    """As the last line of an editor: everything before it was added."""
+    status, out, error = run(server, "add", "-", "--mode", "echo", text=lines(1000) + "\n\n\n")
+    assert (status, out.count("\n"), error) == (0, 1000, "")
+
+
 def test_long_jobs_from_standard_input_stay_below_what_a_body_may_have(server):
     jobs = [", ".join(["X(1)"] * 20_000)] * 50
     status, out, _ = run(server, "add", "-", "--mode", "echo", text="\n".join(jobs))
