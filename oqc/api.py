@@ -19,9 +19,9 @@ from oqc.jobs import (
     Addition, Batch, IdempotencyKey, ImmediateEnd, Job, Malformed, StoreError, Submission,
     UnknownJob)
 from oqc.messages import (
-    PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json, job_rows,
-    json_response, metrics_text, number, parameters, problem_response, result_text, table,
-    text_response, wants_text, whole_lines)
+    PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
+    json_response, number, parameters, problem_response, text_response, wants_text)
+from oqc.text import job_rows, metrics_text, result_text, table, whole_lines
 
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000

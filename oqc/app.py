@@ -1,20 +1,21 @@
 """The composition root: builds a server, starts its parts, waits for signals, stops them in the
 reverse order.
 
-The table of threads:
+The table of threads, with the locks that each takes:
 
-| name | runs | may block on | takes |
+| name | runs | may block on | locks |
 |---|---|---|---|
-| main | serve: start, prune, reload, stop | the signals' events, the store | Store's lead |
-| signals | Signals._wait | sigwait | |
-| log | LogLines._write | standard error | |
-| listener | Server.serve_forever | select; a quick commit of small adds | Store's lead |
-| of the pool | Server.process_request_thread, ._handle_together | clients, store, Waiting | all |
-| alarms | Workers._ring_alarms | its event, until a retry is due | Workers.lock |
-| NAME-0, NAME-1, … | Workers._work, one a slot | its bell, its runtime, the store | all |
+| main | until_stopped, stop | the signals' events; a commit, when it prunes | Store |
+| signals | Signals._wait | sigwait | none |
+| log | LogLines._write | standard error | none |
+| listener | Server.serve_forever | select; a commit that is quick | Store, Api, Workers, Waiting |
+| of the pool | Server.process_request_thread | its client; a commit; Waiting | all |
+| alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
+| NAME-n | Workers._work, one a slot | its bell; its runtime; a commit | Store, Workers, Waiting |
 
-Locks, outermost first: Workers._pausing, Store's large, Store's lead, Workers.lock, Waiting's lock,
-Api's count. None is held while a runtime or a client is waited for.
+The locks, outermost first: of a pause (Workers._pausing), of large adds (Store._large), of who
+commits (Store._lead), of what runs (Workers.lock), of who waits (Waiting), of what is being stored
+(Api._counting). None is held while a runtime or a client is waited for.
 
 The way of a POST of a small job: Server._ready reads its bytes into a Connection; Connection.parse
 makes a Request of them; Server.process_request puts it with the other small adds of the round;
@@ -34,14 +35,13 @@ import signal
 import threading
 from typing import Any, Tuple
 
-from oqc import runtimes
+from oqc import builtin, runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
 from oqc.config import ConfigError, Settings, read_keys
-from oqc.jobs import MODES, MOST_SEED, RetryPolicy, StoreError
+from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.log import LogLines
-from oqc.runtimes import builtin  # pylint: disable=unused-import # cli runs it
 from oqc.store import Store
 from oqc.waiting import Waiting
 from oqc.workers import Workers
@@ -120,7 +120,7 @@ class _Running:
         dice = random.Random()
         self.store = Store(settings.db, clock)
         waiting = Waiting(self.store, clock, max(1, settings.max_connections // 2))
-        slots = [(spec, functools.partial(runtimes.slot, spec, clock, settings.kill_grace))
+        slots = [(spec, functools.partial(_slot, spec, clock, settings.kill_grace))
                  for spec in settings.runtimes]
         self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting)
         choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
@@ -199,6 +199,13 @@ class _Running:
             log.info("keys read again: %s", ", ".join(sorted(self.api.keys.names.values())))
         except ConfigError as error:
             log.error("keys not read again, the old ones stay: %s", error)
+
+
+def _slot(spec: RuntimeSpec, clock: Clock, kill_grace: float) -> runtimes.Slot:
+    """Return a slot for this runtime; a bundled one gets its command."""
+    if spec.command is None and spec.protocol == "lines":
+        spec = spec._replace(command=builtin.command(spec.name))
+    return runtimes.slot(spec, clock, kill_grace)
 
 
 def _discard(_: str) -> None:

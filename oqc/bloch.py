@@ -1,26 +1,35 @@
-"""The path of a job on the Bloch sphere as a picture: from a job string to the text of an SVG file. Pure."""
+"""The path of a job on the Bloch sphere as a picture, the text of an SVG file. Pure."""
 import math
 from typing import Dict, Iterable, Iterator, List, Tuple
 
 from oqc import qubit
 from oqc.qubit import Vector
 
-MOST = 100                          # pulses drawn: with more of them a picture shows nothing, and only grows
-NUMBERED = 20                       # of them have their number beside them, and the last one
+MOST = 100                          # pulses drawn: with more a picture shows nothing
+NUMBERED = 20                       # states with their number beside them, and the last one
 STEP = 6                            # degrees from one point of an arc to the next, at most
-WIDTH, HEIGHT, RADIUS = 480, 540, 180
-# From where one looks: x comes towards the viewer and to the left, y goes to the right, z up
-RIGHT, UP, TOWARDS = ((-0.5, 0.8660254, 0.0), (-0.296198, -0.1710101, 0.9396926), (0.8137977, 0.4698463, 0.3420201))
-X, Y, Z, DOWN = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, -1.0)
+WIDTH = 480
+HEIGHT = 540
+RADIUS = 180
+
+# The view: x comes towards the viewer and to the left, y goes to the right, z up.
+RIGHT = (-0.5, 0.8660254, 0.0)
+UP = (-0.296198, -0.1710101, 0.9396926)
+TOWARDS = (0.8137977, 0.4698463, 0.3420201)
+ORIGIN = (0.0, 0.0, 0.0)
+X, Y, Z = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+DOWN = (0.0, 0.0, -1.0)
 PICTURE = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" \
-aria-labelledby="title path" font-family="sans-serif" font-size="15" fill="none" stroke-linejoin="round">
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
+width="{width}" height="{height}" role="img" aria-labelledby="title path" \
+font-family="sans-serif" font-size="15" fill="none" stroke-linejoin="round">
 <title id="title">{title}</title>
 <desc id="path">{path}</desc>
 <rect width="{width}" height="{height}" fill="#fff"/>
 <g stroke="#667"><circle cx="{middle}" cy="{middle}" r="{radius}"/><path d="{grid[0]}"/>\
 <path stroke-dasharray="2 5" d="{grid[1]}"/></g>
-<g stroke="#06c" stroke-width="3"><path d="{arcs[0]}"/><path stroke-dasharray="5 5" d="{arcs[1]}"/></g>
+<g stroke="#06c" stroke-width="3"><path d="{arcs[0]}"/>\
+<path stroke-dasharray="5 5" d="{arcs[1]}"/></g>
 <path stroke="#000" stroke-width="2" d="{arrow}"/>
 <g fill="#000">{marks}</g>
 </svg>
@@ -28,56 +37,77 @@ aria-labelledby="title path" font-family="sans-serif" font-size="15" fill="none"
 
 
 def picture(title: str, job: str) -> str:
-    """An SVG of the path that an ideal qubit takes, pulse by pulse, of the first MOST pulses of a job. What lies behind
-    the sphere's outline is dashed."""
-    pulses = job.split(", ", MOST)
-    left_out = len(pulses) > MOST and pulses.pop().count(", ") + 1
+    """Return an SVG of the path that an ideal qubit takes in the first MOST pulses of a job.
+
+    What lies behind the outline of the sphere is dashed.
+    """
+    total = job.count(", ") + 1
+    pulses = job.split(", ", MOST)[:MOST]
     shown = ", ".join(pulses)
     path = qubit.path(shown)
-    about = f"the first {MOST} of {MOST + left_out} pulses" if left_out else shown
     story = "; ".join(f"{pulse} to {_numbers(vector)}" for pulse, vector in zip(pulses, path[1:]))
-    marks = [*_marks(path), _text(20, HEIGHT - 50, _cut(about, 58)),
-             _text(20, HEIGHT - 22, f"0: start, 1: after the first pulse, …; {len(pulses)}: {_numbers(path[-1])}")]
+    description = f"x, y, z from (0, 0, 1): {story}."
+    caption = shown
+    if total > MOST:
+        caption = f"the first {MOST} of {total} pulses"
+        description += f" These are {caption}."
+    legend = f"0: start, 1: after the first pulse, …; {len(pulses)}: {_numbers(path[-1])}"
+    marks = [
+        *_marks(path),
+        _text(20, HEIGHT - 50, _cut(caption, 58)),
+        _text(20, HEIGHT - 22, legend),
+    ]
     return PICTURE.format(
-        width=WIDTH, height=HEIGHT, radius=RADIUS, middle=WIDTH // 2, title=title, marks="".join(marks),
-        path=f"x, y, z from (0, 0, 1): {story}." + (f" These are {about}." if left_out else ""),
+        width=WIDTH,
+        height=HEIGHT,
+        radius=RADIUS,
+        middle=WIDTH // 2,
+        title=title,
+        path=description,
         grid=_lines([_arc(Y, "X", 360), _arc(Z, "Y", 360), _arc(X, "Z", 360)]),
         arcs=_lines(_arc(start, pulse[0], int(pulse[2:-1])) for start, pulse in zip(path, pulses)),
-        arrow=f"M{_place((0.0, 0.0, 0.0))}L{_place(path[-1])}")
+        arrow=f"M{_place(ORIGIN)}L{_place(path[-1])}",
+        marks="".join(marks))
 
 
 def _marks(path: List[Vector]) -> Iterator[str]:
-    """A dot and its numbers for each state, and the names of the axes."""
+    """Yield a dot with its numbers for each state, and the names of the axes."""
     places: Dict[str, List[str]] = {}
     for number, vector in enumerate(path):
-        numbered = number <= NUMBERED or number == len(path) - 1
-        places.setdefault(_place(vector), []).extend([str(number)] * numbered)
+        numbers = places.setdefault(_place(vector), [])
+        if number <= NUMBERED or number == len(path) - 1:
+            numbers.append(str(number))
     for place, numbers in places.items():
         x, y = map(float, place.split())
-        beside = (x - 7, "end") if x > 300 else (x + 7, "start")        # on the side where there is room
-        yield f'<circle cx="{x}" cy="{y}" r="4"/>' + _text(beside[0], y + 16, _cut(",".join(numbers), 16), beside[1])
+        yield f'<circle cx="{x}" cy="{y}" r="4"/>'
+        beside, anchor = (-7, "end") if x > 300 else (7, "start")       # where there is room
+        yield _text(x + beside, y + 16, _cut(",".join(numbers), 16), anchor)
     for name, (x, y, z) in (("x", X), ("y", Y), ("z |0⟩", Z), ("|1⟩", DOWN)):
         x, y = map(float, _place((1.16 * x, 1.16 * y, 1.16 * z)).split())
         yield _text(x - 6, y + 5, name)
 
 
 def _arc(start: Vector, axis: str, degrees: int) -> List[Vector]:
-    """The points on the way of a rotation; more than a whole turn is drawn as one."""
+    """Return the points on the way of a rotation; more than a whole turn is drawn as one."""
     degrees = min(degrees, 360)
     steps = max(1, math.ceil(degrees / STEP))
-    return [qubit.turned(start, axis, math.radians(degrees * number / steps)) for number in range(steps + 1)]
+    return [qubit.turned(start, axis, math.radians(degrees * number / steps))
+            for number in range(steps + 1)]
 
 
 def _lines(arcs: Iterable[List[Vector]]) -> Tuple[str, str]:
-    """What lies in front of the sphere's outline and what behind it, each as the d of a path."""
-    parts: Tuple[List[str], List[str]] = ([], [])
+    """Return what lies in front of the sphere's outline, and what behind, as the d of two paths."""
+    front: List[str] = []
+    behind: List[str] = []
     for arc in arcs:
-        before = -1
+        last = None                 # where the line before this one went
         for start, end in zip(arc, arc[1:]):
-            side = int(_dot(TOWARDS, start) + _dot(TOWARDS, end) < 0)
-            parts[side].append(("" if side == before else f"M{_place(start)}") + f"L{_place(end)}")
-            before = side
-    return "".join(parts[0]), "".join(parts[1])
+            side = behind if _dot(TOWARDS, start) + _dot(TOWARDS, end) < 0 else front
+            if side is not last:
+                side.append(f"M{_place(start)}")
+            side.append(f"L{_place(end)}")
+            last = side
+    return "".join(front), "".join(behind)
 
 
 def _dot(one: Vector, other: Vector) -> float:
@@ -85,8 +115,10 @@ def _dot(one: Vector, other: Vector) -> float:
 
 
 def _place(vector: Vector) -> str:
-    """Where a point is in the picture: x and y."""
-    return f"{WIDTH / 2 + RADIUS * _dot(RIGHT, vector):.1f} {WIDTH / 2 - RADIUS * _dot(UP, vector):.1f}"
+    """Return where a point is in the picture, "x y"."""
+    x = WIDTH / 2 + RADIUS * _dot(RIGHT, vector)
+    y = WIDTH / 2 - RADIUS * _dot(UP, vector)
+    return f"{x:.1f} {y:.1f}"
 
 
 def _numbers(vector: Vector) -> str:

@@ -1,86 +1,47 @@
-"""The command line: serve, the other commands, the exit statuses (2 usage, 78 configuration, 130 Ctrl-C, 1 else)."""
+"""The command line: serve, the other commands, and the exit statuses.
+
+These are 2 for wrong usage, 78 for an invalid configuration, 130 after Ctrl-C, and 1 else.
+"""
 import argparse
 import os
 import secrets
 import sys
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence
 
 from oqc import __version__
-from oqc.config import NAME, ConfigError, add_flags, settings
+from oqc.config import NAME, Command, ConfigError, add_flags, settings
 
 EX_FAILED, EX_USAGE, EX_CONFIG, EX_INTERRUPTED = 1, 2, 78, 130
 
 DESCRIPTION = """\
-A job server for quantum-control pulses. Started without arguments it listens on 127.0.0.1:12021, keeps its jobs in
+A job server for quantum-control pulses. Started without arguments it listens on 127.0.0.1:12021, \
+keeps its jobs in
 oqc.db in the current directory, and takes jobs by HTTP:
 
-  curl -H "api_key: KEY" http://localhost:12021/jobs/add/ -d '{"job": "X(90), Y(180)", "mode": "simulation"}'
+  curl -H "api_key: KEY" http://localhost:12021/jobs/add/ \
+-d '{"job": "X(90), Y(180)", "mode": "simulation"}'
 """
-EPILOG = """\
-commands for a server that runs, each with a --help of its own:
-  add JOB        add a job; from standard input with -, and with --wait until it has ended
-  get ID         show a job
-  list           show all jobs, or a page of them
-  wait ID        show a job as soon as it has ended
-  cancel ID      cancel a job
-  result ID      show what its runtime put out
-  prune --older-than AGE  forget the jobs that ended longer ago
-  runtimes       show the runtimes; also: pause NAME, resume NAME
-  status         show how much waits, runs and has ended
-
-other commands:
-  key NAME       print a line for --keys-file with a new key
-  backup FILE    copy the database to a new file, also while a server uses it
-  check          read the whole database and print what is wrong with it
-  emulator       the bundled device emulator, a runtime over the protocol lines (emulator --help: its parameters)
-  simulator      the bundled exact simulator, likewise
-"""
-CLIENT = ("add", "get", "list", "wait", "cancel", "result", "prune", "runtimes", "pause", "resume", "status")
 
 
 def main(arguments: List[str]) -> int:
-    """Run the command line; the exit status."""
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")     # closed: before 3.10 argparse fails on None
+    """Run the command line; return the exit status."""
+    # Where it is closed, argparse before Python 3.10 fails.
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     try:
         if not arguments or arguments[0].startswith("-"):
             return _serve(arguments)
-        if arguments[0] not in COMMANDS:
-            return _fail(f"no command is called {arguments[0]}; without one it serves, and --help names all", EX_USAGE)
-        return COMMANDS[arguments[0]](arguments)
+        if arguments[0] in COMMANDS:
+            return COMMANDS[arguments[0]].run(arguments)
+        # pylint: disable-next=import-outside-toplevel # a server needs nothing of it
+        from oqc import commands
+        if arguments[0] in commands.COMMANDS:
+            return int(commands.run(arguments))
+        return _fail(f"no command is called {arguments[0]}; "
+                     "without one it serves, and --help names all", EX_USAGE)
     except ConfigError as error:
         return _fail(str(error), EX_CONFIG)
     except KeyboardInterrupt:
         return EX_INTERRUPTED
-
-
-def _app() -> Any:
-    """The server side, which takes long to import."""
-    try:
-        from oqc import app     # pylint: disable=import-outside-toplevel # may miss sqlite3, which gets a line of its own
-        return app
-    except ImportError as error:
-        raise SystemExit(_fail(f"this Python lacks {error.name}; install it, or use another Python",
-                               EX_FAILED)) from None
-
-
-def _serve(arguments: Sequence[str]) -> int:
-    """No command: serve."""
-    app = _app()
-    parser = argparse.ArgumentParser(prog="oqc", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version",
-                        version=f"oqc {__version__}, Python {sys.version.split()[0]}, SQLite {app.SQLITE_VERSION}")
-    add_flags(parser, os.environ)
-    try:
-        return int(app.serve(settings(parser.parse_args(arguments), os.environ)))
-    except app.StartError as error:
-        return _fail(str(error), EX_FAILED)
-
-
-def _client(arguments: Sequence[str]) -> int:
-    """A command that asks a server."""
-    from oqc import client      # pylint: disable=import-outside-toplevel # a server needs nothing of it
-    return client.run(arguments)
 
 
 def _fail(reason: str, status: int) -> int:
@@ -88,32 +49,69 @@ def _fail(reason: str, status: int) -> int:
     return status
 
 
-def _offline(arguments: Sequence[str]) -> int:
-    """`backup FILE` and `check`: what reads the database without asking the server."""
+def _app() -> Any:
+    """Return the server side, which takes long to import and may miss sqlite3."""
+    try:
+        from oqc import app                 # pylint: disable=import-outside-toplevel # as said
+        return app
+    except ImportError as error:
+        raise SystemExit(_fail(f"this Python lacks {error.name}; install it, or use another Python",
+                               EX_FAILED)) from None
+
+
+# Serving
+
+class ServerParser(argparse.ArgumentParser):
+    """The parser of the server's flags."""
+
+    def format_help(self) -> str:
+        """Return the help, with all commands at its end."""
+        from oqc import commands    # pylint: disable=import-outside-toplevel # as in main
+        self.epilog = "\n".join([
+            "commands for a server that runs, each with a --help of its own:",
+            *_help_lines(commands.COMMANDS),
+            "",
+            "other commands:",
+            *_help_lines(COMMANDS)])
+        return super().format_help()
+
+
+def _help_lines(commands: Dict[str, Command]) -> List[str]:
+    """Return a line for each command."""
+    return [f"  {name + ' ' + command.arguments:13}  {command.help}"
+            for name, command in commands.items()]
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    """Serve: what is done without a command."""
     app = _app()
-    parser = argparse.ArgumentParser(prog=f"oqc {arguments[0]}", description=(
-        "Copy the database to a new file, also while a server uses it." if arguments[0] == "backup" else
-        "Read the whole database and print what is wrong with it, a line each; exit status 1 if anything is."))
-    if arguments[0] == "backup":
-        parser.add_argument("file", metavar="FILE", help="where to; a file that is there is never replaced")
+    parser = ServerParser(prog="oqc", description=DESCRIPTION, allow_abbrev=False,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
+    version = f"oqc {__version__}, Python {sys.version.split()[0]}, SQLite {app.SQLITE_VERSION}"
+    parser.add_argument("--version", action="version", version=version)
+    add_flags(parser, os.environ)
+    try:
+        return int(app.serve(settings(parser.parse_args(arguments), os.environ)))
+    except app.StartError as error:
+        return _fail(str(error), EX_FAILED)
+
+
+# The other commands that ask no server
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"oqc {name}", description=COMMANDS[name].description)
+
+
+def _add_database(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--db", metavar="FILE", default=os.environ.get("OQC_DB", "oqc.db"),
                         help="database [OQC_DB; default: oqc.db]")
-    options = parser.parse_args(arguments[1:])
-    try:
-        if arguments[0] == "backup":
-            app.backup(options.db, options.file)
-            return 0
-        found = list(app.check(options.db))
-    except app.StoreError as error:
-        return _fail(str(error), EX_FAILED)
-    print("\n".join(found) or f"{options.db}: ok")
-    return EX_FAILED if found else 0
 
 
 def _key(arguments: Sequence[str]) -> int:
-    """`key NAME`: print a new line for the keys file."""
-    parser = argparse.ArgumentParser(prog="oqc key", description="Print a line for --keys-file with a new key.")
-    parser.add_argument("name", metavar="NAME", help="whose key it is; stands in the log and beside the jobs")
+    """Print a new line for the keys file."""
+    parser = _parser("key")
+    parser.add_argument("name", metavar="NAME",
+                        help="whose key it is; stands in the log and beside the jobs")
     name = parser.parse_args(arguments[1:]).name
     if not NAME.fullmatch(name):
         parser.error("NAME is made of letters, digits, '.', '_' and '-', 64 at most")
@@ -121,12 +119,50 @@ def _key(arguments: Sequence[str]) -> int:
     return 0
 
 
-# What the first argument may be, and who gets all of them then.
-COMMANDS: Dict[str, Callable[[Sequence[str]], int]] = {
-    **dict.fromkeys(CLIENT, _client),
-    "key": _key,
-    "backup": _offline,
-    "check": _offline,
-    "emulator": lambda arguments: int(_app().builtin(arguments)),
-    "simulator": lambda arguments: int(_app().builtin(arguments)),
+def _backup(arguments: Sequence[str]) -> int:
+    """Copy the database."""
+    app = _app()
+    parser = _parser("backup")
+    parser.add_argument("file", metavar="FILE",
+                        help="where to; a file that is there is never replaced")
+    _add_database(parser)
+    options = parser.parse_args(arguments[1:])
+    try:
+        app.backup(options.db, options.file)
+    except app.StoreError as error:
+        return _fail(str(error), EX_FAILED)
+    return 0
+
+
+def _check(arguments: Sequence[str]) -> int:
+    """Print what is wrong with the database."""
+    app = _app()
+    parser = _parser("check")
+    _add_database(parser)
+    options = parser.parse_args(arguments[1:])
+    try:
+        faults = list(app.check(options.db))
+    except app.StoreError as error:
+        return _fail(str(error), EX_FAILED)
+    print("\n".join(faults) or f"{options.db}: ok")
+    return EX_FAILED if faults else 0
+
+
+def _builtin(arguments: Sequence[str]) -> int:
+    """Be a bundled runtime, over standard input and output."""
+    from oqc import builtin     # pylint: disable=import-outside-toplevel # no other needs it
+    return builtin.main(arguments)
+
+
+COMMANDS = {
+    "key": Command("NAME", "print a line for --keys-file with a new key", _key),
+    "backup": Command(
+        "FILE", "copy the database to a new file, also while a server uses it", _backup),
+    "check": Command(
+        "", "read the whole database and print what is wrong with it; "
+            "exit status 1 if anything is", _check),
+    "emulator": Command(
+        "", "the bundled device emulator, a runtime over the protocol lines "
+            "(emulator --help: its parameters)", _builtin),
+    "simulator": Command("", "the bundled exact simulator, likewise", _builtin),
 }

@@ -84,18 +84,15 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
 
     def streams(self) -> bool:
         """Return whether the response goes out piece by piece, by whoever has the request."""
-        assert self.head is not None and self.response is not None
         return not isinstance(self.response.body, bytes) and self.head.method != "HEAD"
 
     def decide_keep(self, stopping: bool) -> None:
         """Decide whether the connection goes on: its client must want that, and see an end."""
-        assert self.head is not None and self.response is not None
         delimited = self.head.minor > 0 or isinstance(self.response.body, bytes)
         self.keep = self.head.keep and delimited and not stopping
 
     def response_head(self, date: str) -> bytes:
         """Return the head of the response as it goes over the wire."""
-        assert self.head is not None and self.response is not None
         return answer_head(self.response, date, self.keep, self.head.minor)
 
     def next_request(self) -> None:

@@ -1,12 +1,14 @@
-"""The job as data: its pattern, modes and statuses, who may become what, and what becomes of it after an attempt."""
+"""The job as data: its pattern and members, who may become what, the outcome of an attempt."""
 import json
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 MODES = ("verbatim", "simulation", "echo")
-STARTING, RETRYING, SUCCESS, RUNTIME_ERROR = STATUSES = ("Starting", "Retrying", "Success", "Runtime Error")
+STATUSES = ("Starting", "Retrying", "Success", "Runtime Error")
+STARTING, RETRYING, SUCCESS, RUNTIME_ERROR = STATUSES
 
-# Who may become what. The spec has no "Running": a job runs while start_time is set and end_time is not.
+# Who may become what. The spec has no "Running": a job runs while start_time is set and end_time
+# is not.
 TRANSITIONS = {
     (STARTING, "claimed"): STARTING,
     (STARTING, "retry"): RETRYING,
@@ -17,34 +19,58 @@ TRANSITIONS = {
     (RETRYING, "succeeded"): SUCCESS,
     (RETRYING, "failed"): RUNTIME_ERROR,
 }
-OPEN = tuple(sorted({status for status, _ in TRANSITIONS}))     # the statuses that a job can still leave
+OPEN = tuple(sorted({status for status, _ in TRANSITIONS}))     # what a job can still leave
 
-# Return codes: the conventions of the shell, of timeout(1) and of sysexits.h.
-DATAERR, SOFTWARE, TEMPFAIL, PROTOCOL = 65, 70, 75, 76
-TIMED_OUT, NOT_EXECUTABLE, NOT_FOUND, CANCELLED = 124, 126, 127, 130
-KILLED = 128 + 9
+# Return codes: the conventions of sysexits.h, of timeout(1) and of the shell.
+DATAERR = 65                        # the runtime was given what is no job
+SOFTWARE = 70                       # a defect of the server
+TEMPFAIL = 75                       # busy: worth another attempt
+PROTOCOL = 76                       # an answer that is none, or too long
+TIMED_OUT = 124
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+CANCELLED = 128 + 2                 # as a program that Ctrl-C (SIGINT) ended
+KILLED = 128 + 9                    # as a program that SIGKILL ended
 
-# The documented pattern, with ASCII digits, and for fullmatch: `$` would let a trailing newline in.
+# The documented pattern, with ASCII digits, and for fullmatch: `$` would accept a trailing newline.
 PULSE = r"[XYZ]\([0-9]{1,3}\)"
 PATTERN = re.compile(f"{PULSE}(?:, {PULSE})*")
-PULSE_PARTS = (                     # what a pulse is made of, in order, and what to call it where it is missing
+SEPARATOR_PART = (re.compile(", "), '", " and a pulse such as X(90)')
+PULSE_PARTS = (                     # of a pulse, in order, each with its name in an error message
     (re.compile(r"[XYZ]"), "a pulse such as X(90)"),
     (re.compile(r"\("), '"(" and an angle such as X(90)'),
     (re.compile(r"[0-9]{1,3}"), "an angle of 1 to 3 digits (whole degrees)"),
     (re.compile(r"\)"), '")" after an angle of 1 to 3 digits (whole degrees)'),
 )
-BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)      # seconds, of the durations that are counted
-PAGE_BYTES = 4 << 20                # of job strings after which a page ends: a job may have megabytes, a page thousands
-MOST_SHOTS, DEFAULT_SHOTS, MOST_SEED = 1_000_000, 1000, 2 ** 63 - 1
+DEFAULT_SHOTS = 1000
+MOST_SHOTS = 1_000_000
+MOST_SEED = 2 ** 63 - 1
+WHOLE_NUMBER = "expected a whole number from {} to {}"
+DIGITS = re.compile("[0-9]{1,19}")  # ASCII digits; 19 hold 2**63 - 1
+
+# Bounds of the histogram of durations, in seconds.
+BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
+# Bytes of job strings after which a page ends: a job may have megabytes, a page thousands of jobs.
+PAGE_BYTES = 4 << 20
 
 
 class Malformed(ValueError):
-    """What was sent is not a job; the text says what is wrong, where, and what is allowed."""
+    """A request that is not valid; the text says what is wrong, where, and what is allowed."""
 
 
 def refuse_constant(name: str) -> Any:
-    """What json is to do with NaN, Infinity and -Infinity, which Python reads and JSON has not; raises Malformed."""
+    """Raise Malformed: the `parse_constant` for json, which would accept NaN and Infinity."""
     raise Malformed(f"{name} is not JSON")
+
+
+def whole_number(text: str, least: int, most: int) -> int:
+    """Return the whole number in a text of ASCII digits, 19 at most.
+
+    Raise ValueError, with the text of WHOLE_NUMBER, if it is out of bounds or there is none.
+    """
+    if not DIGITS.fullmatch(text) or not least <= int(text) <= most:
+        raise ValueError(WHOLE_NUMBER.format(least, most))
+    return int(text)
 
 
 class UnknownJob(LookupError):
@@ -52,7 +78,7 @@ class UnknownJob(LookupError):
 
 
 class Ended(Exception):
-    """The job has ended, so that nothing can be changed about it; carries the job."""
+    """The job has ended, so that it cannot be changed any more; `job` is that job."""
 
     def __init__(self, job: "Job") -> None:
         super().__init__(f"job {job.id} has ended: {job.status}")
@@ -60,11 +86,11 @@ class Ended(Exception):
 
 
 class StoreError(Exception):
-    """The database cannot be opened, or cannot be used now; the text says why and what to do."""
+    """The database cannot be opened, or not be used now; the text says why and what to do."""
 
 
 class Refused(Exception):
-    """A write that found something wrong before it changed anything."""
+    """A write that was refused before it changed anything."""
 
 
 class KeyReused(Refused):
@@ -72,7 +98,7 @@ class KeyReused(Refused):
 
 
 class DiskFull(StoreError):
-    """There is no room for what was to be written; nothing of it was."""
+    """The disk has no room for a write; nothing of it was written."""
 
 
 class Job(NamedTuple):
@@ -91,25 +117,25 @@ class Job(NamedTuple):
 
 
 class Submission(NamedTuple):
-    """What a client asked for, checked."""
+    """A job as a client submitted it, checked."""
 
     job: str
     mode: str
     shots: int = DEFAULT_SHOTS
-    seed: Optional[int] = None      # None: to be chosen and stored, so that every run can be repeated
+    seed: Optional[int] = None      # None: the server chooses and stores one
     return_code: int = 0            # of an echo
 
 
 class Addition(NamedTuple):
-    """What came of adding jobs: them, or those of the first time that the same Idempotency-Key came."""
+    """The jobs that a batch added, or that its Idempotency-Key added the first time it came."""
 
     jobs: List[Job]
-    replayed: bool = False
+    replayed: bool = False          # they were added before
     endings: Sequence["Ending"] = ()        # of those that ended with it
 
 
 class IdempotencyKey(NamedTuple):
-    """What makes a request that comes twice count once."""
+    """What makes a request that is sent twice count once."""
 
     key: str
     digest: str                     # of the body
@@ -128,16 +154,16 @@ class Task(NamedTuple):
 
 
 class RuntimeSpec(NamedTuple):
-    """A runtime as it is configured. A command of None is a built-in one."""
+    """A runtime as it is configured."""
 
     name: str
-    command: Optional[Tuple[str, ...]]
+    command: Optional[Tuple[str, ...]]          # None: a built-in one
     modes: Tuple[str, ...] = ("verbatim",)
     protocol: str = "exec"          # or "lines"; or "echo", which needs no process
     slots: int = 1                  # how many of it run at once
     timeout: float = 60.0           # seconds an attempt may take
     retry_codes: Tuple[int, ...] = (TEMPFAIL,)
-    interrupted: str = "retry"      # what becomes of a job that a crash of the server cut off: retry, or fail
+    interrupted: str = "retry"      # or "fail": a job that a crash of the server cut off
 
 
 class Outcome(NamedTuple):
@@ -148,14 +174,15 @@ class Outcome(NamedTuple):
     result: Optional[str] = None    # what the runtime put out
     is_json: bool = False           # whether `result` is JSON, or else text
     transient: bool = False         # worth another attempt
-    started: bool = True            # False: the runtime could not even be started
+    started: bool = True            # False: the runtime could not be started
 
 
 class Ending(NamedTuple):
-    """An attempt that is over and what becomes of its job."""
+    """An attempt that is over and the event that it is for its job: "retry", "succeeded" or
+    "failed"; or "release", a retry that costs no attempt."""
 
     task: Task
-    event: str                      # "retry", "succeeded" or "failed"; or "release": a retry that costs no attempt
+    event: str
     outcome: Outcome
     delay: float = 0.0              # seconds until it is due again
     seconds: float = 0.0            # that the attempt took
@@ -179,22 +206,26 @@ class Batch(NamedTuple):
 
 
 class RetryPolicy(NamedTuple):
-    """How often, and after what delays, a transient outcome is tried again."""
+    """How often a job with a transient outcome is tried again, and after what backoff."""
 
     attempts: int = 5
     first: float = 0.5              # seconds before the second attempt
-    most: float = 30.0              # seconds the doubling stops at
+    most: float = 30.0              # seconds at which the delay stops doubling
 
     def delay(self, attempt: int, dice: float) -> float:
-        """Seconds from the end of the `attempt`-th attempt to the next: doubling, and from half to the whole of it
-        by `dice` (0 to 1), so that jobs that failed together do not come back together."""
-        return min(self.most, self.first * 2 ** min(attempt - 1, 30)) * (0.5 + dice / 2)
+        """Return the seconds from the end of the `attempt`-th attempt (1 is the first) to the next.
+
+        They double with each attempt. `dice` is from 0 to 1: 0 takes half of them off, 1 nothing,
+        so that jobs that failed together do not come back together.
+        """
+        doubled = self.first * 2 ** min(attempt - 1, 30)
+        return min(self.most, doubled) * (0.5 + dice / 2)
 
 
 def decide(outcome: Outcome, attempt: int, policy: RetryPolicy) -> str:
-    """What becomes of a job after its `attempt`-th attempt (1 is the first): the event of TRANSITIONS.
+    """Return the event of TRANSITIONS for a job after its `attempt`-th attempt (1 is the first).
 
-    A transient outcome is tried again until `policy.attempts` is reached; any other outcome is final.
+    A transient outcome is tried again until `policy.attempts` is reached; any other is final.
     """
     if outcome.transient and attempt < policy.attempts:
         return "retry"
@@ -202,10 +233,11 @@ def decide(outcome: Outcome, attempt: int, policy: RetryPolicy) -> str:
 
 
 def echo(return_code: int, retry_codes: Sequence[int]) -> Outcome:
-    """What a runtime would have come to that ends with this return code and does nothing."""
+    """Return the outcome of a runtime that ends with this return code and does nothing."""
     if not return_code:
         return Outcome(0)
-    return Outcome(return_code, f"echo of return code {return_code}", transient=return_code in retry_codes)
+    error = f"echo of return code {return_code}"
+    return Outcome(return_code, error, transient=return_code in retry_codes)
 
 
 def immediate_end(return_code: int, spec: RuntimeSpec, policy: RetryPolicy
@@ -218,64 +250,72 @@ def immediate_end(return_code: int, spec: RuntimeSpec, policy: RetryPolicy
     return ImmediateEnd(spec.name, event, outcome)
 
 
+KINDS = {                           # what JSON calls the types of decoded values
+    dict: "an object", list: "an array", str: "text", bool: "true or false",
+    int: "a number", float: "a number with a fraction", type(None): "null",
+}
+
+
 def parse(value: Any) -> Submission:
-    """The submission in one decoded JSON value; raises Malformed."""
-    if type(value) is not dict:     # pylint: disable=unidiomatic-typecheck # JSON makes exact types, and True is an int
-        raise Malformed(f"expected an object with job and mode, found {_kind(value)}")
+    """Return the submission that a decoded JSON value is; raise Malformed if it is none."""
+    if not isinstance(value, dict):
+        raise Malformed(f"expected an object with job and mode, found {KINDS[type(value)]}")
     for name in value:
         if name not in Submission._fields:
-            raise Malformed(f"unknown member {json.dumps(name)[:80]}: allowed are {', '.join(Submission._fields)}")
-    job, mode = _text(value, "job"), _text(value, "mode")
+            raise Malformed(f"unknown member {json.dumps(name)[:80]}: "
+                            f"allowed are {', '.join(Submission._fields)}")
+    job = _text(value, "job")
+    mode = _text(value, "mode")
     if not PATTERN.fullmatch(job):
         raise Malformed(explain(job))
     if mode not in MODES:
-        raise Malformed(f"mode: expected verbatim, simulation or echo, found {json.dumps(mode)[:80]}")
+        raise Malformed("mode: expected verbatim, simulation or echo, "
+                        f"found {json.dumps(mode)[:80]}")
     if "return_code" in value and mode != "echo":
         raise Malformed("return_code: only an echo can be asked for one")
     seed = _whole(value, "seed", MOST_SEED) if "seed" in value else None
-    return Submission(job, mode, _whole(value, "shots", MOST_SHOTS, DEFAULT_SHOTS), seed,
-                      _whole(value, "return_code", 255, 0))
+    shots = _whole(value, "shots", MOST_SHOTS, DEFAULT_SHOTS)
+    return_code = _whole(value, "return_code", 255, 0)
+    return Submission(job, mode, shots, seed, return_code)
 
 
 def explain(job: str) -> str:
-    """Where a job string leaves the documented pattern, counting characters from 1, and what is allowed there."""
-    whole = PATTERN.match(job)
-    place = whole.end() if whole else 0
-    expected = '", " and a pulse such as X(90)'
-    if not whole or job.startswith(", ", place):
-        place += 2 if whole else 0
-        for part, expected in PULSE_PARTS:
-            found = part.match(job, place)
-            if not found:
-                break
-            place = found.end()
-    found_there = json.dumps(job[place]) if place < len(job) else "the end"
-    return f"job: at character {place + 1}: expected {expected}, found {found_there}"
+    """Return where a job string leaves the pattern, and what is expected there.
+
+    Characters are counted from 1.
+    """
+    place = 0
+    parts = PULSE_PARTS
+    valid = PATTERN.match(job)
+    if valid:
+        place = valid.end()
+        parts = (SEPARATOR_PART, *PULSE_PARTS)
+    for part, expected in parts:
+        match = part.match(job, place)
+        if not match:
+            break
+        place = match.end()
+    found = json.dumps(job[place]) if place < len(job) else "the end"
+    return f"job: at character {place + 1}: expected {expected}, found {found}"
 
 
 def _text(value: Dict[str, Any], name: str) -> str:
-    """The text member `name`; raises Malformed."""
+    """Return the text member `name`; raise Malformed."""
     text = value.get(name)
-    if not isinstance(text, str):
-        raise Malformed(f"{name}: expected text, found {_kind(text)}" if name in value else
-                        f"{name}: missing; a job has the members job and mode")
-    return text
+    if isinstance(text, str):
+        return text
+    if name not in value:
+        raise Malformed(f"{name}: missing; a job has the members job and mode")
+    raise Malformed(f"{name}: expected text, found {KINDS[type(text)]}")
 
 
 def _whole(value: Dict[str, Any], name: str, most: int, default: int = 0) -> int:
-    """The whole number `name` from 0 to `most`; raises Malformed."""
+    """Return the member `name`, a whole number from 0 to `most`; raise Malformed."""
     number = value.get(name, default)
     if isinstance(number, float) and number.is_integer():
-        number = int(number)        # JSON does not tell 1.0 from 1 (JSON Schema Validation 2020-12, section 6.1.1)
-    if type(number) is not int:     # pylint: disable=unidiomatic-typecheck # True is an int to isinstance
-        raise Malformed(f"{name}: expected a whole number from 0 to {most}, found {_kind(number)}")
-    if not 0 <= number <= most:
-        raise Malformed(f"{name}: expected a whole number from 0 to {most}, found {str(number)[:40]}")
-    return number
-
-
-def _kind(value: Any) -> str:
-    """What JSON calls the type of a decoded value."""
-    names = {dict: "an object", list: "an array", str: "text", bool: "true or false", int: "a number",
-             float: "a number with a fraction", type(None): "null"}
-    return names[type(value)]
+        number = int(number)        # 1.0 is whole (JSON Schema Validation 2020-12, section 6.1.1)
+    whole = type(number) is int     # pylint: disable=unidiomatic-typecheck # True is an int too
+    if whole and 0 <= number <= most:
+        return number
+    found = str(number)[:40] if whole else KINDS[type(number)]
+    raise Malformed(f"{name}: {WHOLE_NUMBER.format(0, most)}, found {found}")

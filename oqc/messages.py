@@ -1,20 +1,39 @@
-"""What comes in and what goes out: requests, responses, problem details, JSON and plain tables. No sockets, no SQL."""
+"""Requests and responses: parameters, JSON, problem details. No sockets, no SQL."""
 import json
 import logging
 import re
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union)
 
-from oqc.jobs import DiskFull, Ended, Job, KeyReused, Malformed, StoreError, UnknownJob, refuse_constant
+from oqc.jobs import (
+    DiskFull, Ended, Job, KeyReused, Malformed, StoreError, UnknownJob, refuse_constant,
+    whole_number)
 
 log = logging.getLogger("oqc")
 
 PHRASES = {
-    200: "OK", 201: "Created", 204: "No Content", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
-    405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required",
-    413: "Content Too Large", 414: "URI Too Long", 417: "Expectation Failed", 422: "Unprocessable Content",
-    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-    503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage",
+    200: "OK",
+    201: "Created",
+    204: "No Content",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    411: "Length Required",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    417: "Expectation Failed",
+    422: "Unprocessable Content",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+    507: "Insufficient Storage",
 }
+PLAIN = "text/plain; charset=utf-8"
 
 
 class Problem(Exception):
@@ -22,11 +41,13 @@ class Problem(Exception):
 
     def __init__(self, status: int, detail: str, *headers: Tuple[str, str]) -> None:
         super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
+        self.status = status
+        self.detail = detail
+        self.headers = headers
 
 
 class Request(NamedTuple):
-    """What came over the wire, parsed. Header names are in lower case, values are bytes."""
+    """An HTTP request, parsed. Header names are in lower case, values are bytes."""
 
     method: str
     path: str
@@ -37,7 +58,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What goes back. A body that is not bytes is sent piece by piece."""
+    """An HTTP response. A body that is not bytes is sent piece by piece."""
 
     status: int
     body: Union[bytes, Iterable[bytes]]
@@ -45,10 +66,10 @@ class Response(NamedTuple):
     headers: Tuple[Tuple[str, str], ...] = ()
 
 
-# What comes in
+# Requests
 
 def _members(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    """The members of a JSON object; raises Malformed for one that is there twice."""
+    """Return the members of a JSON object; raise Malformed if one is there twice."""
     members = dict(pairs)
     if len(members) != len(pairs):
         raise Malformed("a member is there twice")
@@ -60,21 +81,23 @@ LAST_COMMA = re.compile(r",(?=\s*\}\s*\Z)")
 
 
 def decode(body: bytes) -> Any:
-    """The JSON value in a body: strict UTF-8, no member twice, no NaN; raises Malformed.
+    """Return the JSON value in a body; raise Malformed.
 
-    The documented example of a body has a comma before its last brace, so that one is let through.
+    JSON is strict here: UTF-8, no member twice, no NaN. But the documented example of a body has a
+    comma before its last brace, so that one is accepted.
     """
     if not body.strip():
-        raise Malformed('body: empty; expected a job such as {"job": "X(90)", "mode": "simulation"}')
+        raise Malformed("body: empty; expected a job such as "
+                        '{"job": "X(90)", "mode": "simulation"}')
     try:
         text = body.decode("utf-8")
         try:
             return DECODER.decode(text)
         except json.JSONDecodeError:
-            without = LAST_COMMA.sub("", text)
-            if without == text:
+            without_comma = LAST_COMMA.sub("", text)
+            if without_comma == text:
                 raise
-            return DECODER.decode(without)
+            return DECODER.decode(without_comma)
     except UnicodeDecodeError as error:
         raise Malformed(f"body: not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -91,188 +114,127 @@ JOB_ID = re.compile("[1-9][0-9]{0,18}")
 
 
 def job_id(name: str) -> int:
-    """The id in a path, in its one spelling; raises UnknownJob for 07, ٣ and 2**63, as for an id never given out."""
+    """Return the id in a path; raise UnknownJob unless it is an id in its one spelling.
+
+    07, ٣ and 2**63 are answered as an id is that was never given out.
+    """
     if not JOB_ID.fullmatch(name) or int(name) >= 2 ** 63:
         raise UnknownJob(name)
     return int(name)
 
 
 def parameters(query: str, allowed: Sequence[str]) -> Dict[str, str]:
-    """The parameters of a query string; raises Malformed for one that is not allowed, or there twice."""
-    found: Dict[str, str] = {}
-    for part in filter(None, query.split("&")) if query else ():
+    """Return the parameters of a query string; raise Malformed if one is unknown or repeated."""
+    values: Dict[str, str] = {}
+    for part in filter(None, query.split("&")):
         name, _, value = part.partition("=")
-        if name not in allowed or name in found:
-            raise Malformed(f"unknown or repeated parameter {json.dumps(name[:40])}: allowed, once each, are "
-                            f"{', '.join(allowed)}")
-        found[name] = re.sub("%20|[+]", " ", value)
-    return found
+        if name not in allowed or name in values:
+            raise Malformed(f"unknown or repeated parameter {json.dumps(name[:40])}: "
+                            f"allowed, once each, are {', '.join(allowed)}")
+        values[name] = re.sub("%20|[+]", " ", value)
+    return values
 
 
 def number(query: Dict[str, str], name: str, least: int, most: int) -> Optional[int]:
-    """The whole number in a parameter, None without it; raises Malformed."""
+    """Return the whole number in a parameter, None without it; raise Malformed."""
     value = query.get(name)
     if value is None:
         return None
-    if not re.fullmatch("[0-9]{1,19}", value) or not least <= int(value) <= most:
-        raise Malformed(f"{name}: expected a whole number from {least} to {most}, found {json.dumps(value[:40])}")
-    return int(value)
+    try:
+        return whole_number(value, least, most)
+    except ValueError as error:
+        raise Malformed(f"{name}: {error}, found {json.dumps(value[:40])}") from None
 
 
 def choice(query: Dict[str, str], name: str, allowed: Sequence[str]) -> Optional[str]:
-    """The word in a parameter, None without it; raises Malformed."""
+    """Return the word in a parameter, None without it; raise Malformed."""
     value = query.get(name)
     if value is not None and value not in allowed:
-        raise Malformed(f"{name}: expected {' or '.join(allowed)}, found {json.dumps(value[:40])}")
+        raise Malformed(f"{name}: expected {' or '.join(allowed)}, "
+                        f"found {json.dumps(value[:40])}")
     return value
 
 
-# What goes out
+WANTS_TEXT = re.compile(rb"\s*text/plain\b")
+
+
+def wants_text(request: Request) -> bool:
+    """Return whether a client prefers a table to JSON: its Accept names text/plain first."""
+    return WANTS_TEXT.match(request.headers.get("accept", b"")) is not None
+
+
+# Responses
 
 STATUSES = ((Malformed, 400), (Ended, 409), (KeyReused, 422), (DiskFull, 507), (StoreError, 503))
 
 
 def failure(error: Exception, request: Request) -> Response:
-    """The answer to a request that led to this error."""
+    """Return the answer to a request that led to this error; log a defect."""
     if isinstance(error, UnknownJob):       # documented so: on error a 0 is returned
         return Response(404, b"0\n")
     if isinstance(error, Problem):
         return problem_response(error)
-    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
-    if status == 500:
-        log.error("%s %r", request.method, request.path, exc_info=error)
-        return problem_response(Problem(500, "a defect of the server; its log has it"))
-    return problem_response(Problem(status, str(error), *([("Retry-After", "10")] if status in (503, 507) else [])))
+    for kind, status in STATUSES:
+        if isinstance(error, kind):
+            retry = [("Retry-After", "10")] if kind in (DiskFull, StoreError) else []
+            return problem_response(Problem(status, str(error), *retry))
+    log.error("%s %r", request.method, request.path, exc_info=error)
+    return problem_response(Problem(500, "a defect of the server; its log has it"))
 
 
 def problem_response(problem: Problem) -> Response:
-    """A problem as RFC 9457 has it."""
-    body = {"type": "about:blank", "title": PHRASES[problem.status], "status": problem.status, "detail": problem.detail}
-    return Response(problem.status, json.dumps(body).encode() + b"\n", "application/problem+json", problem.headers)
-
-
-def job_line(job: Sequence[Any]) -> str:
-    """A job as a JSON object in a line. Written out: json.dumps takes four times as long, and a listing of a million
-    jobs is made of nothing else. Only runtime_error can hold what JSON has to escape."""
-    number, text, mode, status, runtime, code, error, created, start, end = job
-    return (f'{{"id": {number}, "job": "{text}", "mode": "{mode}", "status": "{status}", '
-            f'"runtime": {_quote(runtime)}, "return_code": {"null" if code is None else code}, '
-            f'"runtime_error": {"null" if error is None else json.dumps(error)}, "created_time": "{created}", '
-            f'"start_time": {_quote(start)}, "end_time": {_quote(end)}}}')
-
-
-def _quote(text: Optional[str]) -> str:
-    return "null" if text is None else f'"{text}"'
-
-
-def job_json(job: Job) -> bytes:
-    """A job as the body of an answer."""
-    return job_line(job).encode() + b"\n"
-
-
-def array(chunks: Iterable[Sequence[Any]], line: Callable[[Any], str] = job_line) -> Iterator[bytes]:
-    """A JSON array with one element a line, in pieces."""
-    begin = "["
-    for chunk in chunks:
-        if chunk:
-            yield (begin + "\n" + ",\n".join(map(line, chunk))).encode()
-            begin = ","
-    yield b"[]\n" if begin == "[" else b"\n]\n"
-
-
-# Plain tables, for a terminal
-
-JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {}\n"
-MOST_OF_A_JOB = 60                  # characters of a job string in a table
-BAR = 20                            # characters of a bar from 0 to 1
-PLAIN = "text/plain; charset=utf-8"
-CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")          # what a terminal obeys
-WANTS_TEXT = re.compile(rb"\s*text/plain\b")
-
-
-def wants_text(request: Request) -> bool:
-    """Whether a client that can choose would rather have a table: its Accept names text/plain first."""
-    return WANTS_TEXT.match(request.headers.get("accept", b"")) is not None
+    """Return a problem as a response, in JSON as RFC 9457 has it."""
+    body = {
+        "type": "about:blank",
+        "title": PHRASES[problem.status],
+        "status": problem.status,
+        "detail": problem.detail,
+    }
+    return Response(problem.status, json.dumps(body).encode() + b"\n",
+                    "application/problem+json", problem.headers)
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    """A value as an answer, in one line."""
+    """Return a value as a response, in one line of JSON."""
     return Response(status, json.dumps(value).encode() + b"\n")
 
 
 def text_response(text: str) -> Response:
-    """A table as an answer."""
-    return Response(200, text.encode("utf-8", "replace"), PLAIN)        # half of a surrogate pair is no text
+    """Return a text as a response; half of a surrogate pair becomes a question mark."""
+    return Response(200, text.encode("utf-8", "replace"), PLAIN)
 
 
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Aligned columns under a header row, the last one as long as it is."""
-    text = [["" if cell is None else CONTROL.sub("?", str(cell)) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*text)]
-    return "".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() + "\n" for row in text)
+def job_line(job: Sequence[Any]) -> str:
+    """Return a job as a JSON object in one line.
+
+    Written out because json.dumps takes four times as long, and a listing of a million jobs is made
+    of nothing else. Only runtime_error can hold what JSON has to escape.
+    """
+    number, text, mode, status, runtime, code, error, created, start, end = job
+    return (
+        f'{{"id": {number}, "job": "{text}", "mode": "{mode}", "status": "{status}", '
+        f'"runtime": {_quoted(runtime)}, '
+        f'"return_code": {"null" if code is None else code}, '
+        f'"runtime_error": {"null" if error is None else json.dumps(error)}, '
+        f'"created_time": "{created}", '
+        f'"start_time": {_quoted(start)}, "end_time": {_quoted(end)}}}')
 
 
-def job_rows(chunks: Iterable[Sequence[Sequence[Any]]]) -> Iterator[bytes]:
-    """A table of jobs, in pieces: the widths of its columns are fixed, since it may be long."""
-    yield JOB_ROW.format("ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED", "JOB").encode()
+def _quoted(text: Optional[str]) -> str:
+    return "null" if text is None else f'"{text}"'
+
+
+def job_json(job: Job) -> bytes:
+    """Return a job as the body of a response."""
+    return job_line(job).encode() + b"\n"
+
+
+def array(chunks: Iterable[Sequence[Any]],
+          line: Callable[[Any], str] = job_line) -> Iterator[bytes]:
+    """Yield a JSON array with one element a line, a piece for each chunk of elements."""
+    before = "["
     for chunk in chunks:
-        yield "".join(map(_job_row, chunk)).encode()
-
-
-def _job_row(job: Sequence[Any]) -> str:
-    number, text, mode, status, runtime, code, _, created, start, end = job
-    return JOB_ROW.format(number, "(running)" if start and not end else status, "" if code is None else code, mode,
-                          runtime or "", created[:19].replace("T", " "),
-                          text if len(text) <= MOST_OF_A_JOB else text[:MOST_OF_A_JOB - 4] + " ...")
-
-
-def result_text(result: str) -> str:
-    """A result as lines of text: of a simulation its Bloch vector, P(1) with a bar, and the counts. A runtime may put
-    out anything: what only resembles a simulation is shown as it is."""
-    try:
-        found = json.loads(result)
-        p1 = float(found["probabilities"][1])
-        if not 0 <= p1 <= 1:
-            raise ValueError("no probability")
-        lines = [f"{axis:6} {value:9.6f}" for axis, value in zip("xyz", found.get("bloch", ()))]
-        lines.append(f"P(1)   {p1:9.6f}  {'#' * round(p1 * BAR):.<{BAR}}")
-        lines += [f"count{bit} {count:9d}" for bit, count in found.get("counts", {}).items()]
-        return "\n".join(lines) + "\n"
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        return whole_lines(result)
-
-
-def whole_lines(text: str) -> str:
-    """A text with a line feed at its end."""
-    return text if text.endswith("\n") else text + "\n"
-
-
-# Metrics
-
-def metrics_text(buckets: Sequence[float], status: Dict[str, Any], durations: Dict[Tuple[str, str], List[float]],
-                 states: Dict[Tuple[str, str], int]) -> str:
-    """Prometheus's text format (version 0.0.4) of a status, of {(mode, outcome): jobs in each of the
-    buckets of seconds, those over all of them, sum of seconds} and of {(mode, state): runtimes}."""
-    lines = []
-
-    def family(name: str, kind: str, meaning: str) -> None:
-        lines.extend((f"# HELP oqc_{name} {meaning}", f"# TYPE oqc_{name} {kind}"))
-
-    family("jobs", "gauge", "Jobs that have not ended, by mode and what they do.")
-    for what in ("waiting", "running", "retrying"):
-        lines.extend(f'oqc_jobs{{mode="{mode}",state="{what}"}} {count}' for mode, count in status[what].items())
-    family("runtimes", "gauge", "Runtimes, by mode and state.")
-    lines.extend(f'oqc_runtimes{{mode="{mode}",state="{state}"}} {count}' for (mode, state), count in states.items())
-    family("oldest_waiting_seconds", "gauge", "Age of the oldest job that waits; 0 if none does.")
-    lines.append(f"oqc_oldest_waiting_seconds {status['oldest_waiting_seconds'] or 0}")
-    family("database_bytes", "gauge", "Size of the database and its WAL.")
-    lines.append(f"oqc_database_bytes {status['database_bytes']}")
-    family("job_duration_seconds", "histogram", "Seconds that the last attempt took, since the server began.")
-    for (mode, outcome), (*counts, total) in durations.items():
-        labels, below = f'mode="{mode}",outcome="{outcome}"', 0.0
-        for bound, count in zip((*buckets, "+Inf"), counts):
-            below += count
-            lines.append(f'oqc_job_duration_seconds_bucket{{{labels},le="{bound}"}} {below:.0f}')
-        lines.append(f"oqc_job_duration_seconds_sum{{{labels}}} {total:.6f}")
-        lines.append(f"oqc_job_duration_seconds_count{{{labels}}} {below:.0f}")
-    return "\n".join(lines) + "\n"
+        if chunk:
+            yield (before + "\n" + ",\n".join(map(line, chunk))).encode()
+            before = ","
+    yield b"[]\n" if before == "[" else b"\n]\n"

@@ -15,6 +15,7 @@ listener is the thread in `serve_forever`. A method without a word on its thread
 | shutdown_request | either | gives the connection back to the listener |
 | close_request | listener | ends a connection |
 | handle_error | either | logs a defect, which costs its connection and no other |
+| _handle_together | either | asks the Api for the responses to the small adds of a round |
 | service_actions | listener | ends what is past its deadline |
 """
 import collections
@@ -69,7 +70,6 @@ class Handler(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         """Ask the Api for the response."""
         connection = self.request
-        assert connection.request is not None
         connection.response = self.server.api.handle(connection.request)
 
     def finish(self) -> None:
@@ -88,7 +88,6 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _send_pieces(self, connection: Connection) -> None:
         """Send the head and each piece, chunked (RFC 9112, section 7.1); raise what goes wrong."""
-        assert connection.head is not None and connection.response is not None
         limits = self.server.limits
         chunked = connection.head.minor > 0
         data = connection.response_head(self.server.date)
@@ -361,7 +360,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _await_body(self, connection: Connection) -> None:
         """Refuse what can be refused once the head is read, or let the client send the body."""
         head = connection.head
-        assert head is not None
         refusal = self.api.refuse(Request(head.method, head.path, head.query, head.headers))
         if refusal:
             self._refuse(connection, refusal)
@@ -374,11 +372,11 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
 
     def process_request(self, request: Connection, client_address: Any) -> None:
         """Have the request in hand answered: with others, at once, or by a thread of the pool."""
-        assert request.request is not None
         if self.api.is_small_add(request.request):
             self._adds.append(request)
         elif self.api.is_quick(request.request):
-            self.process_request_thread(request, client_address)
+            self.finish_request(request, client_address)
+            self.shutdown_request(request)
         else:
             self._in_pool([request], self.process_request_thread, request, client_address)
 
@@ -438,7 +436,6 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         if response is None:            # a defect
             self.close_request(connection)
             return
-        assert connection.head is not None
         if connection.streams():        # its Handler has sent it
             self._log_access(connection, response.status, connection.size, connection.began)
             self._end_response(connection)

@@ -18,8 +18,8 @@ from typing import (
 
 from oqc import jobs
 from oqc.database import (
-    VERSION, Damaged, among, connected, explained, inspect, locked, moved, no_room, prepared,
-    resolved)
+    VERSION, Damaged, connected, disk_full, file_gone, inspect, locked, prepared, resolved,
+    sql_list, translated)
 from oqc.jobs import (
     Addition, Batch, DiskFull, Ending, IdempotencyKey, ImmediateEnd, Job, KeyReused, Refused,
     StoreError, Submission, Task, UnknownJob)
@@ -85,7 +85,7 @@ def _update(event: str, changes: str, guard: str) -> str:
     moves = {start: end for (start, name), end in jobs.TRANSITIONS.items() if name == event}
     cases = " ".join(f"WHEN '{start}' THEN '{end}'" for start, end in moves.items())
     return (f"UPDATE jobs SET status = CASE status {cases} END, {changes} "
-            f"WHERE id = ? AND status IN {among(tuple(moves))} AND {guard}")
+            f"WHERE id = ? AND status IN {sql_list(tuple(moves))} AND {guard}")
 
 
 def _insert(columns: str) -> str:
@@ -165,7 +165,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             os.pwrite(self._lock_file, b"in use\n", 0)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
-            raise explained(path, error) from None
+            raise translated(path, error) from None
         self.trouble: Optional[StoreError] = None   # why the last write failed, or a read since
         self._readers: List[sqlite3.Connection] = []    # that nobody uses now
         self._line: Deque[Write] = collections.deque()  # appended to by all, emptied by the leader
@@ -283,7 +283,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         try:
             reader = self._readers.pop()
         except IndexError:          # all are in use
-            gone = moved(self.path, self._file)
+            gone = file_gone(self.path, self._file)
             if gone:                # or it would read another file
                 raise self._noted(gone) from None
             reader = self.connect(self.path)
@@ -354,11 +354,11 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     def unusable(self) -> Optional[str]:
         """Return why jobs cannot be stored, or soon cannot be, or None. Trouble that may have
         passed since is tried again."""
-        full = no_room(self.path)
+        full = disk_full(self.path)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._change(f"PRAGMA user_version = {VERSION}")
-        trouble = self.trouble or full or moved(self.path, self._file)
+        trouble = self.trouble or full or file_gone(self.path, self._file)
         return str(trouble) if trouble else None
 
     # What is done in a transaction, by the leader
@@ -502,7 +502,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """Raise StoreError where what is written now may never be found again."""
         if isinstance(self.trouble, Damaged):
             raise self.trouble
-        gone = moved(self.path, self._file)
+        gone = file_gone(self.path, self._file)
         if gone:
             raise gone
 
@@ -523,7 +523,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     def _noted(self, error: Exception) -> Exception:
         """Return what an error means. One of the database is remembered, and said once; damage
         until the next start."""
-        meaning = explained(self.path, error)
+        meaning = translated(self.path, error)
         if isinstance(meaning, StoreError) and not isinstance(self.trouble, Damaged):
             if not self.trouble or isinstance(meaning, Damaged):
                 log.error("database: %s", meaning)
@@ -532,7 +532,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
 
     def _note_success(self) -> None:
         """Forget the trouble, unless it is a full disk on which this just fitted."""
-        if not self.trouble or (isinstance(self.trouble, DiskFull) and no_room(self.path)):
+        if not self.trouble or (isinstance(self.trouble, DiskFull) and disk_full(self.path)):
             return
         log.warning("the database can be written again")
         self.trouble = None

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs pylint, then the tests, also where pylint complains: one run shows everything. Arguments go to pytest.
+# Runs pylint, then the tests, also where pylint complains: one run shows everything. Arguments go
+# to pytest.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 export PYTHON

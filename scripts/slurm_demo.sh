@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Shows oqc in front of a real Slurm of one node, all of it on the loopback address and in a temporary folder: jobs end
-# with their codes, a cancelled one ends its step, and those that come while Slurm is away are tried again. As root, with
-# Debian's slurm-wlm, munge and curl; takes about half a minute, and takes everything down at its end.
+# Shows oqc in front of a real Slurm of one node, all of it on the loopback address and in a
+# temporary folder: jobs end with their codes, a cancelled one ends its step, and those that come
+# while Slurm is away are tried again. As root, with Debian's slurm-wlm, munge and curl; takes about
+# half a minute, and takes everything down at its end.
 set -euo pipefail
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -44,7 +45,11 @@ until_ok() {
         sleep 0.1
     done
 }
-free_port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+free_port() {
+    "$python" -c 'import socket
+with socket.create_server(("127.0.0.1", 0)) as probe:
+    print(probe.getsockname()[1])'
+}
 
 step "A Slurm of one node, with a licence for one QPU"
 head -c 1024 /dev/urandom >"$folder/munge.key"
@@ -94,9 +99,11 @@ sinfo
 step "oqc with a runtime of three slots behind srun"
 cat >"$folder/drive-qpu" <<'DRIVE'
 #!/bin/sh
-# Drives the QPU: as many seconds as the job has degrees around Z, and the degrees around Y as its return code.
+# Drives the QPU: as many seconds as the job has degrees around Z, and the degrees around Y as its
+# return code.
 read -r job
-seconds=$(printf '%s' "$job" | sed -n 's/.*Z(\([0-9]*\)).*/\1/p') code=$(printf '%s' "$job" | sed -n 's/.*Y(\([0-9]*\)).*/\1/p')
+seconds=$(printf '%s' "$job" | sed -n 's/.*Z(\([0-9]*\)).*/\1/p')
+code=$(printf '%s' "$job" | sed -n 's/.*Y(\([0-9]*\)).*/\1/p')
 sleep "${seconds:-0}"
 echo "[\"$job\", \"attempt $OQC_ATTEMPT\", \"step $SLURM_JOB_ID.$SLURM_STEP_ID\"]"
 exit "${code:-0}"
@@ -104,7 +111,8 @@ DRIVE
 chmod +x "$folder/drive-qpu"
 cat >"$folder/oqc.ini" <<INI
 [runtime qpu]
-command = env SLURM_EXIT_ERROR=75 SLURM_EXIT_IMMEDIATE=75 srun --quiet -n1 --licenses=qpu:1 $folder/drive-qpu
+command = env SLURM_EXIT_ERROR=75 SLURM_EXIT_IMMEDIATE=75
+    srun --quiet -n1 --licenses=qpu:1 $folder/drive-qpu
 slots = 3
 timeout = 60
 retry_codes = 75
@@ -115,7 +123,10 @@ PYTHONPATH=$root "$python" -m oqc --port 0 --config oqc.ini --db oqc.db 2>oqc.lo
 pids+=($!)
 until_ok 10 grep -q 'listening on' oqc.log
 url=$(grep -o 'http://[^ ]*' oqc.log | head -n 1)
-key="X-API-Key: $("$python" -c 'import sys; sys.path.insert(0, sys.argv[1]); from oqc.config import DOCUMENTED_KEY as k; print(k.decode())' "$root")"
+key="X-API-Key: $("$python" -c 'import sys
+sys.path.insert(0, sys.argv[1])
+from oqc.config import DOCUMENTED_KEY
+print(DOCUMENTED_KEY.decode())' "$root")"
 ask() { curl -sS --max-time 70 -H "$key" "$@"; }
 add() { ask "${url}jobs/add/" -d "{\"job\": \"$1\", \"mode\": \"verbatim\"}" | member id; }
 member() { "$python" -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
@@ -134,7 +145,8 @@ runs() { [ "$(squeue -h -t running -o %i | wc -l)" = "$1" ]; }
 until_ok 20 runs 1
 squeue
 is "$(ask -X DELETE "${url}jobs/$long/" | member return_code)" 130
-# Completing ones, too: what a controller stops with in that state, its successor may end only a minute later.
+# Completing ones, too: what a controller stops with in that state, its successor may end only a
+# minute later.
 nothing_left() { [ -z "$(squeue -h)" ]; }
 until_ok 20 nothing_left
 echo "   no step is left"

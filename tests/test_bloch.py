@@ -1,4 +1,4 @@
-"""The picture of a path on the Bloch sphere: what it shows, as text, and what the server says for other jobs."""
+"""The picture of a path on the Bloch sphere: what it shows, and what there is for other jobs."""
 import math
 import re
 from xml.etree import ElementTree
@@ -15,10 +15,15 @@ def drawn(job):
     return ElementTree.fromstring(bloch.picture("Job 7", job))
 
 
+def position(x, y):
+    """A point of the picture in units of the sphere's radius, from its middle."""
+    return (float(x) - 240) / 180, (240 - float(y)) / 180
+
+
 def points(root):
-    """Every point of the path, in front and behind, on the picture's plane and in units of the sphere's radius."""
+    """Every point of the path, in front and behind."""
     arcs = "".join(path.get("d") for path in root.findall(f"{SVG}g")[1])
-    return [((float(x) - 240) / 180, (240 - float(y)) / 180) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", arcs)]
+    return [position(x, y) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", arcs)]
 
 
 def seen(vector):
@@ -34,24 +39,29 @@ def test_the_three_directions_of_the_view_are_at_right_angles_and_of_length_one(
     view = (bloch.RIGHT, bloch.UP, bloch.TOWARDS)
     for one in view:
         for other in view:
-            assert sum(a * b for a, b in zip(one, other)) == pytest.approx(float(one is other), abs=1e-6)
+            product = sum(a * b for a, b in zip(one, other))
+            assert product == pytest.approx(float(one is other), abs=1e-6)
     right, up, towards = view
-    assert right[1] * up[2] - right[2] * up[1] == pytest.approx(towards[0], abs=1e-6)       # no mirror image
+    # no mirror image
+    assert right[1] * up[2] - right[2] * up[1] == pytest.approx(towards[0], abs=1e-6)
 
 
-@pytest.mark.parametrize("job", ["X(90)", "Y(45), Z(300), X(120)", "X(0)", "X(999), Y(7), Z(1)", "X(180), X(180)"])
+@pytest.mark.parametrize("job", [
+    "X(90)", "Y(45), Z(300), X(120)", "X(0)", "X(999), Y(7), Z(1)", "X(180), X(180)"])
 def test_the_path_goes_through_every_state_and_is_marked_there(job):
     root = drawn(job)
-    there, marks = points(root), [((float(mark.get("cx")) - 240) / 180, (240 - float(mark.get("cy"))) / 180)
-                                  for mark in root.findall(f"{SVG}g")[2].iter(f"{SVG}circle")]
+    there = points(root)
+    circles = root.findall(f"{SVG}g")[2].iter(f"{SVG}circle")
+    marks = [position(circle.get("cx"), circle.get("cy")) for circle in circles]
     for vector in qubit.path(job):
         for places in (there, marks):
             assert min(math.dist(seen(vector), place) for place in places) < 0.001
 
 
 def test_it_goes_the_way_of_the_rotation_and_not_straight():
-    halfway = qubit.path("Y(60), Z(45)")[-1]        # on the way of Z(90), 0.1 from the straight line
-    assert min(math.dist(seen(halfway), place) for place in points(drawn("Y(60), Z(90)"))) < 0.05
+    halfway = qubit.path("Y(60), Z(45)")[-1]    # on the way of Z(90), 0.1 from the straight line
+    way = points(drawn("Y(60), Z(90)"))
+    assert min(math.dist(seen(halfway), place) for place in way) < 0.05
 
 
 def test_what_is_behind_is_dashed_and_what_is_in_front_is_not():
@@ -64,7 +74,8 @@ def test_what_is_behind_is_dashed_and_what_is_in_front_is_not():
 def test_it_has_a_title_a_description_and_the_numbers():
     root = drawn("X(90), Z(90)")
     assert root.find(f"{SVG}title").text == "Job 7"
-    assert root.find(f"{SVG}desc").text == "x, y, z from (0, 0, 1): X(90) to (0, -1, 0); Z(90) to (1, 0, 0)."
+    assert root.find(f"{SVG}desc").text == (
+        "x, y, z from (0, 0, 1): X(90) to (0, -1, 0); Z(90) to (1, 0, 0).")
     assert {"X(90), Z(90)", "x", "y", "z |0⟩", "|1⟩", "0", "1", "2"} <= set(words(root))
     assert set(root.get("aria-labelledby").split()) == {"title", "path"}
 
@@ -76,7 +87,8 @@ def test_states_at_one_place_share_a_mark():
 @pytest.mark.parametrize("count, says", [(100, None), (101, "the first 100 of 101 pulses"),
                                          (100_000, "the first 100 of 100000 pulses")])
 def test_of_a_long_job_it_shows_the_beginning_and_says_so(count, says):
-    text = bloch.picture("Job 7", ", ".join(["X(359)", "Y(222)"] * (count // 2) + ["Z(1)"] * (count % 2)))
+    pulses = ["X(359)", "Y(222)"] * (count // 2) + ["Z(1)"] * (count % 2)
+    text = bloch.picture("Job 7", ", ".join(pulses))
     assert len(text) < 100_000
     assert (says in text) if says else ("the first 100 of" not in text)
 
@@ -86,7 +98,8 @@ def test_the_server_gives_the_picture_of_a_simulation(server):
     answer = server.request("GET", f"/jobs/{job['id']}/bloch.svg")
     assert answer.status == 200 and answer.headers["Content-Type"] == "image/svg+xml"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
-    assert answer.body.decode() == bloch.picture(f"Job {job['id']} on the Bloch sphere", "X(90), Z(90)")
+    title = f"Job {job['id']} on the Bloch sphere"
+    assert answer.body.decode() == bloch.picture(title, "X(90), Z(90)")
 
 
 def test_other_jobs_have_none_and_other_people_get_none(server):

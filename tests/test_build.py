@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def build(folder, python=sys.executable, **options):
     """The .pyz that this Python builds there."""
-    subprocess.run([ROOT / "scripts" / "build.sh", folder], env={**os.environ, "PYTHON": python}, check=True,
-                   capture_output=True, **options)
+    subprocess.run([ROOT / "scripts" / "build.sh", folder], env={**os.environ, "PYTHON": python},
+                   check=True, capture_output=True, **options)
     return folder / "oqc.pyz"
 
 
@@ -31,7 +31,7 @@ def the_single_file(tmp_path_factory):
 
 @pytest.fixture(name="lab")
 def a_lab(pyz, tmp_path):
-    """lab(*flags): a server that runs from a copy of the file in tmp_path, where nothing else of oqc is."""
+    """lab(*flags): a server that runs from a copy of the file in tmp_path, where no oqc/ is."""
     started = []
     shutil.copy(pyz, tmp_path / "oqc.pyz")
 
@@ -65,19 +65,23 @@ def test_every_python_and_every_umask_builds_the_same_bytes(pyz, tmp_path):
 def test_what_is_in_it_is_plain_and_in_order(pyz):
     with zipfile.ZipFile(pyz) as archive:
         entries = archive.infolist()
-    assert [entry.filename for entry in entries] == sorted(
-        ["__main__.py", *(f"oqc/{path.name}" for path in (ROOT / "oqc").iterdir() if path.is_file())])
-    assert {(entry.date_time, entry.compress_type, entry.external_attr >> 16) for entry in entries} == {
+    files = [f"oqc/{path.name}" for path in (ROOT / "oqc").iterdir() if path.is_file()]
+    assert [entry.filename for entry in entries] == sorted(["__main__.py", *files])
+    assert {(entry.date_time, entry.compress_type, entry.external_attr >> 16)
+            for entry in entries} == {
         ((1980, 1, 1, 0, 0, 0), zipfile.ZIP_STORED, 0o100644)}
 
 
 def test_its_sum_is_beside_it(pyz):
-    assert (pyz.parent / "SHA256SUMS").read_text() == f"{hashlib.sha256(pyz.read_bytes()).hexdigest()}  oqc.pyz\n"
-    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=pyz.parent, check=True, capture_output=True)
+    digest = hashlib.sha256(pyz.read_bytes()).hexdigest()
+    assert (pyz.parent / "SHA256SUMS").read_text() == f"{digest}  oqc.pyz\n"
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=pyz.parent, check=True,
+                   capture_output=True)
 
 
 @pytest.mark.parametrize("arguments, status", [
-    (["--version"], 0), (["--port", "x"], 2), (["--config", "/nothing"], 78), (["--db", "/nowhere/x.db"], 1)])
+    (["--version"], 0), (["--port", "x"], 2), (["--config", "/nothing"], 78),
+    (["--db", "/nowhere/x.db"], 1)])
 def test_its_exit_statuses_come_through(pyz, arguments, status):
     done = subprocess.run([pyz, *arguments], cwd="/", capture_output=True, check=False, timeout=30)
     assert done.returncode == status and b"Traceback" not in done.stderr
@@ -91,7 +95,7 @@ def test_it_serves_every_mode_from_a_folder_of_its_own(lab):
 
 
 def test_a_file_that_is_replaced_or_removed_under_the_server_breaks_nothing(lab, tmp_path):
-    """Neither what it reads late nor the built-in runtimes, which are started anew after they ended."""
+    """Neither what it reads late nor the built-in runtimes, which start anew after they ended."""
     server = lab()
     (tmp_path / "oqc.pyz").write_bytes(b"half a copy")
     (tmp_path / "oqc.pyz").unlink()
@@ -124,7 +128,8 @@ def test_an_abstract_address_is_understood_and_a_dead_one_costs_a_line(lab, tmp_
         lab(NOTIFY_SOCKET=f"@oqc-{os.getpid()}").stop()
         assert told.recv(100) == b"READY=1"
     server = lab(NOTIFY_SOCKET=str(tmp_path / "nobody"))
-    assert "No such file" in server.line("NOTIFY_SOCKET") and server.request("GET", "/health/").status == 200
+    assert "No such file" in server.line("NOTIFY_SOCKET")
+    assert server.request("GET", "/health/").status == 200
 
 
 @pytest.fixture(name="unit")
@@ -135,16 +140,20 @@ def the_unit_of_the_readme(tmp_path):
             pytest.fail("systemd-analyze is missing")
         pytest.skip("systemd-analyze is not installed")
     unit = tmp_path / "oqc.service"
-    unit.write_text(UNIT.search(README)[1].replace("/usr/local/bin/oqc.pyz", sys.executable), encoding="utf-8")
+    unit.write_text(UNIT.search(README)[1].replace("/usr/local/bin/oqc.pyz", sys.executable),
+                    encoding="utf-8")
     return unit
 
 
 def test_systemd_finds_nothing_wrong_with_the_unit(unit):
-    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, [line for line in done.stderr.splitlines() if "oqc.service" in line]) == (0, [])
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True,
+                          check=False, timeout=60)
+    said = [line for line in done.stderr.splitlines() if "oqc.service" in line]
+    assert (done.returncode, said) == (0, [])
 
 
 def test_systemd_finds_the_unit_exposed_less_than_2(unit):
-    done = subprocess.run(["systemd-analyze", "security", "--offline=yes", "--no-pager", unit], capture_output=True,
-                          text=True, check=False, timeout=60)
-    assert float(re.search(r"exposure level for oqc.service: ([0-9.]+)", done.stdout)[1]) < 2.0, done.stdout
+    done = subprocess.run(["systemd-analyze", "security", "--offline=yes", "--no-pager", unit],
+                          capture_output=True, text=True, check=False, timeout=60)
+    level = re.search(r"exposure level for oqc.service: ([0-9.]+)", done.stdout)
+    assert float(level[1]) < 2.0, done.stdout

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, version, and one line with a conventional status for what is wrong."""
+"""The command line as a user meets it: help, version, and what is wrong: a line and its status."""
 import ast
 import os
 import platform
@@ -23,8 +23,9 @@ PYTHON = (sys.executable, "-m", "oqc")
 def run(folder, *arguments, command=PYTHON, **environment):
     """Run the program to its end; what came of it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("OQC_")}
-    return subprocess.run([*command, *map(str, arguments)], cwd=folder, check=False, capture_output=True, text=True,
-                          env={**kept, "PYTHONPATH": str(ROOT), **environment}, timeout=60)
+    return subprocess.run([*command, *map(str, arguments)], cwd=folder, check=False,
+                          capture_output=True, text=True, timeout=60,
+                          env={**kept, "PYTHONPATH": str(ROOT), **environment})
 
 
 def one_line(ended, status):
@@ -44,8 +45,10 @@ def test_the_help_names_every_flag_with_its_environment_variable_and_its_default
     for flag in config.FLAGS:
         variable = "OQC_" + flag.name.upper().replace("-", "_")
         default = "none" if flag.default is None else re.sub(r"\.0$", "", str(flag.default))
-        assert f"--{flag.name} {flag.metavar} {flag.meaning} [{variable}; default: {default}]" in text
-    assert "--runtime NAME=COMMAND" in text and "OQC_RUNTIME" in text and "default: the bundled emulator" in text
+        shown = f"--{flag.name} {flag.metavar} {flag.meaning} [{variable}; default: {default}]"
+        assert shown in text
+    assert "--runtime NAME=COMMAND" in text and "OQC_RUNTIME" in text
+    assert "default: the bundled emulator" in text
     assert "127.0.0.1:12021" in text and "curl" in text
     assert all(len(line) <= 120 for line in ended.stdout.splitlines())
 
@@ -58,8 +61,8 @@ def test_the_help_shows_the_default_and_not_what_the_environment_says(tmp_path):
 def test_the_version_is_that_of_oqc_python_and_sqlite(tmp_path):
     ended = run(tmp_path, "--version")
     assert (ended.returncode, ended.stderr) == (0, "")
-    assert ended.stdout == (
-        f"oqc {oqc.__version__}, Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}\n")
+    assert ended.stdout == (f"oqc {oqc.__version__}, Python {platform.python_version()}, "
+                            f"SQLite {sqlite3.sqlite_version}\n")
 
 
 @pytest.mark.parametrize("runtime", ["emulator", "simulator"])
@@ -70,7 +73,8 @@ def test_a_built_in_runtime_explains_itself(tmp_path, runtime):
 
 def test_key_prints_a_new_line_for_the_keys_file_each_time(tmp_path):
     lines = [run(tmp_path, "key", "alice").stdout for _ in range(2)]
-    assert all(re.fullmatch(r"alice:[A-Za-z0-9_-]{43}\n", line) for line in lines) and lines[0] != lines[1]
+    assert all(re.fullmatch(r"alice:[A-Za-z0-9_-]{43}\n", line) for line in lines)
+    assert lines[0] != lines[1]
     assert run(tmp_path, "key", "a b").returncode == run(tmp_path, "key").returncode == 2
 
 
@@ -88,7 +92,8 @@ def test_wrong_usage_ends_with_2_and_without_a_traceback(tmp_path, arguments):
 def test_a_command_that_is_unknown_is_2_and_one_line(tmp_path, word):
     ended = run(tmp_path, word, "--port", "0")
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"oqc: no command is called {word}; without one it serves, and --help names all\n"
+    assert ended.stderr == (
+        f"oqc: no command is called {word}; without one it serves, and --help names all\n")
 
 
 def test_a_wrong_environment_variable_ends_with_2_and_without_a_traceback(tmp_path):
@@ -100,8 +105,9 @@ def test_a_wrong_environment_variable_ends_with_2_and_without_a_traceback(tmp_pa
 
 
 def test_ctrl_c_in_the_emulator_is_130_without_a_traceback(tmp_path):
-    with subprocess.Popen([*PYTHON, "emulator"], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}) as program:
+    with subprocess.Popen([*PYTHON, "emulator"], cwd=tmp_path, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)}) as program:
         program.stdin.write('{"job": "X(90)"}\n')
         program.stdin.flush()
         assert program.stdout.readline()        # it listens
@@ -124,22 +130,28 @@ def test_a_port_that_is_in_use_is_one_line_and_leaves_the_database_as_it_was(tmp
     assert serve().get(job) == job
 
 
-@pytest.mark.parametrize("host, reason", [("192.0.2.1", "Cannot assign requested address"), ("a..b", ""),
-                                          ("a" * 64, ""), ("::1%nothing", "")])
+@pytest.mark.parametrize("host, reason", [
+    ("192.0.2.1", "Cannot assign requested address"), ("a..b", ""), ("a" * 64, ""),
+    ("::1%nothing", "")])
 def test_an_address_that_this_machine_does_not_have_is_one_line(tmp_path, host, reason):
-    assert one_line(run(tmp_path, "--host", host, "--port", 0, OQC_API_KEY="x"), 1).startswith(f"{host}:0: {reason}")
+    ended = run(tmp_path, "--host", host, "--port", 0, OQC_API_KEY="x")
+    assert one_line(ended, 1).startswith(f"{host}:0: {reason}")
 
 
 def test_a_host_that_is_no_text_is_one_line(tmp_path):
     host = os.fsdecode(b"h\xff")
-    assert one_line(run(tmp_path, "--host", host, "--port", 0, OQC_API_KEY="x"), 1).startswith("h\\udcff:0: ")
+    ended = run(tmp_path, "--host", host, "--port", 0, OQC_API_KEY="x")
+    assert one_line(ended, 1).startswith("h\\udcff:0: ")
 
 
-def test_more_slots_than_there_are_descriptors_are_one_line_and_leave_the_database_as_it_was(tmp_path, serve):
-    (tmp_path / "oqc.ini").write_text("[runtime qpu]\ncommand = cat\nslots = 50\n", encoding="ascii")
+def test_more_slots_than_there_are_descriptors_are_one_line_and_leave_the_database_as_it_was(
+        tmp_path, serve):
+    (tmp_path / "oqc.ini").write_text("[runtime qpu]\ncommand = cat\nslots = 50\n",
+                                      encoding="ascii")
     limited = ("sh", "-c", 'ulimit -n 64; exec "$0" "$@"', *PYTHON)
     said = one_line(run(tmp_path, "--port", 0, "--config", "oqc.ini", command=limited), 1)
-    assert said.startswith("no room for so many slots: Too many open files; ") and "ulimit -n" in said
+    assert said.startswith("no room for so many slots: Too many open files; ")
+    assert "ulimit -n" in said
     assert serve().add()["id"] == 1
 
 
@@ -159,14 +171,16 @@ def application_of_oqc(folder):
     server = Server(folder, "--db", "real.db")
     assert server.stop() == 0
     connection = sqlite3.connect(folder / "real.db")
-    found = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")]
+    found = [connection.execute(f"PRAGMA {name}").fetchone()[0]
+             for name in ("application_id", "user_version")]
     connection.close()
     return found
 
 
 @pytest.mark.parametrize("content, reason", [
-    (b"hello, world\n", "is not a database"), (b"x" * 5000, "is not a database"), (b"SQLite format 3\0", "is not a"),
-    (b"\0" * 100, "is not a database"), (b"SQLite format 3\0" + b"\0" * 4080, "is another program's database")],
+    (b"hello, world\n", "is not a database"), (b"x" * 5000, "is not a database"),
+    (b"SQLite format 3\0", "is not a"), (b"\0" * 100, "is not a database"),
+    (b"SQLite format 3\0" + b"\0" * 4080, "is another program's database")],
     ids=["text", "long", "magic", "zeros", "empty header"])
 def test_a_file_that_is_no_database_is_one_line_and_stays_as_it_is(tmp_path, content, reason):
     path = tmp_path / "file"
@@ -181,7 +195,8 @@ def test_a_database_of_another_program_is_one_line_and_stays_as_it_is(tmp_path, 
     path = tmp_path / "theirs.db"
     database(path, application)
     content = path.read_bytes()
-    assert one_line(run(tmp_path, "--db", path, "--port", 0), 1).startswith(f"{path}: is another program's database")
+    line = one_line(run(tmp_path, "--db", path, "--port", 0), 1)
+    assert line.startswith(f"{path}: is another program's database")
     assert path.read_bytes() == content
 
 
@@ -199,7 +214,8 @@ def test_a_database_without_the_tables_of_its_version_is_named_and_no_traceback(
     application, version = application_of_oqc(tmp_path)
     database(tmp_path / "hollow.db", application, version)
     ended = run(tmp_path, "--db", "hollow.db", "--port", 0)
-    assert (ended.returncode, ended.stdout, "Traceback" in ended.stderr) == (1, "", False), ended.stderr
+    assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
+    assert "Traceback" not in ended.stderr
     assert ended.stderr.splitlines()[-1].startswith("oqc: hollow.db: no such table: ")
 
 
@@ -207,10 +223,11 @@ def test_a_database_that_cannot_be_opened_is_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "dangling.db").symlink_to(tmp_path / "none" / "oqc.db")
     (tmp_path / "loop.db").symlink_to("loop.db")
-    for path in ("folder", "folder/", "none/oqc.db", "dangling.db", "loop.db", "a\nb/oqc.db", "/dev/null/oqc.db",
-                 "x" * 300):
+    for path in ("folder", "folder/", "none/oqc.db", "dangling.db", "loop.db", "a\nb/oqc.db",
+                 "/dev/null/oqc.db", "x" * 300):
         line = one_line(run(tmp_path, "--db", path, "--port", 0), 1)
-        named = {"dangling.db": str(tmp_path / "none" / "oqc.db"), "loop.db": str(tmp_path / "loop.db")}.get(path, path)
+        named = {"dangling.db": str(tmp_path / "none" / "oqc.db"),
+                 "loop.db": str(tmp_path / "loop.db")}.get(path, path)
         assert line.startswith(named.replace("\n", "\\n")) and "Errno" not in line, line
 
 
@@ -234,7 +251,8 @@ def test_an_empty_file_becomes_a_database(tmp_path, serve):
     assert serve().add()["id"] == 1
 
 
-def test_a_second_server_on_the_same_database_is_refused_by_a_lock_that_dies_with_its_process(tmp_path, serve):
+def test_a_second_server_on_the_same_database_is_refused_by_a_lock_that_dies_with_its_process(
+        tmp_path, serve):
     first = serve()
     job = first.wait(first.add())
     for path in ("oqc.db", tmp_path / "oqc.db", "./oqc.db"):
@@ -258,9 +276,12 @@ def test_a_certificate_that_cannot_be_read_is_one_line_that_names_it(tmp_path):
 def old_pythons():
     """The interpreters older than 3.9 that pyenv has here, if any."""
     pyenv = shutil.which("pyenv")
-    root = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True).stdout.strip() if pyenv else ""
-    found = [path for path in sorted(Path(root).glob("versions/*/bin/python")) if root]
-    return [path for path in found if tuple(map(int, re.findall(r"\d+", path.parts[-3])[:2])) < (3, 9)]
+    if not pyenv:
+        return []
+    done = subprocess.run([pyenv, "root"], capture_output=True, text=True, check=True)
+    found = sorted(Path(done.stdout.strip()).glob("versions/*/bin/python"))
+    return [path for path in found
+            if tuple(map(int, re.findall(r"\d+", path.parts[-3])[:2])) < (3, 9)]
 
 
 # What an old Python sees of sys, for machines that have none
@@ -277,7 +298,8 @@ def test_a_python_older_than_3_9_gets_one_line(tmp_path):
     for python in old_pythons():
         version = ".".join(re.findall(r"\d+", python.parts[-3])[:2])
         for arguments in ([], ["--help"]):
-            ended = run(tmp_path, *arguments, command=(str(python), "-m", "oqc"), PYTHONDONTWRITEBYTECODE="1")
+            ended = run(tmp_path, *arguments, command=(str(python), "-m", "oqc"),
+                        PYTHONDONTWRITEBYTECODE="1")
             assert one_line(ended, 1) == f"needs Python 3.9 or later, and this is Python {version}"
 
 
@@ -293,11 +315,14 @@ def test_a_python_without_sqlite3_gets_one_line(tmp_path):
         (tmp_path / "sqlite3.py").write_text(f"raise ImportError('none', name={missing!r})\n",
                                              encoding="utf-8")
         for arguments in ([], ["--help"], ["--version"]):
-            ended = run(tmp_path, *arguments, PYTHONPATH=f"{tmp_path}:{ROOT}", PYTHONDONTWRITEBYTECODE="1")
-            assert one_line(ended, 1) == f"this Python lacks {missing}; install it, or use another Python"
+            ended = run(tmp_path, *arguments, PYTHONPATH=f"{tmp_path}:{ROOT}",
+                        PYTHONDONTWRITEBYTECODE="1")
+            line = one_line(ended, 1)
+            assert line == f"this Python lacks {missing}; install it, or use another Python"
 
 
-@pytest.mark.parametrize("arguments, status", [(["--nothing"], 2), (["--config", "none"], 78), (["--db", "."], 1)])
+@pytest.mark.parametrize("arguments, status", [
+    (["--nothing"], 2), (["--config", "none"], 78), (["--db", "."], 1)])
 def test_a_closed_standard_error_changes_no_status(tmp_path, arguments, status):
     ended = run(tmp_path, "-c", 'exec "$@" 2>&-', "sh", *PYTHON, *arguments, command=("sh",))
     assert (ended.returncode, ended.stderr) == (status, "")

@@ -1,8 +1,9 @@
-"""What happens to the disk: full, read-only, damaged, missing, somebody else's; and a crash at the worst moment."""
+"""The disk: full, read-only, damaged, missing, somebody else's; and a crash at the worst moment."""
 import contextlib
 import http.client
 import os
 import random
+import select
 import shutil
 import signal
 import sqlite3
@@ -17,8 +18,9 @@ from test_wire import Wire
 from oqc.database import check, locked
 from oqc.jobs import StoreError
 
-# Stands on PYTHONPATH, so that the server's own connection does what a test asks for by a file in its directory:
-# "full", "read-only", "no-locks", or "die" at a commit that ends a job: before it, or after it.
+# Stands on PYTHONPATH, so that the server's own connection does what a test asks for by a file in
+# its directory: "full", "read-only", "no-locks", or "die" at a commit that ends a job, before it or
+# after it.
 SITECUSTOMIZE = """
 import errno, fcntl, os, signal, sqlite3
 connect, flock, statvfs = sqlite3.connect, fcntl.flock, os.statvfs
@@ -28,11 +30,14 @@ class Connection(sqlite3.Connection):
     ends = False
     def execute(self, statement, *values):
         if statement == "BEGIN IMMEDIATE" or statement.startswith("PRAGMA query_only"):
-            super().execute(f"PRAGMA max_page_count = {1 if os.path.exists('full') else 1 << 30}").fetchall()
+            pages = 1 if os.path.exists("full") else 1 << 30
+            super().execute(f"PRAGMA max_page_count = {pages}").fetchall()
         if statement == "BEGIN IMMEDIATE":
             super().execute(f"PRAGMA query_only = {int(os.path.exists('read-only'))}")
         self.ends |= statement.startswith(ENDS)
-        when = open("die").read() if statement == "COMMIT" and self.ends and os.path.exists("die") else ""
+        when = ""
+        if statement == "COMMIT" and self.ends and os.path.exists("die"):
+            when = open("die").read()
         if when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         done = super().execute(statement, *values)
@@ -46,13 +51,15 @@ def locks(*arguments):
     return flock(*arguments)
 
 def room(path):
-    return statvfs("/proc") if not os.path.exists("full") else os.statvfs_result((4096, 4096, 9, 2, 2, 9, 9, 9, 0, 255))
+    if os.path.exists("full"):
+        return os.statvfs_result((4096, 4096, 9, 2, 2, 9, 9, 9, 0, 255))
+    return statvfs("/proc")
 
 sqlite3.connect = lambda *a, **k: connect(*a, factory=Connection, **k)
 fcntl.flock, os.statvfs = locks, room
 """
 BATCH = [{"job": "X(90)", "mode": "echo"}] * 5000
-GATED = "read -r go <gate; exit 0"      # a runtime that ends when the test writes a line
+GATED = "echo >begun; read -r go <gate; exit 0"     # a runtime that ends when the test says so
 
 
 @pytest.fixture
@@ -64,13 +71,34 @@ def rigged(tmp_path):
     return {"PYTHONPATH": f"{folder}:{ROOT}"}
 
 
+class Gate:
+    """Attempts of the runtime GATED: one has begun, one is to end."""
+
+    def __init__(self, folder):
+        self._pipes = []
+        for name in ("begun", "gate"):
+            os.mkfifo(folder / name)
+            self._pipes.append(os.open(folder / name, os.O_RDWR))
+
+    def begun(self):
+        """Return when another attempt has begun."""
+        assert select.select(self._pipes[:1], (), (), 20)[0], "no attempt has begun"
+        os.read(self._pipes[0], 1)
+
+    def end(self):
+        """Have one attempt end."""
+        os.write(self._pipes[1], b"\n")
+
+    def close(self):
+        for pipe in self._pipes:
+            os.close(pipe)
+
+
 @pytest.fixture
 def gate(tmp_path):
-    """gate(): have one attempt of the runtime GATED end."""
-    os.mkfifo(tmp_path / "gate")
-    end = os.open(tmp_path / "gate", os.O_RDWR)
-    yield lambda: os.write(end, b"\n")
-    os.close(end)
+    """What attempts of the runtime GATED wait for."""
+    with contextlib.closing(Gate(tmp_path)) as gate:
+        yield gate
 
 
 def add(server, body):
@@ -89,11 +117,14 @@ def lines(server, text):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """(a tmpfs of 8 MiB, what fills it to the last page, what makes room again), or None where none can be mounted."""
+    """(a tmpfs of 8 MiB, what fills it to the last page, what makes room again).
+
+    None where none can be mounted.
+    """
     folder, filler = tmp_path / "disk", tmp_path / "disk" / "filler"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=False,
-                             capture_output=True).returncode == 0
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder]
+    mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
 
     def fill():
         with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -107,13 +138,14 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def frozen_file(tmp_path):
-    """(what makes a file immutable, what ends that), or None where the file system has no such thing."""
+    """(what makes a file immutable, what ends that), or None where no file can be."""
     path = tmp_path / "try"
     path.touch()
 
     def change(sign):
         def run(name):
-            return subprocess.run(["chattr", f"{sign}i", name], check=False, capture_output=True).returncode == 0
+            command = ["chattr", f"{sign}i", name]
+            return subprocess.run(command, check=False, capture_output=True).returncode == 0
         return run
     frozen = []
     works = bool(shutil.which("chattr")) and change("+")(path) and change("-")(path)
@@ -129,26 +161,31 @@ def frozen_file(tmp_path):
 @pytest.fixture
 def gated(serve, script):
     """gated(*flags, environment): a server with the runtime GATED."""
-    return lambda *flags, environment=None: serve(*flags, "--runtime", f"qpu={script(GATED)}", environment=environment)
+    runtime = f"qpu={script(GATED)}"
+    return lambda *flags, environment=None: serve(*flags, "--runtime", runtime,
+                                                  environment=environment)
 
 
 def in_trouble(server, gate, begin, end, answer):
-    """A server that cannot write from `begin` to `end`: nothing is lost, nothing is half done, and it says so once.
-    `answer`: the status, what the answer says, what health says."""
+    """A server that cannot write from `begin` to `end`.
+
+    Nothing is lost, nothing is half done, and it says so once. `answer`: the status, what the
+    answer says, what health says.
+    """
     status, says, health = answer
     ended = server.wait(server.add())
     running = server.add("X(1)", "verbatim")
     assert server.request("GET", "/health/").json == {"status": "ok"}
-    while not server.get(running)["start_time"]:
-        pass
+    gate.begun()
     before = ids(server)
     begin()
     refused = add(server, BATCH)
     assert (refused.status, refused.headers["Content-Type"]) == (status, "application/problem+json")
-    assert says in refused.detail and "oqc.db: " in refused.detail and int(refused.headers["Retry-After"]) > 0
+    assert says in refused.detail and "oqc.db: " in refused.detail
+    assert int(refused.headers["Retry-After"]) > 0
     for _ in range(3):
         assert add(server, BATCH).status == status
-    gate()                              # the running job ends, and that cannot be written
+    gate.end()                          # the running job ends, and that cannot be written
     unwell = server.request("GET", "/health/", key=None)
     assert unwell.status == 503 and unwell.json["status"] == "failing"
     assert len(unwell.json["reasons"]) == 1 and health in unwell.json["reasons"][0]
@@ -161,7 +198,8 @@ def in_trouble(server, gate, begin, end, answer):
     assert server.request("GET", "/health/").json == {"status": "ok"}
     assert after.json[0]["id"] == before[-1] + 1
     assert server.wait(after.json[-1])["status"] == "Success"
-    assert (len(lines(server, " error database: ")), len(lines(server, "can be written again"))) == (1, 1)
+    assert len(lines(server, " error database: ")) == 1
+    assert len(lines(server, "can be written again")) == 1
     assert len(lines(server, "waiting for the database")) <= 1 and "Traceback" not in server.log
     assert server.stop() == 0
 
@@ -198,10 +236,12 @@ def test_a_disk_that_is_nearly_full_is_said_before_anything_fails(serve, small_d
         # the same, of a file system that says so by itself
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text(
-            "import os, types\nreal = os.statvfs\nos.statvfs = lambda path: types.SimpleNamespace(f_blocks=1, f_bavail="
-            "1 if os.path.exists('disk/filler') else 9999, f_frsize=4096)\n", encoding="utf-8")
+            "import os, types\n"
+            "os.statvfs = lambda path: types.SimpleNamespace(f_blocks=1, f_frsize=4096,\n"
+            "    f_bavail=1 if os.path.exists('disk/filler') else 9999)\n", encoding="utf-8")
     folder = small_disk[0] if small_disk else tmp_path / "disk"
-    server = serve("--db", folder / "oqc.db", environment={"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"})
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    server = serve("--db", folder / "oqc.db", environment=environment)
     assert server.request("GET", "/health/").status == 200
     (folder / "filler").write_bytes(bytes(5 << 20))
     answer = server.request("GET", "/health/")
@@ -211,7 +251,7 @@ def test_a_disk_that_is_nearly_full_is_said_before_anything_fails(serve, small_d
     assert server.request("GET", "/health/").status == 200
 
 
-def test_on_a_full_disk_a_server_starts_that_has_its_files_and_else_says_in_a_line_that_there_is_no_room(
+def test_on_a_full_disk_a_server_starts_that_has_its_files_and_else_says_that_there_is_no_room(
         serve, small_disk, rigged, tmp_path):
     if not small_disk:              # the same, of a database that may have one page
         small_disk = tmp_path, (tmp_path / "full").touch, (tmp_path / "full").unlink
@@ -250,19 +290,26 @@ def test_a_file_that_cannot_be_written_any_more_refuses_jobs_with_503_and_recove
     if frozen_file:
         freeze, thaw = frozen_file
         wal = tmp_path / "oqc.db-wal"
-        in_trouble(gated(), gate, lambda: freeze(wal), lambda: thaw(wal), (503, "disk I/O error", "disk I/O error"))
+        answer = (503, "disk I/O error", "disk I/O error")
+        in_trouble(gated(), gate, lambda: freeze(wal), lambda: thaw(wal), answer)
     else:
-        mark = tmp_path / "read-only"
-        in_trouble(gated(environment=rigged), gate, mark.touch, mark.unlink, (503, READ_ONLY, READ_ONLY))
+        read_only_for_a_while(gated(environment=rigged), gate, tmp_path)
 
 
-def test_a_database_that_became_read_only_refuses_jobs_with_503_and_recovers(gated, gate, rigged, tmp_path):
-    mark = tmp_path / "read-only"
-    in_trouble(gated(environment=rigged), gate, mark.touch, mark.unlink, (503, READ_ONLY, READ_ONLY))
+def read_only_for_a_while(server, gate, folder):
+    """SQLite says that the database cannot be written."""
+    mark = folder / "read-only"
+    in_trouble(server, gate, mark.touch, mark.unlink, (503, READ_ONLY, READ_ONLY))
+
+
+def test_a_database_that_became_read_only_refuses_jobs_with_503_and_recovers(
+        gated, gate, rigged, tmp_path):
+    read_only_for_a_while(gated(environment=rigged), gate, tmp_path)
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["moved", "replaced"])
-def test_a_database_that_was_moved_away_refuses_jobs_with_503_until_it_is_back(gated, gate, tmp_path, replaced):
+def test_a_database_that_was_moved_away_refuses_jobs_with_503_until_it_is_back(
+        gated, gate, tmp_path, replaced):
     """What would be written into it is lost when the server closes it."""
     file, elsewhere = tmp_path / "oqc.db", tmp_path / "elsewhere"
 
@@ -278,7 +325,7 @@ def test_a_database_that_was_moved_away_refuses_jobs_with_503_until_it_is_back(g
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
-    """Folders as servers leave them: "stopped" in order, and "killed" with its last jobs in the WAL alone."""
+    """Folders as servers leave them: "stopped", or "killed" with its last jobs in the WAL alone."""
     folder = tmp_path_factory.mktemp("left")
     for name in ("stopped", "killed"):
         (folder / name).mkdir()
@@ -295,25 +342,34 @@ def left(tmp_path_factory):
 
 
 def refusal(folder, *flags, environment=None, beside=()):
-    """The one line with which a server refuses to start, after which the folder is as it was but for the lock, and
-    for the files named in `beside`."""
+    """The one line with which a server refuses to start.
+
+    After it the folder is as it was but for the lock, and for the files named in `beside`.
+    """
     before = files(folder)
     env = {name: value for name, value in os.environ.items() if not name.startswith("OQC_")}
     env.update({"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}, **(environment or {}))
-    ended = subprocess.run([sys.executable, "-m", "oqc", "--port", "0", *flags], cwd=folder, check=False, timeout=60,
-                           env=env, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-m", "oqc", "--port", "0", *flags], cwd=folder,
+                           check=False, timeout=60, env=env, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (1, ""), ended.stderr
     assert ended.stderr.startswith("oqc: ") and ended.stderr.count("\n") == 1, ended.stderr
-    after = files(folder)
-    assert {name: content for name, content in after.items() if name in before or name not in beside} == before
+    after = {name: content for name, content in files(folder).items()
+             if name in before or name not in beside}
+    assert after == before
     return ended.stderr[len("oqc: "):-1]
 
 
 def files(folder):
-    """{name: content} of what there is, but for an empty lock; an index of a WAL (-shm) is made anew by each reader."""
-    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    return {name: content if not name.endswith("-shm") else None for name, content in found.items()
-            if content or not name.endswith(".lock")}
+    """{name: content} of what there is, but for an empty lock.
+
+    An index of a WAL (-shm) is made anew by each reader: its content is None.
+    """
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and (path.stat().st_size or path.suffix != ".lock"):
+            content = None if path.name.endswith("-shm") else path.read_bytes()
+            found[path.relative_to(folder).as_posix()] = content
+    return found
 
 
 def overwrite(path, begin, data):
@@ -363,31 +419,49 @@ def with_large_pages(path):
 
 
 PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)) * 40
-HARMS = {                           # what was there, what happened to it, and what the line says of it
-    "pages overwritten": ("stopped", random_pages, "is damaged (", "put a backup in its place"),
-    "pages overwritten after a kill": ("killed", random_pages, "is damaged (", "put a backup in its place"),
-    "one page overwritten": ("stopped", lambda path: overwrite(path, 8192, b"\xff" * 4096), "is damaged (", "backup"),
-    "one page zeroed": ("stopped", lambda path: overwrite(path, 12288, bytes(4096)), "is damaged (", "backup"),
-    "its first bytes": ("stopped", lambda path: overwrite(path, 0, b"garbage!"), "is not a database", "--db"),
-    "truncated": ("stopped", truncate(8192), "is truncated, 8192 bytes of ", "put a backup in its place"),
-    "truncated within a page": ("stopped", truncate(9000), "is truncated, 9000 bytes of ", "backup"),
-    "truncated within a large page": ("stopped", with_large_pages, f"{(13 << 16) - 1} bytes of {13 << 16}; ", "backup"),
-    "truncated within the header": ("stopped", truncate(50), "is not a database", "--db"),
-    "truncated after a kill": ("killed", truncate(8192), "is damaged (", "backup"),
-    "another program's database": ("stopped", another_program, "is another program's database", "--db"),
-    "a text": ("stopped", lambda path: path.write_bytes(b"shopping list\n" * 99), "is not a database", "--db"),
-    "a picture": ("stopped", lambda path: path.write_bytes(PNG), "is not a database", "--db"),
-    "of a newer version": ("stopped", newer, "was written by a newer oqc (version 99 of the ", "run that one"),
-    "without its WAL after a kill": ("killed", without("-wal"), "-wal: is missing, ", "remove oqc.db.lock"),
-    "without WAL and index after a kill": ("killed", without("-wal", "-shm"), "-wal: is missing, ", "oqc.db.lock"),
-    "gone after a kill": ("killed", without(""), "is missing, but", "remove oqc.db.lock and oqc.db-wal"),
-    "gone with its WAL after a kill": ("killed", without("", "-wal", "-shm"), "is missing, but", "remove oqc.db.lock"),
-    "gone with its lock after a kill": ("killed", without("", ".lock"), "is missing, but", "put the file back"),
+STOPPED, KILLED = "stopped", "killed"
+HARMS = {                           # what there was, what happened to it, what the line says of it
+    "pages overwritten": (STOPPED, random_pages, "is damaged (", "put a backup in its place"),
+    "pages overwritten after a kill": (
+        KILLED, random_pages, "is damaged (", "put a backup in its place"),
+    "one page overwritten": (
+        STOPPED, lambda path: overwrite(path, 8192, b"\xff" * 4096), "is damaged (", "backup"),
+    "one page zeroed": (
+        STOPPED, lambda path: overwrite(path, 12288, bytes(4096)), "is damaged (", "backup"),
+    "its first bytes": (
+        STOPPED, lambda path: overwrite(path, 0, b"garbage!"), "is not a database", "--db"),
+    "truncated": (
+        STOPPED, truncate(8192), "is truncated, 8192 bytes of ", "put a backup in its place"),
+    "truncated within a page": (
+        STOPPED, truncate(9000), "is truncated, 9000 bytes of ", "backup"),
+    "truncated within a large page": (
+        STOPPED, with_large_pages, f"{(13 << 16) - 1} bytes of {13 << 16}; ", "backup"),
+    "truncated within the header": (STOPPED, truncate(50), "is not a database", "--db"),
+    "truncated after a kill": (KILLED, truncate(8192), "is damaged (", "backup"),
+    "another program's database": (
+        STOPPED, another_program, "is another program's database", "--db"),
+    "a text": (
+        STOPPED, lambda path: path.write_bytes(b"shopping list\n" * 99),
+        "is not a database", "--db"),
+    "a picture": (STOPPED, lambda path: path.write_bytes(PNG), "is not a database", "--db"),
+    "of a newer version": (
+        STOPPED, newer, "was written by a newer oqc (version 99 of the ", "run that one"),
+    "without its WAL after a kill": (
+        KILLED, without("-wal"), "-wal: is missing, ", "remove oqc.db.lock"),
+    "without WAL and index after a kill": (
+        KILLED, without("-wal", "-shm"), "-wal: is missing, ", "oqc.db.lock"),
+    "gone after a kill": (
+        KILLED, without(""), "is missing, but", "remove oqc.db.lock and oqc.db-wal"),
+    "gone with its WAL after a kill": (
+        KILLED, without("", "-wal", "-shm"), "is missing, but", "remove oqc.db.lock"),
+    "gone with its lock after a kill": (
+        KILLED, without("", ".lock"), "is missing, but", "put the file back"),
 }
 
 
 @pytest.mark.parametrize("name", HARMS)
-def test_a_database_that_is_not_as_it_was_left_is_refused_in_a_line_and_stays_as_it_is(left, tmp_path, name):
+def test_a_database_that_is_not_as_it_was_left_is_refused_in_a_line_and_stays_as_it_is(
+        left, tmp_path, name):
     state, harm, says, todo = HARMS[name]
     shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
     harm(tmp_path / "oqc.db")
@@ -420,7 +494,8 @@ def test_a_database_that_is_as_it_was_left_is_opened(left, serve, tmp_path, stat
 
 
 @pytest.mark.parametrize("name, remove, jobs", [
-    ("without its WAL after a kill", ["oqc.db.lock"], 500), ("gone after a kill", ["oqc.db.lock", "oqc.db-wal"], 0)])
+    ("without its WAL after a kill", ["oqc.db.lock"], 500),
+    ("gone after a kill", ["oqc.db.lock", "oqc.db-wal"], 0)])
 def test_what_the_line_says_to_do_helps(left, serve, tmp_path, name, remove, jobs):
     state, harm, _, _ = HARMS[name]
     shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
@@ -438,28 +513,33 @@ def test_a_file_system_without_locks_is_refused_in_a_line(left, tmp_path, rigged
         shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
     (tmp_path / "no-locks").touch()
     line = refusal(tmp_path, environment=rigged)
-    assert line == ("oqc.db: its file system has no locks (No locks available); name a file on a local disk with --db")
+    assert line == ("oqc.db: its file system has no locks (No locks available); "
+                    "name a file on a local disk with --db")
     assert (tmp_path / "oqc.db").exists() == bool(state)
 
 
 # Damage that comes later
 
-def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(left, serve, tmp_path):
+def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(
+        left, serve, tmp_path):
     shutil.copytree(left / "stopped", tmp_path, dirs_exist_ok=True)
     with contextlib.closing(sqlite3.connect(tmp_path / "oqc.db")) as connection:
-        root = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'jobs'").fetchone()[0]
+        root, = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'jobs'").fetchone()
     server = serve()
     size = (tmp_path / "oqc.db").stat().st_size
     for page in range(1, size // 4096):
         if page + 1 != root:
             overwrite(tmp_path / "oqc.db", page * 4096, b"\xff" * 4096)
     answer = server.request("GET", "/jobs/250/")
-    assert answer.status == 503 and "oqc.db: is damaged (" in answer.detail and "backup in its place" in answer.detail
+    assert answer.status == 503
+    assert "oqc.db: is damaged (" in answer.detail and "backup in its place" in answer.detail
     for _ in range(20):
         assert server.request("GET", "/jobs/250/").status == 503
         refused = add(server, {"job": "X(90)", "mode": "echo"})
-        assert refused.status == 503 and "is damaged (" in refused.detail, "it might never be found again"
-        with contextlib.suppress(http.client.HTTPException):        # or cut short where it comes to the damage
+        assert refused.status == 503, "it might never be found again"
+        assert "is damaged (" in refused.detail
+        with contextlib.suppress(http.client.HTTPException):        # or cut short at the damage
             assert server.request("GET", "/jobs/list/").status == 503
         health = server.request("GET", "/health/")
         assert health.status == 503 and "is damaged (" in health.json["reasons"][0]
@@ -474,7 +554,7 @@ def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_n
 
 @pytest.fixture
 def counting(tmp_path, script):
-    """(the path of a runtime that writes a line for each of its attempts, what reads these lines)."""
+    """(what makes a runtime that writes a line for each attempt, what reads these lines)."""
     log = tmp_path / "attempts"
     log.touch()
     return (lambda more="": script(f'echo "$OQC_JOB_ID.$OQC_ATTEMPT" >>{log}; {more}'),
@@ -484,11 +564,12 @@ def counting(tmp_path, script):
 def section(tmp_path, command, interrupted):
     """An INI file with this runtime."""
     path = tmp_path / "oqc.ini"
-    path.write_text(f"[runtime qpu]\ncommand = {command}\ninterrupted = {interrupted}\n", encoding="utf-8")
+    text = f"[runtime qpu]\ncommand = {command}\ninterrupted = {interrupted}\n"
+    path.write_text(text, encoding="utf-8")
     return path
 
 
-ENDS = {                            # by when the server dies and what the section says: the attempts, and the end
+ENDS = {                            # when the server dies, what the section says: attempts, the end
     ("runtime", "retry"): (["1.1", "1.2"], ("Success", 0, None)),
     ("runtime", "fail"): (["1.1"], ("Runtime Error", 137, "interrupted, outcome unknown")),
     ("before", "retry"): (["1.1", "1.2"], ("Success", 0, None)),
@@ -502,8 +583,9 @@ ENDS = {                            # by when the server dies and what the secti
 def test_a_job_whose_server_dies_as_it_ends_is_run_again_or_ended_as_its_section_says_and_once(
         serve, rigged, counting, tmp_path, when, interrupted):
     runtime, attempts = counting
-    config = section(tmp_path, runtime('[ "$OQC_ATTEMPT" = 2 ] || [ ! -e die ] || [ "$(cat die)" != runtime ] || '
-                                       "kill -9 $PPID; exit 0"), interrupted)
+    dies = ('[ "$OQC_ATTEMPT" = 2 ] || [ ! -e die ] || [ "$(cat die)" != runtime ] || '
+            "kill -9 $PPID; exit 0")
+    config = section(tmp_path, runtime(dies), interrupted)
     (tmp_path / "die").write_text(when, encoding="utf-8")
     server = serve("--config", config, environment=rigged)
     job = server.add(mode="verbatim")
@@ -512,7 +594,8 @@ def test_a_job_whose_server_dies_as_it_ends_is_run_again_or_ended_as_its_section
     server = serve("--config", config, environment=rigged)
     ended = server.wait(job)
     expected, end = ENDS[when, interrupted]
-    assert (attempts(), (ended["status"], ended["return_code"], ended["runtime_error"])) == (expected, end)
+    assert (ended["status"], ended["return_code"], ended["runtime_error"]) == end
+    assert attempts() == expected
     server.process.kill()
     server.stop()
     server = serve("--config", config, environment=rigged)
@@ -549,25 +632,26 @@ def test_a_job_is_added_whole_or_not_at_all_when_the_server_dies_in_the_middle(s
 
 # More jobs than there is room for
 
-def test_more_jobs_than_may_wait_are_refused_with_503_at_once_and_none_of_them_is_stored(gated, gate):
+def test_more_jobs_than_may_wait_are_refused_with_503_at_once_and_none_of_them_is_stored(
+        gated, gate):
     server = gated("--max-waiting", "3")
     running = server.add("X(1)", "verbatim")
-    while not server.get(running)["start_time"]:
-        pass
+    gate.begun()
     body = {"job": "X(90)", "mode": "verbatim"}
     assert add(server, [body] * 4).status == 503, "all or none"
     assert add(server, [body] * 2).status == add(server, body).status == 201
     for refused in (add(server, body), add(server, {"job": "X(90)", "mode": "echo"})):
-        assert (refused.status, refused.headers["Content-Type"]) == (503, "application/problem+json")
-        assert "3 jobs wait already (--max-waiting)" in refused.detail and int(refused.headers["Retry-After"]) > 0
+        assert refused.status == 503
+        assert refused.headers["Content-Type"] == "application/problem+json"
+        assert "3 jobs wait already (--max-waiting)" in refused.detail
+        assert int(refused.headers["Retry-After"]) > 0
     assert ids(server) == [1, 2, 3, 4] and server.request("GET", "/health/").status == 200
-    gate()
+    gate.end()
     assert server.wait(running)["status"] == "Success"
-    while not server.get(2)["start_time"]:
-        pass
+    gate.begun()
     assert add(server, body).status == 201, "there is room again"
     for _ in range(4):
-        gate()
+        gate.end()
     assert server.wait(5)["status"] == "Success"
 
 
@@ -595,7 +679,7 @@ def test_jobs_that_waited_before_a_restart_count_too_and_are_never_refused(gated
     server = gated("--max-waiting", "2")
     assert add(server, {"job": "X(90)", "mode": "echo"}).status == 503
     for _ in jobs:
-        gate()
+        gate.end()
     assert [server.wait(job)["status"] for job in jobs] == ["Success"] * 5
     assert server.wait(server.add())["status"] == "Success"
 
@@ -612,15 +696,16 @@ def test_a_cancelled_job_waits_no_more(gated, gate):
         assert add(server, body).status == 503
         assert server.request("POST", "/runtimes/qpu/resume/").status == 200
         for job in jobs:
-            gate()
+            gate.end()
         assert [server.wait(job)["status"] for job in jobs] == ["Success"] * 3
 
 
 def test_a_kill_before_anything_is_read_or_written_costs_no_later_start(serve, tmp_path):
-    dies = ("import os; from oqc.clock import Clock; from oqc.store import Store; store = Store('oqc.db', Clock()); "
-            "os.kill(os.getpid(), 9)")
+    dies = ("import os; from oqc.clock import Clock; from oqc.store import Store; "
+            "store = Store('oqc.db', Clock()); os.kill(os.getpid(), 9)")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for number in (1, 2):           # with a database that is new, and one that is not
-        killed = subprocess.run([sys.executable, "-c", dies], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        killed = subprocess.run([sys.executable, "-c", dies], cwd=tmp_path, env=environment,
                                 check=False)
         assert killed.returncode == -9
         server = serve()

@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def need(*programs):
     """Skip where one of these is missing; in CI fail."""
-    missing = [program for program in programs if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]
+    missing = [program for program in programs
+               if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]
     if missing and os.environ.get("OQC_CI"):
         pytest.fail(f"missing: {missing}")
     if missing:
@@ -27,29 +28,34 @@ def test_slurm_runs_jobs_loses_none_while_it_is_away_and_ends_what_is_cancelled(
     need("slurmctld", "slurmd", "munged", "srun")
     if os.getuid():
         pytest.skip("slurmd needs root")
-    done = subprocess.run([ROOT / "scripts" / "slurm_demo.sh"], cwd="/", capture_output=True, text=True, check=False,
-                          timeout=240, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"})
+    done = subprocess.run([ROOT / "scripts" / "slurm_demo.sh"], cwd="/", capture_output=True,
+                          text=True, check=False, timeout=240,
+                          env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"})
     assert done.returncode == 0, done.stdout + done.stderr
-    for shown in ("0 3 0, as it must be", "130, as it must be", "no step is left", "is Retrying", "All of it held"):
+    for shown in ("0 3 0, as it must be", "130, as it must be", "no step is left", "is Retrying",
+                  "All of it held"):
         assert shown in done.stdout
 
 
 @pytest.fixture
 def nginx(tmp_path):
-    """nginx(port, block): the port of a real nginx whose `server` has the block of the README for an oqc there."""
+    """nginx(port, block): the port of a real nginx that has this block of the README for an oqc."""
     need("nginx")
     started = []
 
     def start(port, block):
         with socket.create_server(("127.0.0.1", 0)) as probe:
             own = probe.getsockname()[1]
-        block = re.sub(r"listen \d+;", f"listen 127.0.0.1:{own};", block).replace("12021", str(port))
+        block = re.sub(r"listen \d+;", f"listen 127.0.0.1:{own};", block)
+        block = block.replace("12021", str(port))
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in kinds)
         (tmp_path / "nginx.conf").write_text(
-            f"daemon off; worker_processes 1; error_log stderr notice; pid {tmp_path}/pid;\nevents {{}}\nhttp {{\n"
-            "access_log off;\n" + "".join(f"{kind}_temp_path {tmp_path}/{kind};\n" for kind in (
-                "client_body", "proxy", "fastcgi", "uwsgi", "scgi")) + block + "}\n", encoding="utf-8")
-        process = subprocess.Popen([shutil.which("nginx", path="/usr/sbin:" + os.environ["PATH"]), "-c",
-                                    tmp_path / "nginx.conf", "-p", tmp_path], stderr=subprocess.PIPE, text=True)
+            f"daemon off; worker_processes 1; error_log stderr notice; pid {tmp_path}/pid;\n"
+            f"events {{}}\nhttp {{\naccess_log off;\n{paths}{block}}}\n", encoding="utf-8")
+        program = shutil.which("nginx", path="/usr/sbin:" + os.environ["PATH"])
+        process = subprocess.Popen([program, "-c", tmp_path / "nginx.conf", "-p", tmp_path],
+                                   stderr=subprocess.PIPE, text=True)
         started.append(process)
         said = []
         for line in process.stderr:
@@ -70,7 +76,8 @@ def nginx(tmp_path):
 def curl(port, *arguments):
     """What the real curl gets from this port: (status, body)."""
     done = subprocess.run(["curl", "-sS", "--max-time", "30", "-w", "\n%{http_code}", *arguments,
-                           f"http://127.0.0.1:{port}/jobs/add/"], capture_output=True, text=True, check=True)
+                           f"http://127.0.0.1:{port}/jobs/add/"], capture_output=True, text=True,
+                          check=True)
     body, _, status = done.stdout.rpartition("\n")
     return int(status), body
 

@@ -1,4 +1,4 @@
-"""The job as data: the documented pattern, what is said where a string leaves it, members, transitions, delays."""
+"""The job as data: its pattern, what is said where a string leaves it, members, transitions."""
 import itertools
 import json
 
@@ -13,8 +13,8 @@ NEXT = '", " and a pulse such as X(90)'
 
 
 @pytest.mark.parametrize("text", [
-    "X(0)", "X(90), Y(180), X(90)", "Z(180), Y(180)", "X(0), Y(0), X(0)", "Z(007)", "X(999)", "Y(1)",
-    ", ".join(["X(90)"] * 100_000)], ids=lambda text: text[:12])
+    "X(0)", "X(90), Y(180), X(90)", "Z(180), Y(180)", "X(0), Y(0), X(0)", "Z(007)", "X(999)",
+    "Y(1)", ", ".join(["X(90)"] * 100_000)], ids=lambda text: text[:12])
 def test_every_string_of_the_documented_pattern_is_a_job(text):
     assert jobs.parse({"job": text, "mode": "echo"}) == Submission(text, "echo")
 
@@ -52,12 +52,14 @@ def test_every_string_of_the_documented_pattern_is_a_job(text):
     ("X(90), Y(a)", 10, "an angle of 1 to 3 digits (whole degrees)", '"a"'),
     ("X(90), Y(1000)", 13, ANGLES, '"0"'),
     ("X(90), Y(180), X(90)\n", 21, NEXT, r'"\n"'),
-    ("X(90), " * 50_000 + "Q", 350_001, "a pulse such as X(90)", '"Q"')], ids=lambda value: repr(value)[:16])
+    ("X(90), " * 50_000 + "Q", 350_001, "a pulse such as X(90)", '"Q"'),
+], ids=lambda value: repr(value)[:16])
 def test_a_job_of_another_shape_is_refused_with_the_character_and_what_may_stand_there(
         text, character, expected, found):
     with pytest.raises(Malformed) as refused:
         jobs.parse({"job": text, "mode": "verbatim"})
-    assert str(refused.value) == f"job: at character {character}: expected {expected}, found {found}"
+    assert str(refused.value) == (
+        f"job: at character {character}: expected {expected}, found {found}")
 
 
 def test_the_reason_for_a_refusal_is_the_one_that_the_issue_shows():
@@ -79,18 +81,38 @@ def test_an_optional_member_is_taken_up_to_its_bounds(member, value):
 
 
 def test_a_number_whose_fraction_is_zero_is_whole():
-    parsed = jobs.parse({"job": "X(0)", "mode": "echo", "shots": 1.0, "seed": 2.0, "return_code": -0.0})
+    members = {"shots": 1.0, "seed": 2.0, "return_code": -0.0}
+    parsed = jobs.parse({"job": "X(0)", "mode": "echo", **members})
     assert repr(parsed) == repr(Submission("X(0)", "echo", 1, 2, 0))
 
 
-@pytest.mark.parametrize("member, most", [("shots", 1_000_000), ("seed", SEED_MOST), ("return_code", 255)])
-def test_an_optional_member_is_refused_outside_its_bounds_and_as_anything_but_a_whole_number(member, most):
-    for value, found in ((-1, "-1"), (most + 1, str(most + 1)), (10 ** 100, str(10 ** 100)[:40]),
-                         (0.5, "a number with a fraction"), (-1.0, "-1"), (1e300, str(int(1e300))[:40]),
-                         ("1", "text"), (None, "null"), (True, "true or false"), ([1], "an array"), ({}, "an object")):
+@pytest.mark.parametrize("member, most", [
+    ("shots", 1_000_000), ("seed", SEED_MOST), ("return_code", 255)])
+def test_an_optional_member_is_refused_outside_its_bounds_and_as_anything_but_a_whole_number(
+        member, most):
+    for value, found in (
+            (-1, "-1"), (most + 1, str(most + 1)), (10 ** 100, str(10 ** 100)[:40]),
+            (0.5, "a number with a fraction"), (-1.0, "-1"), (1e300, str(int(1e300))[:40]),
+            ("1", "text"), (None, "null"), (True, "true or false"), ([1], "an array"),
+            ({}, "an object")):
         with pytest.raises(Malformed) as refused:
             jobs.parse({"job": "X(0)", "mode": "echo", member: value})
-        assert str(refused.value) == f"{member}: expected a whole number from 0 to {most}, found {found}"
+        assert str(refused.value) == (
+            f"{member}: expected a whole number from 0 to {most}, found {found}")
+
+
+@pytest.mark.parametrize("text, number", [
+    ("1", 1), ("9", 9), ("007", 7), ("0", None), ("10", None), ("", None), ("x", None),
+    ("+1", None), ("-1", None), ("1.0", None), (" 1", None), ("1\n", None), ("1_0", None),
+    ("\u0663", None),
+    ("0" * 18 + "1", 1), ("0" * 19 + "1", None)])
+def test_a_whole_number_in_text_is_ascii_digits_within_its_bounds(text, number):
+    if number is None:
+        with pytest.raises(ValueError) as refused:
+            jobs.whole_number(text, 1, 9)
+        assert str(refused.value) == "expected a whole number from 1 to 9"
+    else:
+        assert jobs.whole_number(text, 1, 9) == number
 
 
 @pytest.mark.parametrize("value, reason", [
@@ -110,11 +132,14 @@ def test_an_optional_member_is_refused_outside_its_bounds_and_as_anything_but_a_
     ({"job": "X(0)", "mode": 0.5}, "mode: expected text, found a number with a fraction"),
     ({"job": "X(0)", "mode": "Echo"}, 'mode: expected verbatim, simulation or echo, found "Echo"'),
     ({"job": "X(0)", "mode": ""}, 'mode: expected verbatim, simulation or echo, found ""'),
-    ({"job": "X(0)", "mode": "echo\n"}, r'mode: expected verbatim, simulation or echo, found "echo\n"'),
+    ({"job": "X(0)", "mode": "echo\n"},
+     r'mode: expected verbatim, simulation or echo, found "echo\n"'),
     ({"job": "X(0)", "mode": "echo", "color": 1},
      'unknown member "color": allowed are job, mode, shots, seed, return_code'),
-    ({"job": "X(0)", "mode": "verbatim", "return_code": 1}, "return_code: only an echo can be asked for one"),
-    ({"job": "X(0)", "mode": "simulation", "return_code": 0}, "return_code: only an echo can be asked for one"),
+    ({"job": "X(0)", "mode": "verbatim", "return_code": 1},
+     "return_code: only an echo can be asked for one"),
+    ({"job": "X(0)", "mode": "simulation", "return_code": 0},
+     "return_code: only an echo can be asked for one"),
 ], ids=lambda value: repr(value)[:40])
 def test_what_is_not_a_job_is_refused_with_its_reason(value, reason):
     with pytest.raises(Malformed) as refused:
@@ -124,8 +149,10 @@ def test_what_is_not_a_job_is_refused_with_its_reason(value, reason):
 
 def test_a_reason_stays_short_and_on_one_line_whatever_was_sent():
     long = "\n" * 100_000
-    for value in ({"job": "X(0)", "mode": long}, {"job": "X(0)", "mode": "echo", long: 1},
-                  {"job": "X(0)", "mode": "echo", "shots": 10 ** 4000}, {"job": long, "mode": "echo"}):
+    for value in ({"job": "X(0)", "mode": long},
+                  {"job": "X(0)", "mode": "echo", long: 1},
+                  {"job": "X(0)", "mode": "echo", "shots": 10 ** 4000},
+                  {"job": long, "mode": "echo"}):
         with pytest.raises(Malformed) as refused:
             jobs.parse(value)
         assert "\n" not in str(refused.value) and len(str(refused.value)) < 200
@@ -133,9 +160,10 @@ def test_a_reason_stays_short_and_on_one_line_whatever_was_sent():
 
 def test_every_status_and_event_of_the_design_has_its_place_in_the_table_and_no_other_has():
     starting, retrying, success, runtime_error = "Starting", "Retrying", "Success", "Runtime Error"
+    ends = {"retry": retrying, "succeeded": success, "failed": runtime_error}
     allowed = {
-        starting: {"claimed": starting, "retry": retrying, "succeeded": success, "failed": runtime_error},
-        retrying: {"claimed": retrying, "retry": retrying, "succeeded": success, "failed": runtime_error},
+        starting: {"claimed": starting, **ends},
+        retrying: {"claimed": retrying, **ends},
         success: {}, runtime_error: {}}
     assert jobs.STATUSES == (starting, retrying, success, runtime_error)
     for status, event in itertools.product(allowed, ("claimed", "retry", "succeeded", "failed")):
@@ -151,7 +179,8 @@ def test_every_status_and_event_of_the_design_has_its_place_in_the_table_and_no_
     (Outcome(75, transient=True), 5, "failed"), (Outcome(75, transient=True), 6, "failed"),
     (Outcome(75), 1, "failed"),
     (Outcome(126, transient=True, started=False), 2, "retry")])
-def test_only_a_transient_outcome_is_tried_again_and_only_until_the_last_attempt(outcome, attempt, event):
+def test_only_a_transient_outcome_is_tried_again_and_only_until_the_last_attempt(
+        outcome, attempt, event):
     assert jobs.decide(outcome, attempt, RetryPolicy()) == event
 
 
@@ -165,15 +194,18 @@ def test_decide_gives_nothing_but_events_that_the_table_knows_for_every_open_sta
 def test_the_delay_doubles_from_half_a_second_to_thirty_and_the_dice_take_up_to_half_of_it_off():
     policy = RetryPolicy()
     assert policy.attempts == 5
-    assert [policy.delay(attempt, 1.0) for attempt in range(1, 9)] == [0.5, 1, 2, 4, 8, 16, 30, 30]
-    assert [policy.delay(attempt, 0.0) for attempt in range(1, 9)] == [0.25, 0.5, 1, 2, 4, 8, 15, 15]
+    assert [policy.delay(attempt, 1.0) for attempt in range(1, 9)] == [
+        0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert [policy.delay(attempt, 0.0) for attempt in range(1, 9)] == [
+        0.25, 0.5, 1, 2, 4, 8, 15, 15]
     assert policy.delay(3, 0.5) == 1.5
     assert policy.delay(10 ** 6, 1.0) == 30, "no overflow, however often"
 
 
 def test_a_job_has_the_ten_documented_members_in_the_documented_order():
-    assert jobs.Job._fields == ("id", "job", "mode", "status", "runtime", "return_code", "runtime_error",
-                                "created_time", "start_time", "end_time")
+    assert jobs.Job._fields == (
+        "id", "job", "mode", "status", "runtime", "return_code", "runtime_error",
+        "created_time", "start_time", "end_time")
 
 
 def test_the_pattern_is_the_documented_one_with_ascii_digits():

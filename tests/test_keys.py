@@ -1,4 +1,7 @@
-"""Who gets in, by which key, and that a key stays where it belongs: real servers, real files, real signals."""
+"""Who gets in, by which key, and that a key stays where it belongs.
+
+Real servers, real files, real signals.
+"""
 import contextlib
 import os
 import re
@@ -15,8 +18,9 @@ from conftest import KEY, ROOT, RUNTIMES
 def started(folder, *arguments, **environment):
     """python -m oqc with these arguments, run to its end."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("OQC_")}
-    return subprocess.run([sys.executable, "-m", "oqc", *map(str, arguments)], cwd=folder, check=False, timeout=60,
-                          env={**env, "PYTHONPATH": str(ROOT), **environment}, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "oqc", *map(str, arguments)], cwd=folder,
+                          check=False, timeout=60, capture_output=True, text=True,
+                          env={**env, "PYTHONPATH": str(ROOT), **environment})
 
 
 @pytest.fixture
@@ -33,8 +37,8 @@ def keys(tmp_path):
 def status(server, key, header="api_key"):
     """The status of an answer that needs a key, to a key of any bytes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(b"GET /jobs/list/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%b: %b\r\n\r\n" % (
-            header.encode(), key))
+        client.sendall(b"GET /jobs/list/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                       b"%b: %b\r\n\r\n" % (header.encode(), key))
         return int(client.makefile("rb").readline().split()[1])
 
 
@@ -50,7 +54,8 @@ def submitters(folder):
 def test_the_documented_key_works_on_loopback(serve, host):
     server = serve("--host", host)
     shown = f"[{host}]" if ":" in host else host
-    assert f" listening on http://{shown}:" in server.log.replace("http://127.0.0.1:", f"http://{shown}:")
+    assert f" listening on http://{shown}:" in server.log.replace(
+        "http://127.0.0.1:", f"http://{shown}:")
     client = socket.create_connection((host, server.port), timeout=20)
     with contextlib.closing(client), client.makefile("rb") as answer:
         client.sendall(b"HEAD /jobs/list/ HTTP/1.0\r\napi_key: %b\r\n\r\n" % KEY.encode())
@@ -58,7 +63,8 @@ def test_the_documented_key_works_on_loopback(serve, host):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "lab.invalid"])
-def test_on_any_other_address_it_does_not_start_without_keys_and_says_how_to_make_one(tmp_path, host):
+def test_on_any_other_address_it_does_not_start_without_keys_and_says_how_to_make_one(
+        tmp_path, host):
     ended = started(tmp_path, "--port", 0, "--host", host)
     assert (ended.returncode, ended.stdout, os.listdir(tmp_path)) == (78, "", [])
     assert ended.stderr.count("\n") == 1 and "documented key is public" in ended.stderr
@@ -67,10 +73,11 @@ def test_on_any_other_address_it_does_not_start_without_keys_and_says_how_to_mak
 
 def test_what_that_line_says_to_do_helps(serve, tmp_path):
     ended = started(tmp_path, "--port", 0, "--host", "0.0.0.0")
-    commands = re.search(r"(python -m oqc key \w+ >(\w+); chmod 600 \w+); then (--keys-file \w+)", ended.stderr)
+    commands = re.search(r"(python -m oqc key \w+ >(\w+); chmod 600 \w+); then (--keys-file \w+)",
+                         ended.stderr)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(["sh", "-c", f'umask 022; python() {{ "{sys.executable}" "$@"; }}; {commands[1]}'], check=True,
-                   cwd=tmp_path, env=environment)
+    shell = f'umask 022; python() {{ "{sys.executable}" "$@"; }}; {commands[1]}'
+    subprocess.run(["sh", "-c", shell], check=True, cwd=tmp_path, env=environment)
     server = serve("--host", "0.0.0.0", *commands[3].split())
     name, _, key = (tmp_path / commands[2]).read_text(encoding="utf-8").strip().partition(":")
     assert (name, len(key)) == ("NAME", 43)
@@ -89,7 +96,8 @@ def test_a_key_of_a_file_of_the_environment_and_of_systemd_gets_in_and_the_docum
         ((), {"OQC_API_KEY": "env-key"}, {b"env-key"}),
         ((), credentials, {b"cred-key"}),
         (("--keys-file", path), {}, {b"file-key", b"bob-key"}),
-        (("--keys-file", path), {**credentials, "OQC_API_KEY": "env-key"}, {b"file-key", b"bob-key", b"env-key"}),
+        (("--keys-file", path), {**credentials, "OQC_API_KEY": "env-key"},
+         {b"file-key", b"bob-key", b"env-key"}),
     )
     for flags, environment, right in cases:
         server = serve("--host", "0.0.0.0", *flags, environment=environment)
@@ -102,7 +110,8 @@ def test_a_key_of_a_file_of_the_environment_and_of_systemd_gets_in_and_the_docum
 def test_a_keys_file_that_others_may_touch_is_refused_at_start(tmp_path, keys, mode):
     path = keys(b"alice:file-key\n", mode)
     ended = started(tmp_path, "--port", 0, "--keys-file", path)
-    assert (ended.returncode, ended.stderr) == (78, f"oqc: {path}: others may read it; chmod 600 {path}\n")
+    assert (ended.returncode, ended.stderr) == (
+        78, f"oqc: {path}: others may read it; chmod 600 {path}\n")
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o400])
@@ -110,17 +119,21 @@ def test_a_keys_file_of_its_owner_alone_is_taken(serve, keys, mode):
     assert status(serve("--keys-file", keys(b"alice:file-key\n", mode)), b"file-key") == 200
 
 
-CARRIED = bytes(range(0x21, 0x7f)) + bytes(range(0x80, 0x100))      # what may stand at either end of a header's value
+# What may stand at either end of a header's value
+CARRIED = bytes(range(0x21, 0x7f)) + bytes(range(0x80, 0x100))
 
 
 @pytest.mark.parametrize("key", [
-    CARRIED, b"inner  spaces \t and\ttabs", b"a:b:c", b"caf\xc3\xa9 \xe9", b"\xa0\xff\x85", b"#:,;\"'\\%", b"x" * 4000,
-    KEY.encode()], ids=lambda key: ascii(key[:20])[2:-1])
-def test_a_key_of_any_bytes_that_a_header_can_carry_gets_in_and_one_that_differs_in_one_does_not(serve, keys, key):
+    CARRIED, b"inner  spaces \t and\ttabs", b"a:b:c", b"caf\xc3\xa9 \xe9", b"\xa0\xff\x85",
+    b"#:,;\"'\\%", b"x" * 4000, KEY.encode()], ids=lambda key: ascii(key[:20])[2:-1])
+def test_a_key_of_any_bytes_that_a_header_can_carry_gets_in_and_one_that_differs_in_one_does_not(
+        serve, keys, key):
     server = serve("--keys-file", keys(b"alice:%b\n" % key))
     assert status(server, key) == status(server, b"  \t%b \t" % key) == 200
-    assert status(server, key, "X-API-Key") == status(server, b"Bearer " + key, "Authorization") == 200
-    for wrong in (key[1:] or b"x", key[:-1] or b"x", key + b"x", b"x" + key, key[:-1] + bytes([key[-1] ^ 1])):
+    assert status(server, key, "X-API-Key") == 200
+    assert status(server, b"Bearer " + key, "Authorization") == 200
+    for wrong in (key[1:] or b"x", key[:-1] or b"x", key + b"x", b"x" + key,
+                  key[:-1] + bytes([key[-1] ^ 1])):
         assert status(server, wrong) == 401, wrong
 
 
@@ -133,7 +146,8 @@ def test_a_key_of_any_bytes_comes_from_the_environment_too(serve):
 @pytest.mark.parametrize("key", ["a\nb", "a\x7fb", " ", "\t", "\x01"])
 def test_a_key_in_the_environment_that_no_header_can_carry_is_refused(tmp_path, key):
     ended = started(tmp_path, "--port", 0, OQC_API_KEY=key)
-    assert ended.returncode == 78 and ended.stderr.startswith("oqc: OQC_API_KEY: ") and ended.stderr.count("\n") == 1
+    assert ended.returncode == 78
+    assert ended.stderr.startswith("oqc: OQC_API_KEY: ") and ended.stderr.count("\n") == 1
 
 
 def test_blanks_around_a_key_in_the_environment_are_no_part_of_it(serve):
@@ -144,12 +158,15 @@ def test_blanks_around_a_key_in_the_environment_are_no_part_of_it(serve):
 
 def test_the_name_stands_in_the_log_and_beside_the_job_and_the_key_nowhere(serve, keys, tmp_path):
     path = keys(b"alice:file-key-1\nbob:file-key-2\n")
-    server = serve("--keys-file", path, "--log-level", "debug", environment={"OQC_API_KEY": "env-key-3"})
+    server = serve("--keys-file", path, "--log-level", "debug",
+                   environment={"OQC_API_KEY": "env-key-3"})
     sent = {"alice": "file-key-1", "bob": "file-key-2", "OQC_API_KEY": "env-key-3"}
     for name, key in sent.items():
         answer = server.request("POST", "/jobs/add/", {"job": "X(90)", "mode": "echo"}, key=key)
         assert answer.status == 201 and name.encode() not in answer.body
-    assert server.request("POST", "/jobs/add/", {"job": "X(90)", "mode": "echo"}, key="wrong-key-4").status == 401
+    refused = server.request("POST", "/jobs/add/", {"job": "X(90)", "mode": "echo"},
+                             key="wrong-key-4")
+    assert refused.status == 401
     assert server.request("GET", "/nothing/", key="file-key-1").status == 404
     assert server.request("GET", "/", key=None).status == 200
     assert server.stop() == 0
@@ -164,7 +181,8 @@ def test_the_name_stands_in_the_log_and_beside_the_job_and_the_key_nowhere(serve
 def test_a_request_refused_before_its_body_came_stands_in_the_log_as_what_it_is(serve):
     server = serve()
     head = b"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: wrong\r\nContent-Length: 9\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client, client.makefile("rb") as answer:
+    client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    with client, client.makefile("rb") as answer:
         client.sendall(head)
         assert answer.readline() == b"HTTP/1.1 401 Unauthorized\r\n"
     assert '"-" "POST /jobs/add/" 401 ' in server.line(" access ")
@@ -172,7 +190,8 @@ def test_a_request_refused_before_its_body_came_stands_in_the_log_as_what_it_is(
 
 def test_a_key_that_has_two_names_gets_in_under_one_of_them(serve, keys, tmp_path):
     server = serve("--keys-file", keys(b"alice:same\nbob:same\n"))
-    assert server.request("POST", "/jobs/add/", {"job": "X(90)", "mode": "echo"}, key="same").status == 201
+    added = server.request("POST", "/jobs/add/", {"job": "X(90)", "mode": "echo"}, key="same")
+    assert added.status == 201
     assert submitters(tmp_path)[0] in ("alice", "bob")
 
 
@@ -186,15 +205,18 @@ def test_sighup_reads_the_keys_again_and_a_bad_file_keeps_the_old_ones_and_says_
     keys(b"bob:second-key\ncarol:third-key\n")
     server.process.send_signal(signal.SIGHUP)
     assert server.line("keys read again").endswith(": bob, carol")
-    assert [status(server, key) for key in (b"first-key", b"second-key", b"third-key")] == [401, 200, 200]
-    for bad, mode, says in ((b"bob-second-key\n", 0o600, "line 1: expected name:key"), (b"", 0o600, "holds no key"),
+    assert [status(server, key) for key in (b"first-key", b"second-key", b"third-key")] == [
+        401, 200, 200]
+    for bad, mode, says in ((b"bob-second-key\n", 0o600, "line 1: expected name:key"),
+                            (b"", 0o600, "holds no key"),
                             (b"bob:fourth-key\n", 0o644, "others may read it")):
         server.lines.clear()
         keys(bad, mode)
         server.process.send_signal(signal.SIGHUP)
         line = server.line("keys not read again, the old ones stay")
         assert " error " in line and f"{path}: {says}" in line and "second-key" not in line
-        assert [status(server, key) for key in (b"second-key", b"fourth-key", KEY.encode())] == [200, 401, 401]
+        assert [status(server, key) for key in (b"second-key", b"fourth-key", KEY.encode())] == [
+            200, 401, 401]
     server.lines.clear()
     path.unlink()
     server.process.send_signal(signal.SIGHUP)
@@ -218,7 +240,8 @@ def test_sighup_without_a_keys_file_keeps_the_documented_key_and_ends_nothing(se
 # Files and runtimes
 
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
-def test_the_database_its_wal_and_its_lock_are_for_their_owner_alone_whatever_the_umask(serve, tmp_path, umask):
+def test_the_database_its_wal_and_its_lock_are_for_their_owner_alone_whatever_the_umask(
+        serve, tmp_path, umask):
     server = serve(command=("sh", "-c", f'umask {umask:o}; exec "$0" -m oqc "$@"', sys.executable))
     server.wait(server.add())
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
@@ -227,7 +250,8 @@ def test_the_database_its_wal_and_its_lock_are_for_their_owner_alone_whatever_th
     server.stop()
     server = serve(command=("sh", "-c", f'umask {umask:o}; exec "$0" -m oqc "$@"', sys.executable))
     server.wait(server.add())
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}, "after a kill too"
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {0o600}, "after a kill too"
 
 
 def test_a_runtime_gets_no_secret_of_the_server(serve, keys, tmp_path):
@@ -236,10 +260,12 @@ def test_a_runtime_gets_no_secret_of_the_server(serve, keys, tmp_path):
     server = serve("--keys-file", path, "--runtime", f"qpu={RUNTIMES}/tells", environment={
         "OQC_API_KEY": "env-key-3", "OQC_KEYS_FILE": str(path), "OQC_DRAIN": "5", "PLAIN": "kept",
         "CREDENTIALS_DIRECTORY": str(tmp_path / "credentials"), "NOTIFY_SOCKET": "/nothing"})
-    answer = server.request("POST", "/jobs/add/?wait=20", {"job": "X(90)", "mode": "verbatim"}, key="file-key-1")
+    answer = server.request("POST", "/jobs/add/?wait=20", {"job": "X(90)", "mode": "verbatim"},
+                            key="file-key-1")
     assert (answer.status, answer.json["status"]) == (201, "Success")
     told = server.request("GET", "/jobs/1/result/", key="file-key-1").json
     assert told["environment"]["PLAIN"] == "kept" and told["descriptors"] == [0, 1, 2]
-    assert {name for name in told["environment"] if name.startswith(("OQC_", "CREDENTIALS", "NOTIFY"))} == {
+    ours = ("OQC_", "CREDENTIALS", "NOTIFY")
+    assert {name for name in told["environment"] if name.startswith(ours)} == {
         "OQC_JOB_ID", "OQC_MODE", "OQC_ATTEMPT", "OQC_SHOTS", "OQC_SEED", "OQC_RUNTIME"}
     assert not any(secret in str(told) for secret in ("file-key-1", "env-key-3", str(path)))

@@ -1,4 +1,4 @@
-"""The physics of oqc.qubit against 2x2 complex matrices multiplied out here, closed formulas, and statistics."""
+"""The physics of oqc.qubit against 2x2 matrices multiplied out here, formulas, and statistics."""
 import json
 import math
 import random
@@ -9,7 +9,8 @@ import pytest
 from oqc import qubit
 from oqc.qubit import Device
 
-PERFECT = Device(t1_us=math.inf, t2_us=math.inf, pulse_ns=40.0, over_rotation=0.0, readout_0=0.0, readout_1=0.0)
+PERFECT = Device(t1_us=math.inf, t2_us=math.inf, pulse_ns=40.0, over_rotation=0.0,
+                 readout_0=0.0, readout_1=0.0)
 PAULI = {"X": ((0, 1), (1, 0)), "Y": ((0, -1j), (1j, 0)), "Z": ((1, 0), (0, -1))}
 
 
@@ -22,40 +23,53 @@ def multiplied_out(job):
     state = [1, 0]
     for pulse in job.split(", "):
         half = int(pulse[2:-1]) * math.pi / 360
-        matrix = [[math.cos(half) * (row == column) - 1j * math.sin(half) * PAULI[pulse[0]][row][column]
+        pauli = PAULI[pulse[0]]
+        matrix = [[math.cos(half) * (row == column) - 1j * math.sin(half) * pauli[row][column]
                    for column in (0, 1)] for row in (0, 1)]
         state = [sum(matrix[row][column] * state[column] for column in (0, 1)) for row in (0, 1)]
     return state
 
 
 def turned(after, before):
-    """The product of two quaternions (w, x, y, z), which are the rotations w 1 - i (x X + y Y + z Z)."""
+    """The product of two quaternions (w, x, y, z): rotations w 1 - i (x X + y Y + z Z)."""
     (w, x, y, z), (v, i, j, k) = after, before
     return (w * v - x * i - y * j - z * k, w * i + x * v + y * k - z * j,
             w * j - x * k + y * v + z * i, w * k + x * j - y * i + z * v)
 
 
 def to_50_digits(pattern, times):
-    """The state after a list of pulses, so many times over: quaternions of decimals, raised to a power by squaring."""
+    """The state after a list of pulses, so many times over.
+
+    By quaternions of decimals, raised to a power by squaring.
+    """
+    pi = Decimal("3.14159265358979323846264338327950288419716939937510582")
     with localcontext() as context:
         context.prec = 50
         whole = power = (Decimal(1), Decimal(0), Decimal(0), Decimal(0))
         for pulse in pattern:
-            half = int(pulse[2:-1]) * Decimal("3.14159265358979323846264338327950288419716939937510582") / 360
+            half = int(pulse[2:-1]) * pi / 360
             term, cosine, sine = Decimal(1), Decimal(0), Decimal(0)
-            for power_of_half in range(0, 100, 2):          # Taylor's series, of angles up to 500 degrees
+            for power_of_half in range(0, 100, 2):      # Taylor's series, of angles up to 500°
                 cosine, term = cosine + term, term * half / (power_of_half + 1)
                 sine, term = sine + term, -term * half / (power_of_half + 2)
             power = turned((cosine, *(sine * (axis == pulse[0]) for axis in "XYZ")), power)
         while times:
-            whole, power, times = turned(power, whole) if times % 2 else whole, turned(power, power), times // 2
+            if times % 2:
+                whole = turned(power, whole)
+            power = turned(power, power)
+            times //= 2
         w, x, y, z = (float(part) for part in whole)
         return complex(w, -z), complex(y, -x)
 
 
 @pytest.mark.parametrize("job, p1, vector", [
-    ("X(90)", 0.5, (0, -1, 0)), ("X(90), Z(90)", 0.5, (1, 0, 0)), ("X(90), Y(180), X(90)", 1, (0, 0, -1)),
-    ("X(0)", 0, (0, 0, 1)), ("Y(90)", 0.5, (1, 0, 0)), ("X(360)", 0, (0, 0, 1)), ("Z(180), Y(180)", 1, (0, 0, -1))])
+    ("X(90)", 0.5, (0, -1, 0)),
+    ("X(90), Z(90)", 0.5, (1, 0, 0)),
+    ("X(90), Y(180), X(90)", 1, (0, 0, -1)),
+    ("X(0)", 0, (0, 0, 1)),
+    ("Y(90)", 0.5, (1, 0, 0)),
+    ("X(360)", 0, (0, 0, 1)),
+    ("Z(180), Y(180)", 1, (0, 0, -1))])
 def test_the_table_of_the_design(job, p1, vector):
     found = qubit.simulation(job, 0, 1)
     assert found["probabilities"] == pytest.approx([1 - p1, p1], abs=1e-12)
@@ -64,9 +78,10 @@ def test_the_table_of_the_design(job, p1, vector):
 
 def test_an_angle_of_three_digits():
     found = qubit.simulation("X(999)", 0, 1)
-    assert found["probabilities"][1] == pytest.approx((1 - math.cos(math.radians(999))) / 2, abs=1e-12)
-    assert [round(found["probabilities"][1], 6), *(round(value, 6) for value in found["bloch"])] == [
-        0.421783, 0, 0.987688, 0.156434]
+    p1 = found["probabilities"][1]
+    assert p1 == pytest.approx((1 - math.cos(math.radians(999))) / 2, abs=1e-12)
+    assert round(p1, 6) == 0.421783
+    assert [round(value, 6) for value in found["bloch"]] == [0, 0.987688, 0.156434]
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -86,7 +101,8 @@ def test_every_pulse_is_exact():
 def test_a_hundred_thousand_pulses_lose_no_exactness(axis):
     a, b = qubit.amplitudes(", ".join([f"{axis}(7)"] * 100_000))
     half = math.radians(700_000 % 720 / 2)      # they add up to one rotation
-    assert (abs(a) ** 2, abs(b) ** 2) == pytest.approx((math.cos(half) ** 2, math.sin(half) ** 2), abs=1e-12)
+    expected = (math.cos(half) ** 2, math.sin(half) ** 2)
+    assert (abs(a) ** 2, abs(b) ** 2) == pytest.approx(expected, abs=1e-12)
     assert abs(a) ** 2 + abs(b) ** 2 == pytest.approx(1, abs=1e-15)
 
 
@@ -96,11 +112,13 @@ def test_a_hundred_thousand_pulses_lose_no_exactness(axis):
 def test_a_pattern_repeated_to_a_hundred_thousand_pulses_adds_up_no_error(pattern):
     """An error of a table's entry is the same each time it is used: 1e-16 would be 1e-11 here."""
     times = 100_000 // len(pattern)
-    assert qubit.amplitudes(", ".join(pattern * times)) == pytest.approx(to_50_digits(pattern, times), abs=1e-12)
+    state = qubit.amplitudes(", ".join(pattern * times))
+    assert state == pytest.approx(to_50_digits(pattern, times), abs=1e-12)
 
 
 def test_half_turns_are_exact_and_nothing_is_shown_as_a_negative_zero():
-    for turns, (a, b) in enumerate([((1, 0), (0, 0)), ((0, 0), (0, -1)), ((-1, 0), (0, 0)), ((0, 0), (0, 1))]):
+    states = [((1, 0), (0, 0)), ((0, 0), (0, -1)), ((-1, 0), (0, 0)), ((0, 0), (0, 1))]
+    for turns, (a, b) in enumerate(states):
         shown = qubit.simulation(f"X({180 * turns})", 0, 1)
         assert shown["statevector"] == [list(a), list(b)]
         assert shown["probabilities"] == [1 - turns % 2, turns % 2]
@@ -130,7 +148,7 @@ def test_the_path_goes_from_north_to_where_the_state_is():
 def test_a_seed_gives_the_same_counts_on_every_python():
     assert qubit.simulation("X(90)", 1000, 5)["counts"] == {"0": 479, "1": 521}
     assert qubit.simulation("X(90)", 1000, 6)["counts"] != {"0": 479, "1": 521}
-    device = PERFECT._replace(readout_1=0.5)        # counts are of what is read, not of what is there
+    device = PERFECT._replace(readout_1=0.5)    # counts are of what is read, not of what is there
     assert qubit.emulation("X(180)", 1000, 5, device)["counts"] == {"0": 479, "1": 521}
     assert qubit.simulation("X(0)", 1000, 5)["counts"] == {"0": 1000, "1": 0}
     assert qubit.simulation("X(180)", 1000, 5)["counts"] == {"0": 0, "1": 1000}
@@ -143,8 +161,11 @@ def test_the_members_of_a_simulation():
 
 
 def chi_square(counts, probabilities):
-    """Pearson's statistic of counts; over 10.83 has a probability of 0.001 with one degree of freedom (NIST/SEMATECH
-    e-Handbook of Statistical Methods, section 1.3.6.7.4)."""
+    """Pearson's statistic of counts.
+
+    With one degree of freedom it is over 10.83 with a probability of 0.001 (NIST/SEMATECH
+    e-Handbook of Statistical Methods, section 1.3.6.7.4).
+    """
     shots = sum(counts.values())
     return sum((counts[bit] - shots * p) ** 2 / (shots * p) for bit, p in zip("01", probabilities))
 
@@ -171,31 +192,37 @@ def test_an_excited_qubit_decays_with_t1():
 @pytest.mark.parametrize("axis", "XY")
 def test_a_phase_decays_with_t2(axis):
     device = PERFECT._replace(t2_us=10.0, pulse_ns=100.0)
-    found = qubit.emulation(f"{axis}(90)" + ", X(0)" * 48 + f", {axis}(90)", 0, 1, device)  # x, or -y, turns into -z
-    length = math.exp(-49 * 0.1 / 10)       # the last pulse has moved it away from x and y before it relaxes
+    job = f"{axis}(90)" + ", X(0)" * 48 + f", {axis}(90)"       # x, or -y, turns into -z
+    found = qubit.emulation(job, 0, 1, device)
+    # the last pulse has moved it away from x and y before it relaxes
+    length = math.exp(-49 * 0.1 / 10)
     assert found["probabilities"][1] == pytest.approx((1 + length) / 2, abs=1e-12)
 
 
 def test_a_readout_error_moves_the_probabilities_alone():
     device = PERFECT._replace(readout_0=0.1, readout_1=0.2)
-    assert qubit.emulation("X(0)", 0, 1, device)["probabilities"][1] == pytest.approx(0.1, abs=1e-12)
-    assert qubit.emulation("X(180)", 0, 1, device)["probabilities"][1] == pytest.approx(0.8, abs=1e-12)
+    for job, p1 in (("X(0)", 0.1), ("X(180)", 0.8)):
+        found = qubit.emulation(job, 0, 1, device)
+        assert found["probabilities"][1] == pytest.approx(p1, abs=1e-12)
 
 
 def test_an_over_rotation_turns_x_and_y_too_far_and_z_not():
     device = PERFECT._replace(over_rotation=0.1)
     for axis in "XY":
-        assert qubit.emulation(f"{axis}(100)", 0, 1, device)["probabilities"][1] == pytest.approx(
+        found = qubit.emulation(f"{axis}(100)", 0, 1, device)
+        assert found["probabilities"][1] == pytest.approx(
             math.sin(math.radians(55)) ** 2, abs=1e-12)
-    for axis in "XY":           # Z(180) turns the second pulse around, so that it undoes the first; Z(198) would not
-        assert qubit.emulation(f"{axis}(50), Z(180), {axis}(50)", 0, 1, device)["probabilities"][1] == pytest.approx(
-            0, abs=1e-12)
+    for axis in "XY":
+        # Z(180) turns the second pulse around, so that it undoes the first; Z(198) would not
+        found = qubit.emulation(f"{axis}(50), Z(180), {axis}(50)", 0, 1, device)
+        assert found["probabilities"][1] == pytest.approx(0, abs=1e-12)
 
 
 def test_a_virtual_z_takes_no_time():
     device = PERFECT._replace(t1_us=1.0, t2_us=1.0)
-    assert qubit.emulation("X(90)" + ", Z(360)" * 100, 0, 1, device)["probabilities"] == pytest.approx(
-        qubit.emulation("X(90)", 0, 1, device)["probabilities"], abs=1e-12)
+    turning = qubit.emulation("X(90)" + ", Z(360)" * 100, 0, 1, device)
+    still = qubit.emulation("X(90)", 0, 1, device)
+    assert turning["probabilities"] == pytest.approx(still["probabilities"], abs=1e-12)
 
 
 def test_an_emulation_tells_the_device_and_an_infinite_time_as_null():
@@ -204,7 +231,8 @@ def test_an_emulation_tells_the_device_and_an_infinite_time_as_null():
     assert found["device"] == {**PERFECT._asdict(), "t1_us": None, "t2_us": None}
     assert list(found["device"]) == list(Device._fields)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert list(qubit.emulation("X(90)", 0, 5, PERFECT)) == ["shots", "seed", "probabilities", "device"]
+    without_shots = qubit.emulation("X(90)", 0, 5, PERFECT)
+    assert list(without_shots) == ["shots", "seed", "probabilities", "device"]
 
 
 def test_a_probability_is_from_0_to_1_after_many_pulses_on_a_perfect_device():
@@ -218,7 +246,8 @@ def test_a_probability_is_from_0_to_1_after_many_pulses_on_a_perfect_device():
     ({"t1_us": -1.0}, "more than 0 microseconds, inf for no decay, not -1"),
     ({"t2_us": 0.0}, "more than 0 microseconds, and at most twice t1_us, not 0"),
     ({"t1_us": 1.0, "t2_us": 2.1}, "more than 0 microseconds, and at most twice t1_us, not 2.1"),
-    ({"t1_us": 1.0, "t2_us": math.inf}, "more than 0 microseconds, and at most twice t1_us, not inf"),
+    ({"t1_us": 1.0, "t2_us": math.inf},
+     "more than 0 microseconds, and at most twice t1_us, not inf"),
     ({"pulse_ns": -1.0}, "0 nanoseconds or more, and finite, not -1"),
     ({"pulse_ns": math.inf}, "0 nanoseconds or more, and finite, not inf"),
     ({"over_rotation": 1.1}, "a share from -1 to 1, not 1.1"),
@@ -242,4 +271,5 @@ def test_what_is_no_number_is_refused_in_every_parameter(name):
 def test_the_default_device_can_be():
     Device().check()
     PERFECT.check()
-    Device(t1_us=10.0, t2_us=20.0, pulse_ns=0.0, over_rotation=-1.0, readout_0=1.0, readout_1=1.0).check()
+    Device(t1_us=10.0, t2_us=20.0, pulse_ns=0.0, over_rotation=-1.0,
+           readout_0=1.0, readout_1=1.0).check()

@@ -1,10 +1,13 @@
-"""The README is the manual: every command in it is run here, in order, and must answer what stands below it.
+"""The README is the manual: every command in it is run here, in order, and must answer what stands
+below it.
 
-A block ```sh is what a reader pastes into bash; a block ```text right below it is all that it then writes. One that
-starts a server goes on running, as in a terminal of its own, until the next one starts: then it gets a Ctrl-C. A block
-without a name is a picture or a format, and no command. There is no other kind of block.
+A block ```sh is what a reader pastes into bash; a block ```text right below it is all that it then
+writes. One that starts a server goes on running, as in a terminal of its own, until the next one
+starts: then it gets a Ctrl-C. A block without a name is a picture or a format, and no command.
+There is no other kind of block.
 """
 import ast
+import json
 import os
 import re
 import shutil
@@ -29,12 +32,16 @@ SHOWN_FOLDER, SHOWN_PORT = "/home/you/oqc", "12021"
 NOT_RUN = {
     "./scripts/run_tests_and_linting.sh": "runs this very test",
     "./scripts/test.sh": "runs this very test",
-    "./scripts/lint.sh": "takes longer than all the tests of the README, and is run beside them anyway",
+    "./scripts/lint.sh": "takes longer than all tests of the README, and is run beside them anyway",
     "./scripts/bench.py": "takes half a minute, and is run by test_bench.py",
+    "./scripts/compare.py": "takes minutes, and needs wrk and a network; test_compare.py tries it",
     "./scripts/slurm_demo.sh": "needs Slurm and root, and is run by test_growing.py",
     "pip install -r requirements.txt": "needs a network",
 }
-STARTS_A_SERVER = re.compile(r"(\./scripts/start_server\.sh|python3 -m oqc)( --(?!help|version)[^\n]*)?")
+# What openapi.json describes of every request that needs a key, and README once, under Problems.
+WITH_A_KEY = {"400", "401", "503"}
+STARTS_A_SERVER = re.compile(
+    r"(\./scripts/start_server\.sh|python3 -m oqc)( --(?!help|version)[^\n]*)?")
 COMMAND = re.compile(r"(\./scripts/|python3? |curl -|pip |bash |sh |sed |cat |chmod |kill )")
 MASKS = (                           # what is another on every run
     (r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", "TIME"),
@@ -55,16 +62,20 @@ class Block(NamedTuple):
 
 
 def blocks(readme):
-    """The commands in order; an answer that belongs to none fails, as does a block of another kind."""
-    found, end = [], 0
+    """The commands in order; an answer that belongs to none fails, and a block of another kind."""
+    found = []
+    end = 0                         # of the command before, if this block follows one
     for fence in re.finditer(r"(?ms)^```(.*?)\n(.*?)^```$", readme):
-        line, (kind, text) = readme.count("\n", 0, fence.start()) + 1, fence.groups()
-        assert kind in ("sh", "text", ""), f"README line {line}: a block ```{kind} is neither run nor compared"
+        kind, text = fence.groups()
+        line = readme.count("\n", 0, fence.start()) + 1
+        assert kind in ("sh", "text", ""), f"README line {line}: ```{kind} is not run"
         if kind == "text":
-            assert found and not readme[end:fence.start()].strip(), f"README line {line}: an answer without its command"
+            between = readme[end:fence.start()].strip()
+            assert found and not between, f"README line {line}: an answer without its command"
             found[-1] = found[-1]._replace(answer=text)
-        end = fence.end() if kind == "sh" else 0
+        end = 0
         if kind == "sh":
+            end = fence.end()
             found.append(Block(line, text.rstrip("\n"), ""))
     return found
 
@@ -77,19 +88,24 @@ def masked(text):
 
 
 class Reader:
-    """Somebody with a terminal for the server and one for everything else, in a copy of the tree."""
+    """Somebody with a terminal for the server and one for all else, in a copy of the tree."""
 
     def __init__(self, folder):
-        self.folder, self.home = folder / "oqc", folder / "home"
-        self.server, self.servers = None, []
+        self.folder = folder / "oqc"
+        self.server = None
+        self.servers = []
+        compiled = shutil.ignore_patterns("__pycache__")
         for name in ("oqc", "scripts"):
-            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        self.home.mkdir()
-        (self.home / ".curlrc").write_text("silent\nshow-error\n", encoding="utf-8")    # no progress meter
-        (self.home / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
-        (self.home / "python3").chmod(0o755)
+            shutil.copytree(ROOT / name, self.folder / name, ignore=compiled)
+        home = folder / "home"
+        home.mkdir()
+        curlrc = home / ".curlrc"
+        curlrc.write_text("silent\nshow-error\n", encoding="utf-8")     # no progress meter
+        python = home / "python3"
+        python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        python.chmod(0o755)
         self.environment = {
-            "PATH": f"{self.home}:{os.environ['PATH']}", "HOME": str(self.home), "CURL_HOME": str(self.home),
+            "PATH": f"{home}:{os.environ['PATH']}", "HOME": str(home), "CURL_HOME": str(home),
             "PYTHON": "", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "OQC_PORT": "0",
             "no_proxy": "*", "JOURNAL_STREAM": "", "CREDENTIALS_DIRECTORY": ""}
 
@@ -101,19 +117,22 @@ class Reader:
             text = block.text
             if self.server:
                 text = text.replace(f"localhost:{SHOWN_PORT}", f"localhost:{self.server.port}")
-            done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=self.folder, timeout=60, check=False,
-                                  env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", text], cwd=self.folder, timeout=60, check=False,
+                env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             written = done.stdout.decode()
-            assert done.returncode == 0, (f"README line {block.line}: status {done.returncode}", written)
+            assert done.returncode == 0, (block.line, done.returncode, written)
         if self.server:
             written = written.replace(f":{self.server.port}", f":{SHOWN_PORT}")
         return masked(written.replace(str(self.folder), SHOWN_FOLDER)), masked(block.answer)
 
     def _start(self, block):
-        """Start a server after the one before was stopped; the log's first lines, as many as the README shows."""
+        """Start a server after the one before was stopped; give as many lines of its log as the
+        README shows."""
         self.stop()
-        self.server = Server(self.folder, environment=self.environment, command=("bash", "-c", "exec " + block.text))
+        self.server = Server(self.folder, environment=self.environment,
+                             command=("bash", "-c", "exec " + block.text))
         self.servers.append(self.server)
         shown = block.answer.splitlines()
         if shown:
@@ -158,48 +177,84 @@ def test_what_cannot_be_run_here_is_in_the_readme_and_is_there():
 def test_a_command_within_a_sentence_is_also_in_a_block():
     in_blocks = "\n".join(block.text for block in blocks(README))
     prose = re.sub(r"(?ms)^```.*?^```$", "", README)
-    assert not re.findall(r"(?m)^(?: {4}|\t)(?![^\n]*\|)\S.*", prose), "an indented block is not run"
+    indented = re.findall(r"(?m)^(?: {4}|\t)(?![^\n]*\|)\S.*", prose)
+    assert not indented, "an indented block is not run"
     for span in re.findall(r"`([^`\n]+)`", prose):
         assert not COMMAND.match(span) or span in in_blocks, f"{span!r} is not run"
 
 
 def test_every_flag_and_every_variable_is_in_the_readme():
     for name, default, *_ in [*config.FLAGS, ("runtime", None)]:
-        shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else default
-        assert f"| `--{name}` | `OQC_{name.upper().replace('-', '_')}` | {shown} |" in README, name
+        shown = default
+        if default is None:
+            shown = "none"
+        elif isinstance(default, float):
+            shown = f"{default:g}"
+        variable = "OQC_" + name.upper().replace("-", "_")
+        assert f"| `--{name}` | `{variable}` | {shown} |" in README, name
     for name, default in qubit.Device()._asdict().items():
         assert f"| `--{name.replace('_', '-')}` | {default:g} |" in README, name
-    usage = subprocess.run([sys.executable, "-m", "oqc", "--help"], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    usage = subprocess.run([sys.executable, "-m", "oqc", "--help"], cwd=ROOT, check=True,
+                           stdout=subprocess.PIPE)
     for name in re.findall(rb"--[a-z-]+", usage.stdout):
         assert f"`{name.decode()}`" in README
 
 
 def test_every_endpoint_is_in_the_readme():
     for pattern, methods in api.ROUTES:
-        path = pattern.pattern.replace("/?", "/").replace("jobs/([^/]+)", "jobs/{id}").replace("([^/]+)", "{name}")
-        path = path.replace("\\", "")
+        path = pattern.pattern.replace("/?", "/").replace("\\", "")
+        path = path.replace("jobs/([^/]+)", "jobs/{id}").replace("([^/]+)", "{name}")
         for method in methods:
             assert f"### {method} {path}\n" in README
 
 
 def test_every_status_that_the_server_can_answer_is_in_the_readme():
-    calls = [node for path in (ROOT / "oqc").glob("*.py") for node in ast.walk(ast.parse(path.read_text("utf-8")))
-             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Problem", "Response") and node.args]
-    statuses = {leaf.value for call in calls for leaf in ast.walk(call.args[0]) if isinstance(leaf, ast.Constant)}
-    statuses |= {status for _, status in STATUSES}
+    statuses = {status for _, status in STATUSES}
+    for path in (ROOT / "oqc").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            called = isinstance(node, ast.Call) and getattr(node.func, "id", "")
+            if called in ("Problem", "Response") and node.args:
+                leaves = ast.walk(node.args[0])
+                statuses |= {leaf.value for leaf in leaves if isinstance(leaf, ast.Constant)}
     assert {200, 201, 204, 400, 401, 404, 405, 409, 413, 500, 503, 507} <= statuses
     for status in statuses:
         assert f"| {status} " in README, status
 
 
+def status_table(heading):
+    """The statuses in the first column of the table below a heading."""
+    section = README.partition(f"\n### {heading}\n")[2].partition("\n### ")[0]
+    rows = re.findall(r"(?m)^\| ([0-9, ]+) \|", section)
+    return {status for row in rows for status in row.split(", ")}
+
+
+def test_openapi_describes_the_statuses_that_the_readme_names_and_no_other():
+    document = json.loads((ROOT / "oqc" / "openapi.json").read_text("utf-8"))
+    of_any_request = document["components"]["responses"]["AnyRequest"]["description"]
+    assert set(re.findall("[0-9]{3}", of_any_request)) == status_table("Problems")
+    assert WITH_A_KEY <= status_table("Problems")
+    headings = set()
+    for path, methods in document["paths"].items():
+        for method in methods.keys() - {"parameters"}:
+            heading = f"{method.upper()} {path}"
+            headings.add(heading)
+            described = methods[method]["responses"]
+            assert described.pop("default") == {"$ref": "#/components/responses/AnyRequest"}
+            named = status_table(heading)
+            if methods[method].get("security") != []:
+                named |= WITH_A_KEY
+            assert set(described) == named, heading
+    assert headings == set(re.findall("(?m)^### ([A-Z]+ /.*)$", README))
+
+
 def test_every_return_code_with_a_meaning_is_in_the_readme():
-    for code in (0, jobs.TEMPFAIL, jobs.PROTOCOL, jobs.SOFTWARE, jobs.TIMED_OUT, jobs.NOT_EXECUTABLE, jobs.NOT_FOUND,
-                 jobs.CANCELLED, jobs.KILLED):
+    for code in (0, jobs.TEMPFAIL, jobs.PROTOCOL, jobs.SOFTWARE, jobs.TIMED_OUT,
+                 jobs.NOT_EXECUTABLE, jobs.NOT_FOUND, jobs.CANCELLED, jobs.KILLED):
         assert f"| {code} " in README, code
 
 
-@pytest.mark.parametrize("names", [jobs.Job._fields, jobs.Submission._fields, jobs.MODES, jobs.STATUSES,
-                                   RuntimeSpec._fields[1:]])
+@pytest.mark.parametrize("names", [
+    jobs.Job._fields, jobs.Submission._fields, jobs.MODES, jobs.STATUSES, RuntimeSpec._fields[1:]])
 def test_every_member_mode_status_and_key_is_in_the_readme(names):
     for name in names:
         assert f"`{name}`" in README or f"| {name} " in README, name

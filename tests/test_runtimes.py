@@ -1,29 +1,30 @@
-"""The room that starts processes, against real hostile ones: whatever a runtime does, its attempt ends as it should."""
+"""Slots and their processes, with real hostile runtimes: whatever one does, its attempt ends as it
+should."""
 import contextlib
 import hashlib
 import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUNTIMES, descendants
+from conftest import RUNTIMES, descendants
 
-from oqc import jobs, runtimes
+from oqc import jobs, process, runtimes
 from oqc.clock import Clock
 from oqc.jobs import Outcome, RuntimeSpec, Task
+from oqc.process import Process
 
 TASK = Task(7, "X(90)", "verbatim", 2, 100, 42, 0)
 TRUE = '{"return_code": 0}\n'
 
 
 class Impatient:
-    """A clock on which the timeout comes with the first thing that the runtime says, and no sooner; it has no time of
-    day, so that an attempt that asks for one is found."""
+    """A clock on which the timeout comes with the first thing that the runtime says, and no sooner;
+    it has no time of day, so that an attempt that asks for one is found."""
 
     def __init__(self):
         self.ahead, self.asked = 0.0, 0
@@ -32,18 +33,41 @@ class Impatient:
         return Clock.monotonic() + self.ahead
 
     def heard(self):
-        """What to give a slot as `interrupted`: it asks at the beginning, and then after whatever it has read."""
+        """What to give a slot as `interrupted`: it asks at the beginning, and then after whatever
+        it has read."""
         self.asked += 1
         self.ahead = 1000.0 if self.asked > 1 else 0.0
         return False
 
 
-def slot_for(command, kill_grace=20.0, clock=None, **spec):
+def slot_for(command, kill_grace=20.0, clock=None, start=Process, **spec):
     """A slot of a runtime `qpu` with this command."""
     if isinstance(command, str):
         command = [command]
-    return runtimes.slot(RuntimeSpec("qpu", tuple(map(str, command)), **{"timeout": 30.0, **spec}),
-                         clock or Clock(), kill_grace)
+    runtime = RuntimeSpec("qpu", tuple(map(str, command)), **{"timeout": 30.0, **spec})
+    return runtimes.slot(runtime, clock or Clock(), kill_grace, start)
+
+
+class Starts:
+    """What to give a slot as `start`: real processes, and when they have exited."""
+
+    def __init__(self):
+        self.processes = []
+
+    def __call__(self, *arguments):
+        self.processes.append(Process(*arguments))
+        return self.processes[-1]
+
+    def start_and_wait(self, *arguments):
+        """Start one that exits by itself, and hand it over when it has."""
+        started = self(*arguments)
+        self.wait_for_exit()
+        return started
+
+    def wait_for_exit(self):
+        """Wait until the last one has exited; False, which as `interrupted` says no."""
+        os.waitid(os.P_PID, self.processes[-1].pid, os.WEXITED | os.WNOWAIT)
+        return False
 
 
 def run(*command, task=TASK, interrupted=lambda: False, **more):
@@ -55,7 +79,8 @@ def run(*command, task=TASK, interrupted=lambda: False, **more):
 def time_out(*command, kill_grace=20.0, **more):
     """The outcome of an attempt whose timeout comes as soon as the command has said something."""
     clock = Impatient()
-    return run(*command, clock=clock, interrupted=clock.heard, timeout=900.0, kill_grace=kill_grace, **more)
+    return run(*command, clock=clock, interrupted=clock.heard, timeout=900.0, kill_grace=kill_grace,
+               **more)
 
 
 def hostile(name):
@@ -79,7 +104,8 @@ def possessions():
 
 
 def passed_on():
-    """The descriptors that whoever started these tests left open for all; a server closes them to its runtimes."""
+    """The descriptors that whoever started these tests left open for all; a server closes them to
+    its runtimes."""
     found = set()
     for number in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):      # the one that listdir itself had
@@ -90,18 +116,14 @@ def passed_on():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """After each of these tests no process, not even a zombie, no descriptor and no thread is there that was not; and
-    it ends sooner than the runtimes would by themselves, after a minute."""
-    def late(*_):
-        raise AssertionError("it did not end")
-    handler = signal.signal(signal.SIGALRM, late)
-    signal.alarm(40)
+    """After each of these tests no process, not even a zombie, no descriptor and no thread is there
+    that was not; and it ends sooner than the runtimes would by themselves, after a minute."""
     run("true")                     # has made what is made once a process, at its first runtime
-    before = possessions()
+    before, began = possessions(), Clock.monotonic()
     yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, handler)
     assert possessions() - before == set()
+    assert not process.CHILDREN
+    assert Clock.monotonic() - began < 40
 
 
 # Protocol exec
@@ -112,13 +134,16 @@ def test_exec_gives_the_job_and_a_newline_on_standard_input_byte_for_byte():
 
 
 def test_exec_gives_the_documented_environment_and_nothing_of_oqc_besides(monkeypatch):
-    for name in ("OQC_API_KEY", "OQC_KEYS_FILE", "OQC_DB", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET"):
+    for name in ("OQC_API_KEY", "OQC_KEYS_FILE", "OQC_DB", "CREDENTIALS_DIRECTORY",
+                 "NOTIFY_SOCKET"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("LAB", "kept")
     environment = json.loads(run(hostile("tells")).result)["environment"]
-    ours = {name: value for name, value in environment.items() if name.startswith(("OQC_", "QRMI_"))}
-    assert ours == {"OQC_JOB_ID": "7", "OQC_MODE": "verbatim", "OQC_RUNTIME": "qpu", "OQC_ATTEMPT": "2",
-                    "OQC_SHOTS": "100", "OQC_SEED": "42", "QRMI_JOB_QPU_RESOURCES": "qpu"}
+    ours = {name: value for name, value in environment.items()
+            if name.startswith(("OQC_", "QRMI_"))}
+    assert ours == {"OQC_JOB_ID": "7", "OQC_MODE": "verbatim", "OQC_RUNTIME": "qpu",
+                    "OQC_ATTEMPT": "2", "OQC_SHOTS": "100", "OQC_SEED": "42",
+                    "QRMI_JOB_QPU_RESOURCES": "qpu"}
     assert environment["LAB"] == "kept"
     assert "secret" not in environment.values()
 
@@ -129,8 +154,9 @@ def test_exec_inherits_no_descriptor_of_this_process_but_the_standard_ones():
 
 
 def test_lines_inherits_no_descriptor_of_this_process_but_the_standard_ones():
-    look = ("import os, sys\nsys.stdin.readline()\nopen_ones = [number for number in map(int, os.listdir("
-            "'/proc/self/fd')) if os.path.exists(f'/proc/self/fd/{number}')]\n"
+    look = ("import os, sys\nsys.stdin.readline()\n"
+            "open_ones = [number for number in map(int, os.listdir('/proc/self/fd'))\n"
+            "             if os.path.exists(f'/proc/self/fd/{number}')]\n"
             "print('{\"return_code\": 0, \"result\": %s}' % open_ones, flush=True)")
     outcome = run(sys.executable, "-c", look, protocol="lines")
     assert set(json.loads(outcome.result)) - passed_on() == {0, 1, 2}
@@ -196,9 +222,9 @@ def test_of_a_runtime_error_the_last_2_kib_are_kept(script):
 
 
 def test_a_result_is_json_where_it_parses_and_else_text(script):
-    for text, kind in (('{"counts": {"0": 1}}', True), ("[1, 2]", True), ("5", True), ("null", True),
-                       ("five", False), ("NaN", False), ('{"a": Infinity}', False), ("9" * 5000, False),
-                       ("[" * 100_000, False)):
+    for text, kind in (('{"counts": {"0": 1}}', True), ("[1, 2]", True), ("5", True),
+                       ("null", True), ("five", False), ("NaN", False), ('{"a": Infinity}', False),
+                       ("9" * 5000, False), ("[" * 100_000, False)):
         put_out = Path(script("")).with_name("put-out")
         put_out.write_text(text, encoding="utf-8")
         outcome = run("cat", put_out)
@@ -209,9 +235,15 @@ def test_a_result_is_json_where_it_parses_and_else_text(script):
 
 
 def test_of_a_result_the_first_mib_is_kept_and_the_rest_is_read_and_dropped(script):
-    outcome = run(script("head -c 1048576 /dev/zero | tr '\\0' a; head -c 3000000 /dev/zero; echo done >&2; exit 5"))
+    outcome = run(script("head -c 1048576 /dev/zero | tr '\\0' a; head -c 3000000 /dev/zero\n"
+                         "echo done >&2; exit 5"))
     assert (outcome.return_code, outcome.runtime_error) == (5, "done")
     assert outcome.result == "a" * (1 << 20)
+
+
+def test_what_a_process_wrote_counts_though_it_ended_before_anybody_listened(script):
+    says = script("echo result; echo error >&2; exit 3")
+    assert run(says, start=Starts().start_and_wait)[:3] == (3, "error", "result\n")
 
 
 def test_a_result_that_fails_is_kept_too(script):
@@ -238,14 +270,15 @@ def test_a_runtime_that_does_not_read_its_big_job_ends_as_it_likes(script):
 
 def lines(*answers, tasks=1, **more):
     """The outcomes of so many attempts at a runtime over lines that says this, one answer a job."""
-    with contextlib.closing(slot_for([hostile("says"), *answers], protocol="lines", **more)) as slot:
+    says = [hostile("says"), *answers]
+    with contextlib.closing(slot_for(says, protocol="lines", **more)) as slot:
         return [slot.run(TASK._replace(id=number), lambda: False) for number in range(1, tasks + 1)]
 
 
 def test_lines_gives_a_job_as_a_json_line_with_the_documented_members():
     outcome, = lines('{"return_code": 0, "result": {}}\n')
-    assert json.loads(outcome.result) == {"id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 2, "shots": 100,
-                                          "seed": 42}
+    assert json.loads(outcome.result) == {
+        "id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 2, "shots": 100, "seed": 42}
     assert (outcome.return_code, outcome.is_json, outcome.started) == (0, True, True)
 
 
@@ -259,18 +292,22 @@ def test_lines_keeps_one_process_for_all_jobs():
 def test_lines_passes_return_code_and_error_on():
     failed, busy, unnamed, ignored = lines(
         '{"return_code": 3, "runtime_error": "too warm", "result": [1]}\n', '{"return_code": 75}\n',
-        '{"return_code": 9, "runtime_error": null, "more": 1}\n', '{"return_code": 0, "runtime_error": "x"}\n', tasks=4)
+        '{"return_code": 9, "runtime_error": null, "more": 1}\n',
+        '{"return_code": 0, "runtime_error": "x"}\n', tasks=4)
     assert failed[:5] == (3, "too warm", "[1]", True, False)
     assert (busy.return_code, busy.transient) == (75, True)
-    assert (unnamed.return_code, unnamed.runtime_error, unnamed.result) == (9, "return code 9", None)
+    assert unnamed[:3] == (9, "return code 9", None)
     assert (ignored.return_code, ignored.runtime_error) == (0, None)
 
 
 def test_a_runtime_error_over_lines_is_its_last_line_as_on_standard_error():
     several, blank, null = lines(
         '{"return_code": 1, "runtime_error": "Traceback:\\n  here\\nValueError: boom\\n \\n"}\n',
-        '{"return_code": 1, "runtime_error": " \\n"}\n', '{"return_code": 1, "runtime_error": "a\\u0000b"}\n', tasks=3)
-    assert [one.runtime_error for one in (several, blank, null)] == ["ValueError: boom", "return code 1", "a\ufffdb"]
+        '{"return_code": 1, "runtime_error": " \\n"}\n',
+        '{"return_code": 1, "runtime_error": "a\\u0000b"}\n', tasks=3)
+    assert several.runtime_error == "ValueError: boom"
+    assert blank.runtime_error == "return code 1"
+    assert null.runtime_error == "a\ufffdb"
 
 
 def test_of_a_runtime_error_over_lines_2_kib_are_kept():
@@ -279,10 +316,12 @@ def test_of_a_runtime_error_over_lines_2_kib_are_kept():
 
 
 @pytest.mark.parametrize("said", [
-    "ready\n", "\n", "[]\n", "0\n", "null\n", "{}\n", '{"return_code": "0"}\n', '{"return_code": true}\n',
-    '{"return_code": 256}\n', '{"return_code": -1}\n', '{"return_code": 0.0}\n', '{"return_code": null}\n',
+    "ready\n", "\n", "[]\n", "0\n", "null\n", "{}\n", '{"return_code": "0"}\n',
+    '{"return_code": true}\n', '{"return_code": 256}\n', '{"return_code": -1}\n',
+    '{"return_code": 0.0}\n', '{"return_code": null}\n',
     '{"return_code": 1, "runtime_error": 5}\n', '{"return_code": 0, "result": NaN}\n',
-    '{"return_code": 0, "result": 1e999}\n', '{"return_code": 0} {"return_code": 0}\n', "[" * 100_000 + "\n",
+    '{"return_code": 0, "result": 1e999}\n', '{"return_code": 0} {"return_code": 0}\n',
+    "[" * 100_000 + "\n",
 ], ids=lambda said: said[:40].strip() or "nothing")
 def test_a_line_that_is_no_answer_is_76_and_worth_another_attempt_by_a_new_process(said):
     first, second = lines(said, TRUE, tasks=2)
@@ -293,7 +332,8 @@ def test_a_line_that_is_no_answer_is_76_and_worth_another_attempt_by_a_new_proce
 
 
 def test_bytes_that_are_not_utf_8_are_no_answer(script):
-    outcome = run(script(r"""printf '{"return_code": 0, "result": "\377"}\n'; cat"""), protocol="lines")
+    says = script(r"""printf '{"return_code": 0, "result": "\377"}\n'; cat""")
+    outcome = run(says, protocol="lines")
     assert (outcome.return_code, outcome.transient) == (76, True)
 
 
@@ -302,26 +342,28 @@ def test_of_a_line_of_more_than_a_mib_the_beginning_is_kept_and_its_job_is_not_r
     with contextlib.closing(slot_for(started, protocol="lines")) as slot:
         for starts in (1, 2):       # what follows in the pipe is no answer to the next job
             outcome = slot.run(TASK, lambda: False)
-            assert outcome == Outcome(76, "an answer longer than 1 MiB; its beginning is the result",
-                                      "y" * (1 << 20))
+            assert outcome == Outcome(
+                76, "an answer longer than 1 MiB; its beginning is the result", "y" * (1 << 20))
             assert len(Path(started + ".starts").read_text(encoding="ascii")) == starts
-    fits = run(script("""echo "{\\"return_code\\": 0, \\"result\\": \\"$(head -c 1048000 /dev/zero | tr '\\0' x)\\"}"
+    fits = run(script("""text=$(head -c 1048000 /dev/zero | tr '\\0' x)
+                         echo "{\\"return_code\\": 0, \\"result\\": \\"$text\\"}"
                          cat"""), protocol="lines")
     assert (fits.return_code, len(fits.result)) == (0, 1048002)
 
 
 def test_what_left_its_group_and_has_ended_is_reaped_by_a_later_attempt(script, tmp_path):
-    os.mkfifo(tmp_path / "go")
-    leaves = script(f"setsid sh -c 'echo $$ >{tmp_path}/id; read -r line <{tmp_path}/go' >/dev/null 2>&1 &\n"
-                    f"until [ -s {tmp_path}/id ]; do sleep 0.01; done")
-    assert run(leaves).return_code == 0
-    orphan = int((tmp_path / "id").read_text(encoding="ascii"))
-    assert os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None      # our child, and it goes on
+    for name in ("said", "go"):
+        os.mkfifo(tmp_path / name)
+    orphans = f"echo $$ >{tmp_path}/said; read -r line <{tmp_path}/go"
+    leaves = script(f"setsid sh -c '{orphans}' >/dev/null 2>&1 &\ncat {tmp_path}/said")
+    orphan = int(run(leaves).result)
+    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    assert os.waitid(os.P_PID, orphan, look) is None        # our child, and it goes on
     (tmp_path / "go").write_text("\n", encoding="ascii")
     os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
     assert run("true").return_code == 0
     with pytest.raises(ChildProcessError):
-        os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        os.waitid(os.P_PID, orphan, look)
 
 
 @pytest.mark.parametrize("status", [0, 3])
@@ -333,32 +375,26 @@ def test_ending_without_an_answer_over_lines_is_worth_another_attempt(status):
 
 def test_a_lines_runtime_that_has_ended_between_two_jobs_is_started_again(script):
     once = script("""read -r line; echo '{"return_code": 0}'""")
-    with contextlib.closing(slot_for([once], protocol="lines")) as slot:
-        for _ in range(2):
+    starts = Starts()
+    with contextlib.closing(slot_for(once, protocol="lines", start=starts)) as slot:
+        for attempt in (1, 2):
             assert slot.run(TASK, lambda: False).return_code == 0
-            pid = slot.process.pid
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            assert len(starts.processes) == attempt
+            starts.wait_for_exit()
 
 
 def test_an_answer_counts_though_its_runtime_has_ended_by_the_time_it_is_read(script):
     once = script("""read -r line; echo '{"return_code": 0, "result": "done"}'""")
-    with contextlib.closing(slot_for([once], protocol="lines")) as slot:
-        def wait_for_its_end():
-            os.waitid(os.P_PID, slot.process.pid, os.WEXITED | os.WNOWAIT)
-            return False
-        assert slot.run(TASK, wait_for_its_end)[:3] == (0, None, '"done"')
+    starts = Starts()
+    outcome = run(once, protocol="lines", start=starts, interrupted=starts.wait_for_exit)
+    assert outcome[:3] == (0, None, '"done"')
 
 
-def test_what_a_lines_runtime_says_while_it_fails_to_start_is_the_error(script, monkeypatch):
+def test_what_a_lines_runtime_says_while_it_fails_to_start_is_the_error(script):
     """Even if all of it was there before the first job was sent."""
-    start = runtimes.LinesSlot._start       # pylint: disable=protected-access
-
-    def start_and_wait(*arguments):
-        process = start(*arguments)
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        return process
-    monkeypatch.setattr(runtimes.LinesSlot, "_start", start_and_wait)
-    assert run(script("echo 'no device' >&2; exit 1"), protocol="lines")[:2] == (1, "no device")
+    fails = script("echo 'no device' >&2; exit 1")
+    start = Starts().start_and_wait
+    assert run(fails, protocol="lines", start=start)[:2] == (1, "no device")
 
 
 def test_a_lines_runtime_that_ends_before_it_took_a_job_has_not_started(script):
@@ -374,12 +410,52 @@ def test_a_lines_runtime_that_dies_of_its_job_has_started():
     assert (outcome.transient, outcome.started) == (True, True)
 
 
+def test_a_lines_runtime_that_answered_and_then_ends_without_a_look_at_the_next_job_had_started(
+        script, tmp_path):
+    os.mkfifo(tmp_path / "end")
+    blind = script(f"""echo '{{"return_code": 0}}'; read -r line <{tmp_path}/end; exit 1""")
+
+    def end_it():
+        (tmp_path / "end").write_text("now\n", encoding="ascii")
+        return starts.wait_for_exit()
+    starts = Starts()
+    with contextlib.closing(slot_for(blind, protocol="lines", start=starts)) as slot:
+        assert slot.run(TASK, lambda: False).return_code == 0
+        outcome = slot.run(TASK, end_it)
+        assert (outcome.return_code, outcome.started) == (1, True)
+        assert len(starts.processes) == 1
+
+
+def test_a_lines_runtime_that_cannot_start_again_has_not_started(script, tmp_path):
+    fails = script(f"""[ -e {tmp_path}/again ] && exit 1
+                       >{tmp_path}/again; read -r line; echo '{{"return_code": 0}}'""")
+    starts = Starts()
+    with contextlib.closing(slot_for(fails, protocol="lines", start=starts)) as slot:
+        assert slot.run(TASK, lambda: False).return_code == 0
+        starts.wait_for_exit()
+        outcome = slot.run(TASK, lambda: False)
+        assert (outcome.return_code, outcome.started) == (1, False)
+
+
+def test_a_lines_runtime_that_ends_with_127_has_not_started():
+    outcome, = lines("=127")
+    assert (outcome.return_code, outcome.transient, outcome.started) == (127, True, False)
+
+
+def test_what_a_lines_runtime_wrote_for_one_job_is_not_the_error_of_the_next(script):
+    warns = script("""read -r line; echo warning >&2; echo '{"return_code": 0}'; read -r line""")
+    with contextlib.closing(slot_for(warns, protocol="lines")) as slot:
+        assert slot.run(TASK, lambda: False).return_code == 0
+        assert slot.run(TASK, lambda: False)[:2] == (76, "ended without an answer")
+
+
 def test_what_a_lines_runtime_says_too_much_is_not_the_answer_to_the_next_job(tmp_path):
     go, said = tmp_path / "go", tmp_path / "said"
     os.mkfifo(go)
     os.mkfifo(said)
     chatty = ("import json, sys\nfor line in sys.stdin:\n"
-              "    print(json.dumps({'return_code': 0, 'result': json.loads(line)['id']}), flush=True)\n"
+              "    number = json.loads(line)['id']\n"
+              "    print(json.dumps({'return_code': 0, 'result': number}), flush=True)\n"
               f"    open({str(go)!r}).close()\n"
               "    print(json.dumps({'return_code': 0, 'result': 'debug'}), flush=True)\n"
               f"    open({str(said)!r}, 'w').close()\n")
@@ -402,7 +478,8 @@ def test_at_a_timeout_the_whole_group_gets_term_and_may_end_in_good_order():
 
 
 @pytest.mark.parametrize("command", [
-    ["ignores-term"], ["never-reads"], ["leaves-children", "sleep", "60"], ["closes-output", "sleep", "60"],
+    ["ignores-term"], ["never-reads"],
+    ["leaves-children", "sleep", "60"], ["closes-output", "sleep", "60"],
     ["leaves-children", str(RUNTIMES / "ignores-term")],
 ], ids=" ".join)
 def test_a_hostile_runtime_is_ended_at_its_timeout_with_all_its_children(command):
@@ -412,19 +489,23 @@ def test_a_hostile_runtime_is_ended_at_its_timeout_with_all_its_children(command
     assert not group(int(outcome.result.split()[0]))
 
 
-@pytest.mark.parametrize("flood", ["cat /dev/zero", "cat /dev/zero >&2", "cat /dev/zero & exec cat /dev/zero >&2",
-                                   "trap '' TERM; cat /dev/zero & cat /dev/zero >&2"])
+@pytest.mark.parametrize("flood", [
+    "cat /dev/zero", "cat /dev/zero >&2", "cat /dev/zero & exec cat /dev/zero >&2",
+    "trap '' TERM; cat /dev/zero & cat /dev/zero >&2"])
 def test_a_runtime_that_floods_for_ever_is_ended_at_its_timeout(flood, script):
     outcome = time_out(script(flood), kill_grace=0.05)
     assert outcome.return_code == 124
     assert len(outcome.result or "") <= 1 << 20
 
 
-def test_a_lines_runtime_that_is_silent_is_ended_at_its_timeout_and_started_again_for_the_next_job(script, tmp_path):
-    silent = script(f"""read -r line; [ -e {tmp_path}/again ] || {{ >{tmp_path}/again; echo asked >&2; sleep 60; }}
+def test_a_lines_runtime_that_is_silent_is_ended_at_its_timeout_and_started_again_for_the_next_job(
+        script, tmp_path):
+    again = tmp_path / "again"
+    silent = script(f"""read -r line
+                        [ -e {again} ] || {{ >{again}; echo asked >&2; sleep 60; }}
                         echo '{{"return_code": 0}}'""")
     clock = Impatient()
-    with contextlib.closing(slot_for([silent], protocol="lines", clock=clock, timeout=900.0)) as slot:
+    with contextlib.closing(slot_for(silent, protocol="lines", clock=clock, timeout=900.0)) as slot:
         assert slot.run(TASK, clock.heard)[:2] == (124, "took longer than its timeout of 900 s")
         assert slot.run(TASK, lambda: False).return_code == 0
 
@@ -476,6 +557,18 @@ def test_a_slot_that_is_woken_again_and_again_does_not_block():
         assert slot.run(TASK, lambda: False).return_code == 0
 
 
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_slot_that_has_nothing_to_do_rests(protocol, script):
+    """Neither a wake, nor an input that is closed before all of the job is written, nor silence
+    keeps it busy."""
+    asked = []
+    task = TASK._replace(job=", ".join(["X(90)"] * 450_000))
+    with contextlib.closing(slot_for(script("exec <&-; sleep 0.24"), protocol=protocol)) as slot:
+        slot.wake()
+        slot.run(task, lambda: bool(asked.append(1)))
+    assert len(asked) <= 6
+
+
 # Where there is less than Linux has today
 
 def test_without_pidfd_an_end_is_seen_too(monkeypatch, script):
@@ -485,14 +578,13 @@ def test_without_pidfd_an_end_is_seen_too(monkeypatch, script):
     assert time_out(hostile("ignores-term"), kill_grace=0.05).return_code == 124
 
 
-def test_what_cannot_be_started_for_want_of_descriptors_is_tried_again(monkeypatch):
-    def refuse(*_, **__):
-        raise OSError(24, "Too many open files")
-    monkeypatch.setattr(os, "posix_spawn", refuse)
-    for protocol in ("exec", "lines"):
-        outcome = run("true", protocol=protocol)
-        assert (outcome.return_code, outcome.transient, outcome.started) == (126, True, False)
-        assert outcome.runtime_error == "could not be started: Too many open files"
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_what_cannot_be_started_for_want_of_processes_is_tried_again(protocol):
+    def refuse(*_):
+        raise OSError(11, "Resource temporarily unavailable")
+    outcome = run("true", protocol=protocol, start=refuse)
+    assert (outcome.return_code, outcome.transient, outcome.started) == (126, True, False)
+    assert outcome.runtime_error == "could not be started: Resource temporarily unavailable"
 
 
 @contextlib.contextmanager
@@ -532,50 +624,3 @@ def test_echo_gives_the_return_code_that_was_asked_for():
             outcome = slot.run(TASK._replace(return_code=code), lambda: False)
             assert outcome[:3] == (code, f"echo of return code {code}" if code else None, None)
             assert outcome.transient == (code == jobs.TEMPFAIL)
-
-
-# The built-in runtimes, from the command line
-
-def oqc(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "oqc", *arguments], cwd=ROOT, capture_output=True, text=True,
-                          check=False, timeout=60, **options)
-
-
-@pytest.mark.parametrize("name", ["emulator", "simulator"])
-def test_a_built_in_runtime_answers_lines_on_the_command_line(name):
-    question = {"id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 1, "shots": 10, "seed": 1}
-    ran = oqc(name, input=2 * (json.dumps(question) + "\n"))
-    first, second = (json.loads(line) for line in ran.stdout.splitlines())
-    assert (first["return_code"], first["runtime_error"], first["result"]["shots"]) == (0, None, 10)
-    assert first == second
-    assert (ran.returncode, ran.stderr) == (0, "")
-
-
-@pytest.mark.parametrize("line, reason", [
-    ("X(90)", "Expecting value: "), ("\udcff", "'utf-8' codec can't decode"),
-    ("", "Expecting value: "), ("[" * 100_000, ""),
-    ('["X(90)"]', "expected an object"),
-    ("{}", "job: missing"), ('{"job": "X(90); Y(1)"}', "job: at character 6: "),
-    ('{"job": "X(9)", "shots": NaN}', "NaN"), ('{"job": "X(9)", "seed": "7"}', "seed: expected a whole number ")],
-                         ids=lambda value: value[:12])
-def test_a_line_that_is_no_job_is_65_with_the_reason_and_the_next_is_answered(line, reason):
-    ran = oqc("simulator", input=line + '\n{"job": "X(180)", "shots": 0}\n', encoding="utf-8", errors="surrogateescape")
-    refused, answered = map(json.loads, ran.stdout.splitlines())
-    assert refused["return_code"] == 65 and refused["runtime_error"].startswith(f"not a job: {reason}")
-    assert answered["result"]["probabilities"] == [0.0, 1.0]
-    assert (ran.returncode, ran.stderr) == (0, "")
-
-
-def test_the_emulator_says_which_parameters_it_has_and_refuses_others():
-    told = oqc("emulator", "--help")
-    assert told.returncode == 0
-    assert "--t1-us" in told.stdout
-    refused = oqc("emulator", "--no-such-parameter", "1")
-    assert (refused.returncode, refused.stdout) == (2, "")
-
-
-@pytest.mark.parametrize("name", ["emulator", "simulator"])
-def test_a_built_in_runtime_runs_in_a_slot(name):
-    outcome = run(*runtimes.builtin_command(name), protocol="lines")
-    assert outcome.return_code == 0
-    assert json.loads(outcome.result)["shots"] == 100

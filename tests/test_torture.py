@@ -7,8 +7,8 @@ from conftest import ROOT
 
 def torture(kills, seed):
     """The summary of a run; fails with what it found."""
-    done = subprocess.run([str(ROOT / "scripts/torture.sh"), str(kills), str(seed)], check=False, capture_output=True,
-                          text=True, timeout=1200)
+    done = subprocess.run([str(ROOT / "scripts" / "torture.sh"), str(kills), str(seed)],
+                          check=False, capture_output=True, text=True, timeout=1200)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

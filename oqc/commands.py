@@ -1,0 +1,415 @@
+"""The commands that ask a server, for people without curl; and one oqc as a runtime of another."""
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import secrets
+import signal
+import sys
+from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from urllib.parse import quote, urlencode
+
+from oqc.client import LOCAL, Failed, Server, connect, decoded
+from oqc.config import Command, decimal, whole
+
+EX_FAILED, EX_TEMPFAIL = 1, 75      # sysexits.h
+NOT_ENDED = 124                     # timeout(1)
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 128 + 2, 128 + 13, 128 + 15      # the shell
+LAST_WORDS = 1.0                    # seconds for a cancel after TERM: KILL may come after two
+BATCH = 1000                        # jobs of standard input in one request
+BATCH_BYTES = 1 << 18               # and bytes of them
+ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
+Line = Tuple[int, str]              # of standard input: its number, the job on it
+
+
+class CommandFailed(Failed):
+    """A command that could not be carried out, with its exit status; no text, no message."""
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.exit_status = status
+
+
+# Output
+
+def progress(text: str) -> None:
+    """Show on a terminal how far the command is, until something else is written."""
+    with contextlib.suppress(OSError):
+        if sys.stderr.isatty():
+            print(ERASE + text, end="", file=sys.stderr, flush=True)
+
+
+def say(line: str) -> None:
+    """Write a line on standard error, if it can be written; what would move the cursor, as text."""
+    progress("")
+    shown = "".join(char if char.isprintable() or char == "\t" else repr(char)[1:-1]
+                    for char in line)
+    with contextlib.suppress(OSError):
+        print(shown, file=sys.stderr, flush=True)
+
+
+def write(data: bytes) -> int:
+    """Write to standard output and return 0; raise Failed, saying nothing if nobody reads on."""
+    progress("")
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except OSError as error:
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            raise CommandFailed("", BROKEN_PIPE) from None
+        raise Failed(f"standard output: {error.strerror}") from None
+    return 0
+
+
+def show(server: Server, path: str) -> int:
+    """Write what the server has at a path, for a terminal as a table; return 0."""
+    for piece in server.stream("GET", path, text=sys.stdout.isatty()):
+        write(piece)
+    return 0
+
+
+def show_change(server: Server, path: str, answer: bytes) -> int:
+    """Write the answer to a change, for a terminal the table at a path; return 0."""
+    if answer and not sys.stdout.isatty():
+        return write(answer)
+    return show(server, path)
+
+
+# Several jobs
+
+def for_each(do: Callable[[int], int], numbers: Sequence[int]) -> int:
+    """Do something about each of these jobs; return the first status that is not 0.
+
+    A job that the server refuses keeps no other back.
+    """
+    first = 0
+    for place, number in enumerate(numbers):
+        progress(f"{place} of {len(numbers)} jobs")
+        try:
+            code = do(number)
+        except Failed as error:
+            code = error.exit_status
+            if code != EX_FAILED:
+                raise
+            say(f"oqc: {error}")
+        first = first or code
+    return first
+
+
+def describe(numbers: Sequence[int]) -> str:
+    """Return what to call these jobs."""
+    if len(numbers) == 1:
+        return f"job {numbers[0]}"
+    return f"{len(numbers)} jobs, {numbers[0]} to {numbers[-1]}"
+
+
+def show_ended(server: Server, deadline: float, number: int, part: str = "",
+               label: str = "") -> int:
+    """Write a job, or a part of it and its error, as soon as it has ended; return its return code.
+
+    Return NOT_ENDED if it has not ended at the deadline. `label` stands before the error.
+    """
+    job = server.ended_job(number, deadline)
+    if job is None:
+        say(f"oqc: job {number} has not ended")
+        return NOT_ENDED
+    path = f"/jobs/{number}/{part}"
+    text = sys.stdout.isatty()
+    write(server.patiently(lambda _: server.ask("GET", path, text=text), deadline))
+    if part and job["runtime_error"]:
+        say(label + job["runtime_error"])
+    return int(job["return_code"])
+
+
+# add
+
+class Adding:
+    """The jobs of one `oqc add`, from the command line or from standard input."""
+
+    def __init__(self, server: Server, options: argparse.Namespace) -> None:
+        self.server = server
+        self.many = options.job == "-"
+        self.waits = options.wait is not None
+        self.members = job_members(options)
+        self.numbers: List[int] = []        # the ids of those that are added
+
+    def add(self, batch: List[Line]) -> bytes:
+        """Add jobs, all or none; return the answer. Raise CommandFailed."""
+        held = [signal.SIGTERM] if self.waits else []
+        signal.pthread_sigmask(signal.SIG_BLOCK, held)      # until there are ids to be cancelled
+        try:
+            jobs = [{"job": job, **self.members} for _, job in batch]
+            body = json.dumps(jobs if self.many else jobs[0]).encode()
+            # With a key: on a connection that was closed meanwhile it is sent again.
+            answer = self.server.ask("POST", "/jobs/add/", body,
+                                     idempotency_key=secrets.token_hex(16))
+            added = decoded(answer)
+            self.numbers += [job["id"] for job in (added if self.many else [added])]
+        except Failed as error:
+            raise self._failed(error, batch) from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
+        return answer
+
+    def _failed(self, error: Failed, batch: List[Line]) -> CommandFailed:
+        """Return why a batch was not added, by its lines, and what was added before it."""
+        reason = str(error)
+        place = re.match(r"\[([0-9]+)\]: ", reason)         # of a job in the batch
+        if place:
+            line, _ = batch[int(place[1])]
+            reason = f"line {line}: {reason[place.end():]}"
+        if error.sent:
+            reason += "; whether it was added is not known"
+        code = error.exit_status
+        if self.numbers:
+            first, _ = batch[0]
+            reason += f"; added {describe(self.numbers)}, before line {first}"
+        elif self.waits and error.passing and not error.sent:
+            code = EX_TEMPFAIL
+        return CommandFailed(reason, code)
+
+    def show_result(self, deadline: float, number: int) -> int:
+        """Write the result of a job as soon as it has ended; return its return code."""
+        label = f"job {number}: " if len(self.numbers) > 1 else ""
+        return show_ended(self.server, deadline, number, "result/", label)
+
+    def cancel(self) -> None:
+        """Cancel all jobs, soon."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.server.connection.close()          # it may be in the middle of an answer
+        for number in reversed(self.numbers):   # so that none begins because another was cancelled
+            with contextlib.suppress(Failed):   # it has ended, or ends after this program
+                self.server.ask("DELETE", f"/jobs/{number}/", seconds=LAST_WORDS)
+
+
+def add(server: Server, options: argparse.Namespace) -> int:
+    """Add a job, or those on standard input; with --wait end as they do."""
+    adding = Adding(server, options)
+    try:
+        if adding.waits:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+            return add_and_wait(adding, options)
+        if adding.many:
+            return add_lines(adding)
+        answer = adding.add([(0, options.job)])
+        return show_change(server, f"/jobs/{adding.numbers[0]}/", answer)
+    except SystemExit:              # by that handler
+        adding.cancel()
+        raise
+    except KeyboardInterrupt:
+        going_on = f"; {describe(adding.numbers)} not cancelled" if adding.numbers else ""
+        say(f"oqc: interrupted{going_on}")
+        return INTERRUPTED
+
+
+def add_lines(adding: Adding) -> int:
+    """Add the jobs on standard input and show them, a job a line whatever the batches; return 0."""
+    terminal = sys.stdout.isatty()
+    for batch in batches():
+        answer = adding.add(batch)
+        if not terminal:
+            write("".join(json.dumps(job) + "\n" for job in decoded(answer)).encode())
+        progress(f"{len(adding.numbers)} jobs added")
+    return write(f"added {describe(adding.numbers)}\n".encode() if terminal else b"")
+
+
+def add_and_wait(adding: Adding, options: argparse.Namespace) -> int:
+    """Add jobs and show their results; return the first return code that is not 0."""
+    deadline = adding.server.deadline(options.wait)
+    for batch in batches() if adding.many else [[(0, options.job)]]:
+        adding.add(batch)
+        progress(f"{len(adding.numbers)} jobs added")
+    return for_each(functools.partial(adding.show_result, deadline), adding.numbers)
+
+
+def job_members(options: argparse.Namespace) -> Dict[str, Any]:
+    """Return the members of a job beside its string, from flags and from the environment.
+
+    A server gives its runtimes the first three in their environment.
+    """
+    members: Dict[str, Any] = {}
+    for name in ("mode", "shots", "seed", "return_code"):
+        text = getattr(options, name) or os.environ.get(f"OQC_{name.upper()}")
+        if text:
+            is_number = re.fullmatch("[0-9]{1,19}", text)
+            members[name] = int(text) if is_number else text    # the server refuses other text
+    return members
+
+
+def batches() -> Iterator[List[Line]]:
+    """Yield the jobs on standard input, as many at a time as are sent together.
+
+    Raises OSError, and Failed if there is none.
+    """
+    batch: List[Line] = []
+    size = 0
+    for number, line in enumerate(open(0, "rb", closefd=False), 1):
+        if batch and (len(batch) == BATCH or size + len(line) > BATCH_BYTES):
+            yield batch
+            batch = []
+            size = 0
+        if line.strip():
+            batch.append((number, line.decode("utf-8", "replace").rstrip("\r\n")))
+            size += len(line)
+    if not batch:
+        raise Failed("standard input: no job in it")
+    yield batch
+
+
+# The other commands
+
+def show_jobs(part: str, server: Server, options: argparse.Namespace) -> int:
+    """Show jobs, or a part of each."""
+    return for_each(lambda number: show(server, f"/jobs/{number}/{part}"), options.ids)
+
+
+def wait(server: Server, options: argparse.Namespace) -> int:
+    """Show jobs as soon as they have ended; return the first return code that is not 0."""
+    deadline = server.deadline(options.seconds)
+    return for_each(lambda number: show_ended(server, deadline, number), options.ids)
+
+
+def cancel(server: Server, options: argparse.Namespace) -> int:
+    """Cancel jobs and show them."""
+    return for_each(functools.partial(cancel_job, server), options.ids)
+
+
+def cancel_job(server: Server, number: int) -> int:
+    """Cancel a job and show it; return 0."""
+    path = f"/jobs/{number}/"
+    return show_change(server, path, server.ask("DELETE", path))
+
+
+def list_jobs(server: Server, options: argparse.Namespace) -> int:
+    """Show all jobs, or a page of them."""
+    names = ("status", "mode", "limit", "after", "order")
+    query = {name: getattr(options, name) for name in names if getattr(options, name)}
+    return show(server, "/jobs/list/?" + urlencode(query))
+
+
+def prune(server: Server, options: argparse.Namespace) -> int:
+    """Forget the jobs that ended longer ago."""
+    path = f"/jobs/list/?older-than={quote(options.older_than)}"
+    return write(server.ask("DELETE", path, seconds=math.inf))
+
+
+def switch(action: str, server: Server, options: argparse.Namespace) -> int:
+    """Pause a runtime, or resume it, and show it."""
+    reason = getattr(options, "reason", None)       # resume takes none
+    body = json.dumps({"reason": reason}).encode() if reason else b""
+    path = f"/runtimes/{quote(options.name, safe='')}/{action}/"
+    return show_change(server, "/runtimes/", server.ask("POST", path, body))
+
+
+# The command line
+
+ADD = """\
+With --wait it is as if the job ran here: its result goes to standard output, its runtime_error to
+standard error. So it is a command for --runtime of another oqc:
+far=python3 -m oqc add - --wait --server http://far:12021 --key-file far.key
+It ends with 75 if nothing was added since the server is away, stops or is full: try again. TERM
+cancels the jobs that have not ended; after Ctrl-C they go on.
+"""
+HELP = """\
+The key comes from --key-file, else from OQC_API_KEY; for a server on this machine it may be the
+documented one. On a terminal the answer is a table, else JSON. Exit status: 0; 1 refused by the
+server; 2 wrong usage; 69 the server cannot be reached; 77 no key or a wrong one; 78 invalid
+settings; 130 Ctrl-C. A command that waits ends with the first return code that is not 0, in the
+order of the jobs, or with 124 if one has not ended when the time is over; a server that is away
+meanwhile, such as one that is restarted, is asked again.
+"""
+COMMANDS = {
+    "add": Command(
+        "JOB", "add a job; from standard input with -, and with --wait until it has ended",
+        add, "job --mode --shots --seed --return-code --wait", ADD),
+    "get": Command("ID", "show jobs", functools.partial(show_jobs, ""), "ids"),
+    "list": Command("", "show all jobs, or a page of them",
+                    list_jobs, "--status --mode --limit --after --order"),
+    "wait": Command("ID", "show jobs in this order, each as soon as it has ended",
+                    wait, "ids --seconds"),
+    "cancel": Command("ID", "cancel jobs", cancel, "ids"),
+    "result": Command("ID", "show what the runtimes of jobs put out",
+                      functools.partial(show_jobs, "result/"), "ids"),
+    "prune": Command("--older-than AGE", "forget the jobs that ended longer ago",
+                     prune, "--older-than"),
+    "runtimes": Command("", "show the runtimes and their states",
+                        lambda server, _: show(server, "/runtimes/")),
+    "pause": Command("NAME", "let a runtime start no more jobs",
+                     functools.partial(switch, "pause"), "name --reason"),
+    "resume": Command("NAME", "let a runtime run jobs again",
+                      functools.partial(switch, "resume"), "name"),
+    "status": Command("", "show how much waits, runs and has ended",
+                      lambda server, _: show(server, "/status/")),
+}
+
+
+def duration(text: str) -> float:
+    """Return the SECONDS of a flag; without any, as in a bare --wait, they have no end."""
+    return decimal(0, 10 ** 9, text) if text else math.inf
+
+
+ARGUMENTS: Dict[str, Dict[str, Any]] = {
+    "ids": {"metavar": "ID", "nargs": "+", "type": functools.partial(whole, 1, 2 ** 63 - 1)},
+    "job": {
+        "metavar": "JOB",
+        "help": 'such as "X(90), Y(180)"; - reads a job a line from standard input'},
+    "name": {"metavar": "NAME", "help": "of a runtime"},
+    "--mode": {"help": "verbatim, simulation or echo; for add also from OQC_MODE"},
+    "--shots": {"help": "how often to measure [OQC_SHOTS]"},
+    "--seed": {"help": "of the random numbers [OQC_SEED]"},
+    "--return-code": {"help": "that an echo shall end with"},
+    "--wait": {
+        "metavar": "SECONDS", "nargs": "?", "type": duration,
+        "help": "until it has ended; =SECONDS: at most"},
+    "--seconds": {"type": duration, "default": math.inf, "help": "to wait at most"},
+    "--after": {"help": "only jobs that follow this id in the list"},
+    "--order": {"help": "asc or desc"},
+    "--older-than": {"metavar": "AGE", "required": True, "help": "such as 90d, 12h or 30m"},
+    "--server": {"metavar": "URL", "help": f"[OQC_SERVER; default: {LOCAL}]"},
+    "--key-file": {
+        "metavar": "FILE",
+        "help": "holds a key, or a line name:key; for you alone to read [OQC_KEY_FILE]"},
+    "--ca": {
+        "metavar": "FILE",
+        "help": "certificates (PEM) to trust in place of the system's [OQC_CA]"},
+}
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the commands."""
+    parser = argparse.ArgumentParser(prog="oqc", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, description=command.description, epilog=command.notes + HELP,
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        subparser.set_defaults(run=command.run)
+        for argument in [*command.takes.split(), "--server", "--key-file", "--ca"]:
+            subparser.add_argument(argument, **ARGUMENTS.get(argument, {}))
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out a command that asks a server; return the exit status. Raise ConfigError."""
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    # A bare --wait must not take the job that stands behind it for its seconds.
+    arguments = ["--wait=" if argument == "--wait" else argument for argument in arguments]
+    options = command_line().parse_args(arguments)
+    try:
+        server = connect(options.server, options.key_file, options.ca,
+                         report=lambda reason: say(f"oqc: {reason}"))
+        return int(options.run(server, options))
+    except Failed as error:
+        if str(error):
+            say(f"oqc: {error}")
+        return error.exit_status
+    except OSError as error:        # only standard input is left
+        say(f"oqc: standard input: {error.strerror}")
+        return EX_FAILED
+    finally:
+        progress("")

@@ -1,0 +1,271 @@
+"""A child process: start it, feed it, listen to it, and end it with all that it has started.
+
+The only room that starts processes. Each child leads a process group of its own. `Process.end` ends
+that group; if the server dies before it could, however it dies, GUARD does.
+"""
+import contextlib
+import fcntl
+import functools
+import os
+import select
+import signal
+import struct
+import termios
+import threading
+from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple
+
+MOST_OUTPUT = 1 << 20               # bytes of standard output that are kept, from its beginning
+MOST_ERROR = 2048                   # bytes of standard error that are kept, from its end
+PIPE_READ = 1 << 16                 # bytes that one read asks for
+LOOK_EVERY = 0.05                   # seconds between looks at a child that no descriptor watches
+LONGEST_POLL = 3600.0               # seconds; poll(2) takes no more than 24 days
+
+# A tiny shell in the child's process group holds the read end of a pipe whose write end only the
+# server has. When the server dies, the read ends and the shell ends the group. (PR_SET_PDEATHSIG
+# would fire when the thread that started the child ends, and would not reach grandchildren.) It is
+# started from a subshell that is gone at once, so that the command is not handed a child that it
+# did not start; the descriptor is closed before the command begins.
+GUARD = """( ( trap '' HUP INT TERM; exec >/dev/null 2>&1; read -r line <&3
+kill -TERM 0; sleep 2; kill -KILL 0 ) & )
+exec 3<&-; exec "$@" """
+
+EXITED = os.WEXITED | os.WNOHANG | os.WNOWAIT   # waitid(2): look for an end, and leave it there
+PR_SET_CHILD_SUBREAPER = 36                     # prctl(2)
+
+# The children that are not reaped yet. The lock is held while one is started and entered here, and
+# while orphans are reaped: a child that is not entered yet would be taken for an orphan.
+CHILDREN: List[int] = []
+CHILDREN_LOCK = threading.Lock()
+
+
+class Clock(Protocol):
+    """The clock of deadlines."""
+
+    def monotonic(self) -> float:
+        """Return seconds that never jump."""
+
+
+class Process:
+    """A child that leads a process group of its own, and the pipes to it.
+
+    It belongs to one thread, which does all reading and writing while it listens. Output beyond
+    what is kept is read and dropped.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Dict[str, str],
+        feed: Optional[int],
+        wake: int,
+        clock: Clock,
+    ) -> None:
+        """Start `command` with this environment; raise OSError if there is no room for it.
+
+        `feed` is the open file that becomes its standard input; None stands for a pipe, which
+        `send` writes to. As soon as the descriptor `wake` can be read, `listen` and `send` read it
+        and ask their `is_over`.
+        """
+        self.output = bytearray()       # with one byte more than MOST_OUTPUT there was too much
+        self.error = bytearray()
+        self._wake = wake
+        self._clock = clock
+        self._input = -1                # our end of the pipe to its standard input, if there is one
+        self._unsent = memoryview(b"")
+        self._sent = 0                  # bytes
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as childs:
+            output, childs_output = _pipe(ours, childs)
+            error, childs_error = _pipe(ours, childs)
+            if feed is None:
+                feed, self._input = _pipe(childs, ours)
+                os.set_blocking(self._input, False)
+            self.pid = _spawn(command, environment, (feed, childs_output, childs_error))
+            self._open = ours.pop_all()
+        self._sinks = {output: self.output, error: self.error}
+        self._poll = select.poll()
+        self._poll.register(wake, select.POLLIN)
+        for descriptor in self._sinks:
+            os.set_blocking(descriptor, False)
+            self._poll.register(descriptor, select.POLLIN)
+        self._longest_poll = LOOK_EVERY
+        with contextlib.suppress(AttributeError, OSError):      # Linux 5.3 and later have it
+            watch = os.pidfd_open(self.pid)     # type: ignore[attr-defined,unused-ignore]
+            self._open.callback(os.close, watch)
+            self._poll.register(watch, select.POLLIN)
+            self._longest_poll = LONGEST_POLL
+
+    def exited(self) -> bool:
+        """Return whether the process itself has ended; its children may go on.
+
+        It is not reaped yet, so that its id and its group's stay taken.
+        """
+        return os.waitid(os.P_PID, self.pid, EXITED) is not None
+
+    def listen(self, deadline: float, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Read what it writes until it has ended or `is_over`; return False at the deadline.
+
+        `is_over` is asked at the beginning, and again after whatever was read. The deadline is in
+        monotonic seconds.
+        """
+        while not (is_over() or self.exited()):
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                return False
+            self._wait_for_event(left)
+        return True
+
+    def send(self, data: bytes, deadline: float, is_over: Callable[[], bool]) -> bool:
+        """Write `data` to its standard input while listening; arguments and result as `listen`.
+
+        What the process has not taken by then is dropped.
+        """
+        self._unsent = memoryview(data)
+        self._poll.register(self._input, select.POLLOUT)
+        try:
+            self._write()
+            return self.listen(deadline, is_over)
+        finally:
+            if self._unsent:
+                self._end_of_data()
+
+    def took_some(self) -> bool:
+        """Return whether it has read anything of what it was sent."""
+        number = fcntl.ioctl(self._input, termios.FIONREAD, bytes(4))
+        left_in_pipe: int = struct.unpack("i", number)[0]
+        return self._sent > left_in_pipe
+
+    def read_on(self) -> None:
+        """Read what it has written by now, but no more than a pipe holds: it may never stop."""
+        for descriptor in list(self._sinks):
+            for _ in range(MOST_OUTPUT // PIPE_READ + 1):
+                if not self._read(descriptor):
+                    break
+
+    def end(self, grace: float) -> int:
+        """End the whole process group; return the exit code, or -n after signal n.
+
+        It gets TERM, and KILL as soon as the process has ended, or after `grace` seconds. This is
+        the last call to a process.
+        """
+        if not self.exited():
+            self._signal_group(signal.SIGTERM)
+            self.listen(self._clock.monotonic() + grace)
+        self.read_on()
+        # Before the process is reaped: until then nobody else can get the number of its group.
+        self._signal_group(signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        with contextlib.suppress(ChildProcessError):
+            while True:         # orphans of the group are our children: it has ended with the last
+                os.waitpid(-self.pid, 0)
+        with CHILDREN_LOCK:
+            CHILDREN.remove(self.pid)
+        _reap_orphans()
+        self._open.close()
+        return os.waitstatus_to_exitcode(status)
+
+    def _wait_for_event(self, seconds: float) -> None:
+        """Wait until something can be read or written, or for so long; read and write it."""
+        milliseconds = min(seconds, self._longest_poll) * 1000 + 1
+        for descriptor, _ in self._poll.poll(milliseconds):
+            if descriptor in self._sinks:
+                self._read(descriptor)
+            elif descriptor == self._input:
+                self._write()
+            elif descriptor == self._wake:
+                os.read(self._wake, 64)
+
+    def _read(self, descriptor: int) -> bool:
+        """Read once and keep what is to be kept; return False if there was nothing."""
+        try:
+            data = os.read(descriptor, PIPE_READ)
+        except BlockingIOError:
+            return False
+        if not data:                    # it has closed this end, and may go on all the same
+            self._poll.unregister(descriptor)
+            del self._sinks[descriptor]
+            return False
+        sink = self._sinks[descriptor]
+        if sink is self.error:
+            sink += data
+            del sink[:-MOST_ERROR]
+        else:
+            sink += data[:MOST_OUTPUT + 1 - len(sink)]
+        return True
+
+    def _write(self) -> None:
+        """Write as much of the data as its pipe has room for."""
+        try:
+            while self._unsent:
+                written = os.write(self._input, self._unsent)
+                self._sent += written
+                self._unsent = self._unsent[written:]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            pass                        # it has closed its input: what it answers to that decides
+        self._end_of_data()
+
+    def _end_of_data(self) -> None:
+        self._unsent = memoryview(b"")
+        self._poll.unregister(self._input)
+
+    def _signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
+    """Return the two ends of a new pipe, which are closed with these."""
+    ends = os.pipe()
+    reader.callback(os.close, ends[0])
+    writer.callback(os.close, ends[1])
+    return ends
+
+
+def _spawn(
+    command: Sequence[str],
+    environment: Dict[str, str],
+    standard: Tuple[int, int, int],
+) -> int:
+    """Start a command under its guard and return its id; it has `standard` as its 0, 1 and 2."""
+    with CHILDREN_LOCK:
+        pid = os.posix_spawn(
+            "/bin/sh",
+            ["/bin/sh", "-c", GUARD, "oqc", *command],
+            environment,
+            file_actions=[
+                *((os.POSIX_SPAWN_DUP2, ours, childs) for childs, ours in enumerate(standard)),
+                (os.POSIX_SPAWN_DUP2, _lifeline(), 3),
+            ],
+            setpgroup=0,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],     # Python ignores these
+            setsigmask=[],
+        )
+        CHILDREN.append(pid)
+    return pid
+
+
+@functools.lru_cache(maxsize=None)
+def _lifeline() -> int:
+    """Return the read end of the pipe whose closing tells every guard that the server is gone.
+
+    It is made at the first child. Its write end is never closed: the kernel does that when we die.
+    """
+    read_end, _write_end = os.pipe()
+    lifeline = fcntl.fcntl(read_end, fcntl.F_DUPFD_CLOEXEC, 10)     # 3 is what guards see
+    os.close(read_end)
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import ctypes       # pylint: disable=import-outside-toplevel # a server at rest spares it
+        # Linux: orphans of a group become our children, so that all of it can be waited for
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    return lifeline
+
+
+def _reap_orphans() -> None:
+    """Reap what left its process group and has ended: as orphans they became our children."""
+    with CHILDREN_LOCK, contextlib.suppress(ChildProcessError):     # there is no child at all
+        while True:
+            ended = os.waitid(os.P_ALL, 0, EXITED)
+            if ended is None or ended.si_pid in CHILDREN:   # whose own thread reaps it
+                return
+            os.waitpid(ended.si_pid, 0)
