@@ -1,20 +1,16 @@
 """The jobs in SQL: real SQLite in a folder of its own, every transition and every other one,
 threads, pages, files."""
-import ast
 import contextlib
 import os
-import re
-import signal
 import sqlite3
 import threading
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, until
+from conftest import until
 
 from oqc import jobs
 from oqc.clock import Clock
-from oqc.database import INVARIANTS, backup, check, connected, no_room, prepared
+from oqc.database import INVARIANTS, backup, check, connected, prepared
 from oqc.jobs import (
     Addition, Batch, DiskFull, Ending, IdempotencyKey, ImmediateEnd, Job, KeyReused, Outcome,
     StoreError, Submission, UnknownJob)
@@ -958,29 +954,6 @@ def test_a_check_and_a_backup_of_a_closed_database_leave_nothing_beside_it(opene
     assert sorted(os.listdir(tmp_path)) == ["copy", "oqc.db", "oqc.db.lock"]
 
 
-def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(store, tmp_path):
-    """Ctrl-C comes while the backup waits for another program, which has the database to itself."""
-    store.close()
-    other = sqlite3.connect(store.path, isolation_level=None, check_same_thread=False)
-    other.execute("PRAGMA locking_mode = EXCLUSIVE")
-    other.execute("BEGIN IMMEDIATE")
-
-    def is_open():
-        files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
-        return list(files).count(store.path) > 1        # by the other program, and by the backup
-
-    def press_ctrl_c():
-        until(is_open)
-        os.kill(os.getpid(), signal.SIGINT)
-        other.close()
-    thread = threading.Thread(target=press_ctrl_c)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        backup(store.path, tmp_path / "copy.db")
-    thread.join(20)
-    assert not (tmp_path / "copy.db").exists()
-
-
 def test_a_backup_is_one_file_with_every_job_that_was_there_and_replaces_none(store, tmp_path):
     numbers = added(store, *[ECHO] * 1000)
     backup(store.path, str(tmp_path / "copy"))
@@ -1015,65 +988,3 @@ def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_th
     added(store, *[ECHO] * 1000)
     assert store.unusable() is None
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
-
-
-def test_a_file_system_that_counts_no_blocks_is_never_full():
-    assert os.statvfs("/proc").f_blocks == 0
-    assert no_room("/proc/oqc.db") is None
-
-
-# Statements
-
-NEWER = re.compile(                 # than SQLite 3.26, with the version that brought it
-    r"RETURNING"                    # 3.35
-    r"|\bSTRICT\b"                  # 3.37
-    r"|->"                          # 3.38
-    r"|VACUUM\s+\w*\s*INTO"         # 3.27
-    r"|GENERATED\s+ALWAYS|\)\s+(STORED|VIRTUAL)\b|\bAS\s*\(\s*\w+\s*\|\|"       # 3.31
-    r"|NULLS\s+(FIRST|LAST)"        # 3.30
-    r"|\bFILTER\s*\("               # 3.30, but for windows
-    r"|\biif\s*\("                  # 3.32
-    r"|UPDATE\s+(?!.*\bSELECT\b)[^;]*\bSET\b[^;]*\bFROM\b"                      # 3.33
-    r"|MATERIALIZED|DROP\s+COLUMN"  # 3.35
-    r"|unixepoch|\bformat\s*\("     # 3.38
-    r"|(RIGHT|FULL)\s+(OUTER\s+)?JOIN|DISTINCT\s+FROM"                          # 3.39
-    r"|timediff|octet_length|string_agg|\bconcat(_ws)?\s*\(", re.IGNORECASE | re.DOTALL)
-SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|CREATE|PRAGMA|VACUUM|ALTER|WITH)\b")
-
-
-def statements(source):
-    """The SQL in the text of a module: its strings, those of an f-string put together, but for
-    docstrings."""
-    left_out = set()
-    for node in ast.walk(ast.parse(source)):        # what contains a string comes before it
-        text = ""
-        if isinstance(node, ast.JoinedStr):
-            left_out.update(node.values)
-            for part in node.values:
-                text += part.value if isinstance(part, ast.Constant) else " ? "
-        elif isinstance(node, ast.Expr):
-            left_out.add(node.value)
-        elif isinstance(node, ast.Constant) and node not in left_out:
-            text = str(node.value)
-        if SQL.search(text):
-            yield text
-
-
-def test_every_statement_is_one_that_sqlite_3_26_understands():
-    found = []
-    for name in ("store", "database"):
-        found += statements((ROOT / "oqc" / f"{name}.py").read_text(encoding="utf-8"))
-    assert len(found) > 25 and any("CREATE TABLE jobs" in text for text in found)
-    assert not [text for text in found if NEWER.search(text)]
-
-
-@pytest.mark.parametrize("statement", [
-    "INSERT INTO jobs (job) VALUES (?) RETURNING id", "CREATE TABLE t (a INTEGER) STRICT",
-    "VACUUM INTO 'copy'", "SELECT result ->> '$.a' FROM results",
-    "CREATE TABLE t (a, b GENERATED ALWAYS AS (a) STORED)", "SELECT iif(a, 1, 2) FROM t",
-    "UPDATE jobs SET due = d.due FROM d WHERE d.id = jobs.id", "SELECT unixepoch()",
-    "ALTER TABLE t DROP COLUMN a", "SELECT * FROM t WHERE a IS NOT DISTINCT FROM b"])
-def test_a_newer_statement_is_found(statement):
-    for source in (f"execute({statement!r})", f"execute(f{statement + '{a}'!r})"):
-        assert [text for text in statements(source) if NEWER.search(text)], source
-    assert not list(statements(f'"""{statement}"""'))
