@@ -1,5 +1,6 @@
-"""What the tests share: a real server in a process of its own, a client that asks it, and a clock moved by hand; and
-three processes to run them, a module at a time."""
+"""What the tests share: a real server in a process of its own, a client that asks it, and a clock
+moved by hand; an end to tests that hang; and three processes to run them, a module at a time."""
+import faulthandler
 import http.client
 import itertools
 import json
@@ -9,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,13 +20,28 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = ROOT / "tests" / "runtimes"
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)     # hundreds of servers start here: each would compile itself anew
-signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell has its jobs in the background ignore it, and
-                                                             # they their children, whose Ctrl-C is tried here
+# Hundreds of servers start here: each would compile itself anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What the tests of the running server start: this checkout, or the single file that OQC_PYZ names.
-PROGRAM = (sys.executable, *((os.environ["OQC_PYZ"],) if "OQC_PYZ" in os.environ else ("-m", "oqc")))
-WORKERS = 3                         # processes that run the tests: with one more than cores, none of these has to wait
+PROGRAM = (sys.executable, "-m", "oqc")
+if "OQC_PYZ" in os.environ:
+    PROGRAM = (sys.executable, os.environ["OQC_PYZ"])
+WORKERS = 3         # processes that run the tests: one more than cores, so that none of these waits
+SLOW = 10           # a slow test may take so many times as long as another
 KEY = "$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
+
+
+def heed_signals():
+    """Catch what whoever started the tests has ignored: nohup SIGHUP, a shell SIGINT and SIGQUIT
+    for its jobs in the background. What is ignored stays so in a child, such as a server that a
+    test sends this signal; what is caught does not (execve(2))."""
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM, signal.SIGCHLD):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+heed_signals()
 
 
 def until(condition):
@@ -39,7 +56,9 @@ class Answer:
     """An answer over HTTP."""
 
     def __init__(self, response):
-        self.status, self.headers, self.body = response.status, dict(response.getheaders()), response.read()
+        self.status = response.status
+        self.headers = dict(response.getheaders())
+        self.body = response.read()
 
     @property
     def json(self):
@@ -54,14 +73,17 @@ class Server:
     """`python -m oqc` on a free port, and its log as it comes."""
 
     def __init__(self, folder, *flags, environment=None, command=PROGRAM, wait=True):
-        self.folder, self.lines = Path(folder), []
+        self.folder = Path(folder)
+        self.lines = []
         self._more = threading.Condition()
         self._closed = False
+        if "--port" not in flags:
+            flags = ("--port", "0", *flags)
         env = {name: value for name, value in os.environ.items() if not name.startswith("OQC_")}
         env.update({"PYTHONPATH": str(ROOT)}, **(environment or {}))
-        defaults = [] if "--port" in flags else ["--port", "0"]
-        self.process = subprocess.Popen([*command, *defaults, *map(str, flags)], cwd=folder, env=env,
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [*command, *map(str, flags)], cwd=folder, env=env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if wait:
@@ -78,12 +100,14 @@ class Server:
 
     def line(self, text, timeout=20):
         """The first line of the log that holds `text`, as soon as it is there."""
+        def found():
+            return [line for line in self.lines if text in line]
+
         with self._more:
-            assert self._more.wait_for(lambda: self._closed or any(text in line for line in self.lines), timeout), (
-                f"no line with {text!r} within {timeout} s in", self.lines)
-            found = [line for line in self.lines if text in line]
-            assert found, (f"the server ended without a line with {text!r}", self.lines)
-            return found[0]
+            in_time = self._more.wait_for(lambda: self._closed or found(), timeout)
+            assert in_time, (f"no line with {text!r} within {timeout} s in", self.lines)
+            assert found(), (f"the server ended without a line with {text!r}", self.lines)
+            return found()[0]
 
     @property
     def log(self):
@@ -93,8 +117,10 @@ class Server:
         """One request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
-            body = json.dumps(body) if isinstance(body, (dict, list)) else body
-            connection.request(method, path, body, {**({"api_key": key} if key else {}), **(headers or {})})
+            if isinstance(body, (dict, list)):
+                body = json.dumps(body)
+            fields = {"api_key": key} if key else {}
+            connection.request(method, path, body, {**fields, **(headers or {})})
             return Answer(connection.getresponse())
         finally:
             connection.close()
@@ -119,7 +145,8 @@ class Server:
         return self.request("GET", f"/jobs/{_id(job)}/result/")
 
     def runtime(self, name):
-        return next(one for one in self.request("GET", "/runtimes/").json if one["name"] == name)
+        runtimes = self.request("GET", "/runtimes/").json
+        return next(runtime for runtime in runtimes if runtime["name"] == name)
 
     def children(self):
         """The ids of all processes below the server, zombies included."""
@@ -144,8 +171,8 @@ def descendants(pid):
     found = []
     for number in [pid, *found]:
         try:
-            tasks = list(Path(f"/proc/{number}/task").iterdir())
-            below = [int(child) for task in tasks for child in (task / "children").read_text().split()]
+            lists = list(Path(f"/proc/{number}/task").glob("*/children"))
+            below = [int(child) for one in lists for child in one.read_text().split()]
         except OSError:
             below = []
         found += below + [deeper for child in below for deeper in descendants(child)]
@@ -194,7 +221,8 @@ class HandClock:
     """A clock that stands still until it is moved, and whose waits move it."""
 
     def __init__(self):
-        self.seconds, self.wall = 1000.0, 1_800_000_000.0
+        self.seconds = 1000.0
+        self.wall = 1_800_000_000.0
 
     def now(self):
         return f"2027-01-15T08:00:{self.seconds % 60:09.6f}Z"
@@ -209,8 +237,9 @@ class HandClock:
         """Move on at once if nothing has happened; wait for real where no time is given."""
         if seconds is None:
             return event.wait(20)
-        self.seconds += 0 if event.is_set() else seconds
-        self.wall += 0 if event.is_set() else seconds
+        if not event.is_set():
+            self.seconds += seconds
+            self.wall += seconds
         return event.is_set()
 
 
@@ -219,15 +248,77 @@ def clock():
     return HandClock()
 
 
-class Worker:
-    """One of the processes that run the tests, forked once they are collected: most of them wait for a server that
-    starts, and on two cores this takes less than half the time. It keeps a module's reports for who prints them."""
+# Tests that hang
 
-    config, modules, reports = None, [], []     # modules: the tests of each; which one to run is said by its number
+class Alarm:
+    """Ends what hangs in the main thread, where pytest runs the tests: it raises there. Where no
+    signal is heard, in a function written in C, it ends the process some time later."""
+
+    stderr = None       # a descriptor of the standard error of pytest, not of a test
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __enter__(self):
+        signal.signal(signal.SIGALRM, self._ring)
+        # Again and again: what hangs may catch everything, and its `finally` may hang as well.
+        signal.setitimer(signal.ITIMER_REAL, self.seconds, self.seconds)
+        # In place of pytest's own, which would look at the threads at the moment when this rings:
+        # it does so without holding the interpreter lock, and crashes if they go on meanwhile.
+        faulthandler.dump_traceback_later(3.5 * self.seconds, exit=True, file=self.stderr)
+
+    def __exit__(self, *_):
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _ring(self, *_):
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            stacks = file.read()
+        pytest.fail(f"not ended within {self.seconds:g} s; where its threads are:\n{stacks}")
+
+
+def pytest_configure():
+    """Keep the standard error, before a test has another."""
+    Alarm.stderr = os.dup(2)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Have a test fail that takes longer than `faulthandler_timeout` seconds."""
+    seconds = float(item.config.getini("faulthandler_timeout"))
+    if item.get_closest_marker("slow"):
+        seconds *= SLOW
+    with Alarm(seconds):
+        return (yield)
+
+
+# What hangs in a fixture as well.
+pytest_runtest_setup = pytest_runtest_teardown = pytest_runtest_call
+
+
+def pytest_enter_pdb():
+    """Let who debugs a test take their time."""
+    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+# The processes that run the tests
+
+class Worker:
+    """One of the processes that run the tests, forked once they are collected: most of them wait
+    for a server that starts, and on two cores this takes less than half the time. It keeps a
+    module's reports for who prints them."""
+
+    config = None
+    modules = []        # the tests of each; which one to run is said by its number
+    reports = []
 
     @classmethod
     def start(cls):
-        """Have an output of its own, so that neither takes what a test of the other prints, and print nothing."""
+        """Have an output of its own, so that neither takes what a test of the other prints, and
+        print nothing."""
         plugins = cls.config.pluginmanager
         capture = plugins.getplugin("capturemanager")
         capture.stop_global_capturing()
@@ -239,7 +330,8 @@ class Worker:
     def run(cls, number):
         """Run the tests of a module; their reports, as what a pipe can carry."""
         cls.reports.clear()
-        for item, following in itertools.zip_longest(cls.modules[number], cls.modules[number][1:]):
+        items = cls.modules[number]
+        for item, following in itertools.zip_longest(items, items[1:]):
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
         as_data = cls.config.hook.pytest_report_to_serializable
         return [as_data(config=cls.config, report=report) for report in cls.reports]
@@ -249,24 +341,37 @@ class Worker:
         cls.reports.append(report)
 
 
+def servers_of(items):
+    """How many servers these tests start, about."""
+    return sum("serve" in item.fixturenames for item in items)
+
+
 def pytest_runtestloop(session):
-    """Run the tests in several processes, a module at a time, unless one is to be looked at (--pdb, -s, -x)."""
-    option, hook = session.config.option, session.config.hook
-    modules = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    """Run the tests in several processes, a module at a time, unless one is to be looked at
+    (--pdb, -s, -x)."""
+    option = session.config.option
+    modules = [list(items) for _, items in itertools.groupby(session.items, lambda one: one.path)]
     plain = option.usepdb or option.maxfail or option.capture == "no"
     if plain or option.collectonly or session.testsfailed or len(modules) < 2:
         return None                 # pytest's own loop
-    modules.sort(key=lambda items: -sum("serve" in item.fixturenames for item in items))    # those that take long
-    Worker.config, Worker.modules = session.config, modules
-    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("fork"), Worker.start) as pool:
+    modules.sort(key=servers_of, reverse=True)      # those first that take long
+    Worker.config = session.config
+    Worker.modules = modules
+    forked = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(WORKERS, forked, Worker.start) as pool:
         try:
-            for module in as_completed([pool.submit(Worker.run, number) for number in range(len(modules))]):
-                for data in module.result():
-                    report = hook.pytest_report_from_serializable(config=session.config, data=data)
-                    if report.when == "setup":
-                        hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
-                    hook.pytest_runtest_logreport(report=report)
+            for module in as_completed(pool.submit(Worker.run, n) for n in range(len(modules))):
+                show(session.config, module.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return True
+
+
+def show(config, reports):
+    """Have pytest show the reports of a module that a worker has run."""
+    for data in reports:
+        report = config.hook.pytest_report_from_serializable(config=config, data=data)
+        if report.when == "setup":
+            config.hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+        config.hook.pytest_runtest_logreport(report=report)

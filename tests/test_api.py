@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 from http import HTTPStatus
+from urllib.parse import parse_qsl
 
 import pytest
 from conftest import KEY, Server
@@ -13,8 +14,8 @@ from oqc.clock import Clock
 from oqc.jobs import Submission
 from oqc.store import Store
 
-MEMBERS = ["id", "job", "mode", "status", "runtime", "return_code", "runtime_error", "created_time", "start_time",
-           "end_time"]
+MEMBERS = ["id", "job", "mode", "status", "runtime", "return_code", "runtime_error",
+           "created_time", "start_time", "end_time"]
 TIME = re.compile(r"[0-9]{4}-[01][0-9]-[0-3][0-9]T[0-2][0-9]:[0-5][0-9]:[0-6][0-9]\.[0-9]{6}Z")
 
 # As they stand in the documentation, to the byte.
@@ -40,9 +41,11 @@ DOCUMENTED_BODY = """{
 
 def curl(server, command):
     """What the real curl prints for a documented command, with nothing but the port replaced."""
+    command = command.replace("12021", str(server.port))
     environment = {**os.environ, "no_proxy": "*"}
-    return subprocess.run(["sh", "-c", command.replace("12021", str(server.port))], env=environment, check=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60).stdout
+    ended = subprocess.run(["sh", "-c", command], env=environment, check=True, timeout=60,
+                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    return ended.stdout
 
 
 def is_problem(answer, status, detail=None):
@@ -79,7 +82,8 @@ def test_the_documented_request_to_get_a_job_works_as_it_is_pasted_and_for_an_id
 
 def test_the_documented_body_with_the_comma_before_its_last_brace_is_taken(server):
     answer = server.request("POST", "/jobs/add/", DOCUMENTED_BODY)
-    assert (answer.status, answer.json["job"], answer.json["mode"]) == (201, "X(90), Y(180), X(90)", "verbatim")
+    job = answer.json
+    assert (answer.status, job["job"], job["mode"]) == (201, "X(90), Y(180), X(90)", "verbatim")
 
 
 # A job's object
@@ -91,19 +95,21 @@ def test_a_new_job_is_answered_with_201_its_location_and_its_ten_members_in_orde
     assert answer.headers["Location"] == f"/jobs/{job['id']}/"
     assert answer.body.endswith(b"}\n") and list(job) == MEMBERS
     assert isinstance(job["id"], int) and TIME.fullmatch(job["created_time"])
-    assert list(job.values()) == [job["id"], "X(90), Y(180), X(90)", "echo", "Starting", None, None, None,
-                                  job["created_time"], None, None]
+    assert list(job.values()) == [
+        job["id"], "X(90), Y(180), X(90)", "echo", "Starting", None, None, None,
+        job["created_time"], None, None]
 
 
-@pytest.mark.parametrize("mode, runtime", [("verbatim", "emulator"), ("simulation", "simulator"), ("echo", "echo")])
+@pytest.mark.parametrize("mode, runtime", [
+    ("verbatim", "emulator"), ("simulation", "simulator"), ("echo", "echo")])
 def test_a_job_of_each_mode_is_run_and_keeps_its_members_in_order(server, mode, runtime):
     added = server.add("X(90), Z(1)", mode)
     answer = server.request("GET", f"/jobs/{added['id']}/?wait=30")
     job = answer.json
     assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
     assert answer.body.endswith(b"}\n") and list(job) == MEMBERS
-    assert list(job.values())[:8] == [added["id"], "X(90), Z(1)", mode, "Success", runtime, 0, None,
-                                      added["created_time"]]
+    assert list(job.values())[:8] == [
+        added["id"], "X(90), Z(1)", mode, "Success", runtime, 0, None, added["created_time"]]
     assert TIME.fullmatch(job["start_time"]) and TIME.fullmatch(job["end_time"])
     assert job["created_time"] <= job["start_time"] <= job["end_time"]
 
@@ -116,14 +122,16 @@ def test_an_echo_ends_with_the_return_code_that_was_asked_for(server, code):
 
 
 def test_ids_are_given_out_in_order_and_never_again(server):
-    first, second = server.add()["id"], server.add()["id"]
-    assert second == first + 1
+    first = server.add()["id"]
+    assert server.add()["id"] == first + 1
 
 
-@pytest.mark.parametrize("content_type", [None, "text/plain", "application/json", "image/png", "nonsense"])
+@pytest.mark.parametrize("content_type", [
+    None, "text/plain", "application/json", "image/png", "nonsense"])
 def test_the_content_type_of_a_request_is_not_looked_at(server, content_type):
     headers = {"Content-Type": content_type} if content_type else {}
-    assert server.request("POST", "/jobs/add/", b'{"job": "X(1)", "mode": "echo"}', headers=headers).status == 201
+    body = b'{"job": "X(1)", "mode": "echo"}'
+    assert server.request("POST", "/jobs/add/", body, headers=headers).status == 201
 
 
 def test_a_job_of_100_000_pulses_is_accepted_and_shown_as_it_was_sent(server):
@@ -134,9 +142,9 @@ def test_a_job_of_100_000_pulses_is_accepted_and_shown_as_it_was_sent(server):
 # Errors in looking a job up
 
 @pytest.mark.parametrize("number", [
-    "0", "00", "07", "-1", "+1", "abc", "1.0", "1e3", "0x1", "1_0", "1,2", "%31", "%D9%A3", "%20", "1%20", "1%0A",
-    "1%00", "null", "None", "9223372036854775807", "9223372036854775808", "99999999999999999999",
-    "9" * 5000, "list%2F"])
+    "0", "00", "07", "-1", "+1", "abc", "1.0", "1e3", "0x1", "1_0", "1,2", "%31", "%D9%A3", "%20",
+    "1%20", "1%0A", "1%00", "null", "None", "9223372036854775807", "9223372036854775808",
+    "99999999999999999999", "9" * 5000, "list%2F"])
 @pytest.mark.parametrize("rest", ["/", "", "/result/", "/result"])
 def test_an_error_in_looking_a_job_up_is_404_with_a_zero(server, number, rest):
     server.add()
@@ -154,15 +162,18 @@ def test_an_id_that_was_never_given_out_is_404_with_a_zero_until_it_is(server):
 
 
 def test_the_digits_of_another_script_are_no_id_even_unencoded(server):
+    request = ("GET /jobs/٣/ HTTP/1.1\r\nHost: x\r\n"
+               f"api_key: {KEY}\r\nConnection: close\r\n\r\n")
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(f"GET /jobs/٣/ HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\nConnection: close\r\n\r\n".encode())
+        client.sendall(request.encode())
         assert client.makefile("rb").readline() == b"HTTP/1.1 400 Bad Request\r\n"
 
 
 # Problem details
 
-@pytest.mark.parametrize("path", ["//", "/jobs", "/jobs/", "/jobs//", "/nothing", "/jobs/1/other/", "/jobs/add/1/",
-                                  "/jobs/1//", "//jobs/list/", "/JOBS/LIST/", "/jobs/1/result//"])
+@pytest.mark.parametrize("path", [
+    "//", "/jobs", "/jobs/", "/jobs//", "/nothing", "/jobs/1/other/", "/jobs/add/1/", "/jobs/1//",
+    "//jobs/list/", "/JOBS/LIST/", "/jobs/1/result//"])
 def test_a_path_where_nothing_is_gets_a_problem_detail(server, path):
     assert json.dumps(path) in is_problem(server.request("GET", path), 404)
 
@@ -181,14 +192,16 @@ def test_a_path_says_which_methods_it_allows(server, path, allowed, slash):
             answer = server.request(method, path)
             assert (answer.status, answer.headers["Allow"]) == (405, allowed)
             if method != "HEAD":
-                is_problem(answer, 405, f"{method} is not for this path; allowed: {allowed}; GET / shows what is there")
+                is_problem(answer, 405, f"{method} is not for this path; allowed: {allowed}; "
+                           "GET / shows what is there")
 
 
 def test_every_get_works_as_head_with_the_same_head_and_no_body(server):
     job = server.wait(server.add())["id"]
-    for path in (f"/jobs/{job}/", f"/jobs/{job}/result/", "/jobs/list/?limit=1", "/jobs/list/", "/jobs/07/",
-                 "/nothing", "/jobs/list/?limit=x"):
-        get, head = server.request("GET", path), server.request("HEAD", path)
+    for path in (f"/jobs/{job}/", f"/jobs/{job}/result/", "/jobs/list/?limit=1", "/jobs/list/",
+                 "/jobs/07/", "/nothing", "/jobs/list/?limit=x"):
+        get = server.request("GET", path)
+        head = server.request("HEAD", path)
         assert (head.status, head.body) == (get.status, b"")
         assert {**head.headers, "Date": ""} == {**get.headers, "Date": ""}
 
@@ -197,7 +210,8 @@ def test_every_path_works_with_and_without_its_last_slash(server):
     assert server.request("POST", "/jobs/add", {"job": "X(0)", "mode": "echo"}).status == 201
     job = server.wait(server.add())["id"]
     for path in (f"/jobs/{job}", f"/jobs/{job}/result", "/jobs/list"):
-        with_slash, without = server.request("GET", path + "/"), server.request("GET", path)
+        with_slash = server.request("GET", path + "/")
+        without = server.request("GET", path)
         assert with_slash.status == without.status == 200
         assert with_slash.body == without.body
 
@@ -205,22 +219,27 @@ def test_every_path_works_with_and_without_its_last_slash(server):
 # Keys
 
 @pytest.mark.parametrize("header, value", [
-    ("api_key", KEY), ("API_KEY", KEY), ("Api_Key", f"  {KEY} "), ("X-API-Key", KEY), ("x-api-key", KEY),
-    ("Authorization", f"Bearer {KEY}"), ("authorization", f"bearer {KEY}"), ("Authorization", f"BEARER   {KEY}")])
+    ("api_key", KEY), ("API_KEY", KEY), ("Api_Key", f"  {KEY} "), ("X-API-Key", KEY),
+    ("x-api-key", KEY), ("Authorization", f"Bearer {KEY}"), ("authorization", f"bearer {KEY}"),
+    ("Authorization", f"BEARER   {KEY}")])
 def test_the_key_is_taken_from_each_of_the_three_headers(server, header, value):
-    assert server.request("GET", "/jobs/list/?limit=1", key=None, headers={header: value}).status == 200
+    answer = server.request("GET", "/jobs/list/?limit=1", key=None, headers={header: value})
+    assert answer.status == 200
 
 
 @pytest.mark.parametrize("headers", [
-    {}, {"api_key": ""}, {"api_key": "x"}, {"api_key": KEY[:-1]}, {"api_key": KEY + "="}, {"api_key": KEY.lower()},
-    {"api_key": KEY.replace(" ", "")}, {"api_key": f"'{KEY}'"}, {"api_key": f"Bearer {KEY}"}, {"api-key": KEY},
-    {"key": KEY}, {"X-API-Key": "x"}, {"Authorization": KEY}, {"Authorization": "Bearer"},
-    {"Authorization": f"Basic {KEY}"}, {"Authorization": "Bearer x"}, {"Cookie": f"api_key={KEY}"},
+    {}, {"api_key": ""}, {"api_key": "x"}, {"api_key": KEY[:-1]}, {"api_key": KEY + "="},
+    {"api_key": KEY.lower()}, {"api_key": KEY.replace(" ", "")}, {"api_key": f"'{KEY}'"},
+    {"api_key": f"Bearer {KEY}"}, {"api-key": KEY}, {"key": KEY}, {"X-API-Key": "x"},
+    {"Authorization": KEY}, {"Authorization": "Bearer"}, {"Authorization": f"Basic {KEY}"},
+    {"Authorization": "Bearer x"}, {"Cookie": f"api_key={KEY}"},
     {"api_key": "clé".encode("latin-1")}, {"api_key": "ключ".encode()}, {"X-API-Key": b"\xff\xfe"},
-    {"Authorization": b"Bearer \xff"}, {"api_key": "x", "X-API-Key": KEY}], ids=lambda value: repr(value)[:24])
+    {"Authorization": b"Bearer \xff"}, {"api_key": "x", "X-API-Key": KEY}],
+    ids=lambda value: repr(value)[:24])
 def test_a_missing_or_wrong_key_is_401_and_the_answer_says_which_header_to_send(server, headers):
-    for method, path in (("GET", "/jobs/list/"), ("GET", "/jobs/1/"), ("GET", "/jobs/07/"), ("POST", "/jobs/add/"),
-                         ("GET", "/jobs/1/result/"), ("DELETE", "/jobs/1/")):
+    for method, path in (("GET", "/jobs/list/"), ("GET", "/jobs/1/"), ("GET", "/jobs/07/"),
+                         ("POST", "/jobs/add/"), ("GET", "/jobs/1/result/"),
+                         ("DELETE", "/jobs/1/")):
         answer = server.request(method, path, key=None, headers=headers)
         detail = is_problem(answer, 401)
         assert answer.headers["WWW-Authenticate"].startswith("Bearer")
@@ -232,14 +251,21 @@ def test_a_missing_or_wrong_key_is_401_and_the_answer_says_which_header_to_send(
 
 def test_without_a_key_nothing_is_stored(server):
     before = server.add()["id"]
-    assert server.request("POST", "/jobs/add/", {"job": "X(0)", "mode": "echo"}, key="wrong").status == 401
+    job = {"job": "X(0)", "mode": "echo"}
+    assert server.request("POST", "/jobs/add/", job, key="wrong").status == 401
     assert server.add()["id"] == before + 1
 
 
 # Refusals of a body
 
+def echo(members):
+    """The body of an echo, with something more."""
+    return b'{"job": "X(1)", "mode": "echo", %b}' % members
+
+
 REFUSED = {
-    "nothing": (b"", 'body: empty; expected a job such as {"job": "X(90)", "mode": "simulation"}'),
+    "nothing": (
+        b"", 'body: empty; expected a job such as {"job": "X(90)", "mode": "simulation"}'),
     "blanks": (b" \r\n", "body: empty; "),
     "text": (b"X(90)", "body: not JSON: "),
     "a form": (b"job=X(90)&mode=echo", "body: not JSON: "),
@@ -252,54 +278,70 @@ REFUSED = {
     "a comment": (b'{"job": "X(90)", "mode": "echo"} // run', "body: not JSON: "),
     "a line break in text": (b'{"job": "X(90)\n", "mode": "echo"}', "body: not JSON: "),
     "a byte order mark": (b'\xef\xbb\xbf{"job": "X(90)", "mode": "echo"}', "body: not JSON: "),
-    "UTF-16": ('{"job": "X(90)", "mode": "echo"}'.encode("utf-16"), "body: not UTF-8 at byte 1"),
-    "UTF-16 without a mark": ('{"job": "X(90)", "mode": "echo"}'.encode("utf-16-le"), "body: not JSON: "),
-    "UTF-32": ('{"job": "X(90)", "mode": "echo"}'.encode("utf-32"), "body: not UTF-8 at byte 1"),
+    "UTF-16": (
+        '{"job": "X(90)", "mode": "echo"}'.encode("utf-16"), "body: not UTF-8 at byte 1"),
+    "UTF-16 without a mark": (
+        '{"job": "X(90)", "mode": "echo"}'.encode("utf-16-le"), "body: not JSON: "),
+    "UTF-32": (
+        '{"job": "X(90)", "mode": "echo"}'.encode("utf-32"), "body: not UTF-8 at byte 1"),
     "Latin-1": (b'{"job": "X(90)", "mode": "\xe9cho"}', "body: not UTF-8 at byte 27"),
-    "a surrogate's three bytes": (b'{"job": "\xed\xa0\x80", "mode": "echo"}', "body: not UTF-8 at byte 10"),
+    "a surrogate's three bytes": (
+        b'{"job": "\xed\xa0\x80", "mode": "echo"}', "body: not UTF-8 at byte 10"),
     "an overlong slash": (b'{"job": "\xc0\xaf", "mode": "echo"}', "body: not UTF-8 at byte 10"),
-    "half a surrogate pair as job": (br'{"job": "X(90)\ud800", "mode": "echo"}', "job: at character 6: "),
-    "half a surrogate pair as mode": (br'{"job": "X(90)", "mode": "\udc00"}', "mode: expected verbatim, "),
-    "half a surrogate pair as name": (br'{"job": "X(90)", "mode": "echo", "\ud800": 1}', "unknown member "),
-    "a member twice": (b'{"job": "X(1)", "job": "X(2)", "mode": "echo"}', "a member is there twice"),
-    "the same member twice": (b'{"job": "X(1)", "mode": "echo", "mode": "echo"}', "a member is there twice"),
-    "a member twice, deep down": (b'{"job": "X(1)", "mode": "echo", "seed": {"a": 1, "a": 1}}',
-                                  "a member is there twice"),
-    "a member twice, once escaped": (br'{"job": "X(1)", "mode": "echo", "\u006dode": "verbatim"}',
-                                     "a member is there twice"),
-    "NaN": (b'{"job": "X(1)", "mode": "echo", "seed": NaN}', "NaN is not JSON"),
-    "Infinity": (b'{"job": "X(1)", "mode": "echo", "shots": Infinity}', "Infinity is not JSON"),
-    "minus Infinity": (b'{"job": "X(1)", "mode": "echo", "shots": -Infinity}', "-Infinity is not JSON"),
-    "a number without end": (b'{"job": "X(1)", "mode": "echo", "shots": 1e999}', "shots: expected a whole number "),
+    "half a surrogate pair as job": (
+        br'{"job": "X(90)\ud800", "mode": "echo"}', "job: at character 6: "),
+    "half a surrogate pair as mode": (
+        br'{"job": "X(90)", "mode": "\udc00"}', "mode: expected verbatim, "),
+    "half a surrogate pair as name": (
+        br'{"job": "X(90)", "mode": "echo", "\ud800": 1}', "unknown member "),
+    "a member twice": (
+        b'{"job": "X(1)", "job": "X(2)", "mode": "echo"}', "a member is there twice"),
+    "the same member twice": (echo(b'"mode": "echo"'), "a member is there twice"),
+    "a member twice, deep down": (echo(b'"seed": {"a": 1, "a": 1}'), "a member is there twice"),
+    "a member twice, once escaped": (echo(br'"\u006dode": "verbatim"'), "a member is there twice"),
+    "NaN": (echo(b'"seed": NaN'), "NaN is not JSON"),
+    "Infinity": (echo(b'"shots": Infinity'), "Infinity is not JSON"),
+    "minus Infinity": (echo(b'"shots": -Infinity'), "-Infinity is not JSON"),
+    "a number without end": (echo(b'"shots": 1e999'), "shots: expected a whole number "),
     "lists in lists": (b"[" * 100_000 + b"]" * 100_000, "body: nested too deeply"),
-    "objects in objects": (b'{"job":' * 60_000 + b"1" + b"}" * 60_000, "body: nested too deeply"),
-    "lists in lists, unclosed": (b'{"job": "X(1)", "mode": ' + b"[" * 100_000, "body: nested too deeply"),
-    "5,000 digits": (b'{"job": "X(1)", "mode": "echo", "seed": ' + b"9" * 5000 + b"}", ""),
-    "4,000 digits": (b'{"job": "X(1)", "mode": "echo", "seed": ' + b"9" * 4000 + b"}", "seed: expected a whole "),
-    "an unknown member": (b'{"job": "X(1)", "mode": "echo", "priority": 1}', 'unknown member "priority": allowed are '),
-    "an empty name": (b'{"job": "X(1)", "mode": "echo", "": 1}', 'unknown member "": allowed are '),
-    "a list of text": (b'["X(1)", "echo"]', "[0]: expected an object with job and mode, found text"),
+    "objects in objects": (
+        b'{"job":' * 60_000 + b"1" + b"}" * 60_000, "body: nested too deeply"),
+    "lists in lists, unclosed": (
+        b'{"job": "X(1)", "mode": ' + b"[" * 100_000, "body: nested too deeply"),
+    "5,000 digits": (echo(b'"seed": ' + b"9" * 5000), ""),
+    "4,000 digits": (echo(b'"seed": ' + b"9" * 4000), "seed: expected a whole "),
+    "an unknown member": (echo(b'"priority": 1'), 'unknown member "priority": allowed are '),
+    "an empty name": (echo(b'"": 1'), 'unknown member "": allowed are '),
+    "a list of text": (
+        b'["X(1)", "echo"]', "[0]: expected an object with job and mode, found text"),
     "null": (b"null", "expected an object with job and mode, found null"),
     "a number": (b"1", "expected an object with job and mode, found a number"),
     "no member": (b"{}", "job: missing; "),
-    "a job that is a number": (b'{"job": 90, "mode": "echo"}', "job: expected text, found a number"),
-    "a job that is a list": (b'{"job": ["X(1)"], "mode": "echo"}', "job: expected text, found an array"),
-    "a mode that is null": (b'{"job": "X(1)", "mode": null}', "mode: expected text, found null"),
-    "an unknown mode": (b'{"job": "X(1)", "mode": "real"}',
-                        'mode: expected verbatim, simulation or echo, found "real"'),
-    "a line break after the job": (br'{"job": "X(1)\n", "mode": "echo"}', "job: at character 5: "),
-    "an angle in other digits": ('{"job": "X(٣)", "mode": "echo"}'.encode(), "job: at character 3: "),
-    "shots as text": (b'{"job": "X(1)", "mode": "echo", "shots": "7"}', "shots: expected a whole number from 0 to "),
-    "shots as a fraction": (b'{"job": "X(1)", "mode": "echo", "shots": 7.5}', "shots: expected a whole number from "),
-    "shots as truth": (b'{"job": "X(1)", "mode": "echo", "shots": true}', "shots: expected a whole number from 0 "),
-    "shots below 0": (b'{"job": "X(1)", "mode": "echo", "shots": -1}', "shots: expected a whole number from 0 to "),
-    "shots over a million": (b'{"job": "X(1)", "mode": "echo", "shots": 1000001}', "shots: expected a whole number "),
-    "a seed of 2^63": (b'{"job": "X(1)", "mode": "echo", "seed": 9223372036854775808}', "seed: expected a whole "),
-    "a seed below 0": (b'{"job": "X(1)", "mode": "echo", "seed": -1}', "seed: expected a whole number from 0 to "),
-    "a seed that is null": (b'{"job": "X(1)", "mode": "echo", "seed": null}', "seed: expected a whole number from "),
-    "a return code of 256": (b'{"job": "X(1)", "mode": "echo", "return_code": 256}', "return_code: expected a whole "),
-    "a return code for hardware": (b'{"job": "X(1)", "mode": "verbatim", "return_code": 1}',
-                                   "return_code: only an echo can be asked for one"),
+    "a job that is a number": (
+        b'{"job": 90, "mode": "echo"}', "job: expected text, found a number"),
+    "a job that is a list": (
+        b'{"job": ["X(1)"], "mode": "echo"}', "job: expected text, found an array"),
+    "a mode that is null": (
+        b'{"job": "X(1)", "mode": null}', "mode: expected text, found null"),
+    "an unknown mode": (
+        b'{"job": "X(1)", "mode": "real"}',
+        'mode: expected verbatim, simulation or echo, found "real"'),
+    "a line break after the job": (
+        br'{"job": "X(1)\n", "mode": "echo"}', "job: at character 5: "),
+    "an angle in other digits": (
+        '{"job": "X(٣)", "mode": "echo"}'.encode(), "job: at character 3: "),
+    "shots as text": (echo(b'"shots": "7"'), "shots: expected a whole number from 0 to "),
+    "shots as a fraction": (echo(b'"shots": 7.5'), "shots: expected a whole number from "),
+    "shots as truth": (echo(b'"shots": true'), "shots: expected a whole number from 0 "),
+    "shots below 0": (echo(b'"shots": -1'), "shots: expected a whole number from 0 to "),
+    "shots over a million": (echo(b'"shots": 1000001'), "shots: expected a whole number "),
+    "a seed of 2^63": (echo(b'"seed": 9223372036854775808'), "seed: expected a whole "),
+    "a seed below 0": (echo(b'"seed": -1'), "seed: expected a whole number from 0 to "),
+    "a seed that is null": (echo(b'"seed": null'), "seed: expected a whole number from "),
+    "a return code of 256": (echo(b'"return_code": 256'), "return_code: expected a whole "),
+    "a return code for hardware": (
+        b'{"job": "X(1)", "mode": "verbatim", "return_code": 1}',
+        "return_code: only an echo can be asked for one"),
 }
 
 
@@ -312,12 +354,15 @@ def test_a_body_that_is_no_job_is_400_with_its_reason_and_nothing_is_stored(serv
 
 def test_the_offset_of_a_wrong_character_is_in_the_answer_as_the_issue_shows_it(server):
     answer = server.request("POST", "/jobs/add/", {"job": "X(180); Y(90)", "mode": "verbatim"})
-    is_problem(answer, 400, 'job: at character 7: expected ", " and a pulse such as X(90), found ";"')
+    is_problem(answer, 400,
+               'job: at character 7: expected ", " and a pulse such as X(90), found ";"')
 
 
 @pytest.mark.parametrize("body", [
-    b' \r\n\t{ "mode" : "echo" , "job" : "X(1)" } \n', br'{"job": "\u0058(1)", "mode": "ech\u006f"}',
-    b'{"job": "X(1)", "mode": "echo" , \n } \n', b'{"job": "X(1)", "mode": "echo", "shots": -0}'])
+    b' \r\n\t{ "mode" : "echo" , "job" : "X(1)" } \n',
+    br'{"job": "\u0058(1)", "mode": "ech\u006f"}',
+    b'{"job": "X(1)", "mode": "echo" , \n } \n',
+    b'{"job": "X(1)", "mode": "echo", "shots": -0}'])
 def test_a_body_in_another_spelling_of_the_same_json_is_taken(server, body):
     answer = server.request("POST", "/jobs/add/", body)
     assert (answer.status, answer.json["job"], answer.json["mode"]) == (201, "X(1)", "echo")
@@ -327,7 +372,8 @@ def test_a_body_in_another_spelling_of_the_same_json_is_taken(server, body):
 
 @pytest.fixture(name="outside", scope="module")
 def a_server_with_an_outside_runtime(tmp_path_factory):
-    """A server whose runtime does what the job says: X(0) JSON, X(1) text, X(2) nothing, X(3) fails, X(4) waits."""
+    """A server whose runtime does what the job says: X(0) puts out JSON, X(1) text, X(2) nothing,
+    X(3) fails, X(4) waits."""
     folder = tmp_path_factory.mktemp("outside")
     os.mkfifo(folder / "go")
     program = folder / "my-runtime"
@@ -341,7 +387,8 @@ case $job in
 "X(4)") cat {folder}/go ;;
 "X(5)") printf 'no line end' ;;
 "X(6)") echo '[NaN]' ;;
-*) printf '%s\\n' "$job" "$@" "$OQC_JOB_ID $OQC_MODE $OQC_RUNTIME $OQC_ATTEMPT $OQC_SHOTS $OQC_SEED" ;;
+*) printf '%s\\n' "$job" "$@"
+   echo "$OQC_JOB_ID $OQC_MODE $OQC_RUNTIME $OQC_ATTEMPT $OQC_SHOTS $OQC_SEED" ;;
 esac
 """, encoding="utf-8")
     program.chmod(0o755)
@@ -357,11 +404,14 @@ esac
     ("X(3)", "text/plain; charset=utf-8", b"partial\n"),
     ("X(5)", "text/plain; charset=utf-8", b"no line end\n"),
     ("X(6)", "text/plain; charset=utf-8", b"[NaN]\n")])
-def test_what_a_runtime_put_out_is_served_as_json_where_it_is_that_and_else_as_text(outside, job, content_type, body):
+def test_what_a_runtime_put_out_is_served_as_json_where_it_is_that_and_else_as_text(
+        outside, job, content_type, body):
     ended = outside.wait(outside.add(job, "verbatim"))
-    assert (ended["runtime"], ended["return_code"]) == ("qpu-1", 3 if job == "X(3)" else 0)
+    assert ended["runtime"] == "qpu-1"
+    assert ended["return_code"] == (3 if job == "X(3)" else 0)
     answer = outside.result(ended)
-    assert (answer.status, answer.headers["Content-Type"], answer.body) == (200, content_type, body)
+    assert (answer.status, answer.headers["Content-Type"]) == (200, content_type)
+    assert answer.body == body
 
 
 def test_an_outside_runtime_gets_its_arguments_its_environment_and_the_job_byte_for_byte(outside):
@@ -374,10 +424,10 @@ def test_an_outside_runtime_gets_its_arguments_its_environment_and_the_job_byte_
 def test_the_result_of_a_job_that_has_not_ended_is_409_and_200_once_it_has(outside):
     job = outside.add("X(4)", "verbatim")
     is_problem(outside.result(job), 409, f"job {job['id']} has not ended yet: Starting")
-    with open(outside.folder / "go", "w", encoding="utf-8") as fifo:       # opens when the runtime reads it
+    with open(outside.folder / "go", "w", encoding="utf-8") as fifo:    # opens when it is read
         running = outside.get(job)
-        assert (running["status"], running["runtime"], running["end_time"]) == ("Starting", "qpu-1", None)
-        assert running["start_time"] and running["return_code"] is None
+        assert (running["status"], running["runtime"]) == ("Starting", "qpu-1")
+        assert running["start_time"] and running["end_time"] is running["return_code"] is None
         is_problem(outside.result(job), 409)
         fifo.write("1\n")
     assert outside.wait(job)["status"] == "Success"
@@ -398,20 +448,23 @@ def simulated(server, job, **members):
 def test_the_result_of_a_simulation_has_its_members_in_order_and_a_thousand_shots(server):
     result = simulated(server, "X(90), Z(90)")
     assert list(result) == ["shots", "seed", "counts", "probabilities", "statevector", "bloch"]
-    assert list(result["counts"]) == ["0", "1"] and sum(result["counts"].values()) == result["shots"] == 1000
+    assert list(result["counts"]) == ["0", "1"]
+    assert sum(result["counts"].values()) == result["shots"] == 1000
     assert 400 < result["counts"]["1"] < 600, "six standard deviations"
     assert result["probabilities"] == pytest.approx([0.5, 0.5], abs=1e-12)
     assert result["bloch"] == pytest.approx([1, 0, 0], abs=1e-12)
-    assert [len(amplitude) for amplitude in result["statevector"]] == [2, 2]
-    assert sum(part ** 2 for amplitude in result["statevector"] for part in amplitude) == pytest.approx(1, abs=1e-12)
+    (alpha_real, alpha_imaginary), (beta_real, beta_imaginary) = result["statevector"]
+    norm = alpha_real ** 2 + alpha_imaginary ** 2 + beta_real ** 2 + beta_imaginary ** 2
+    assert norm == pytest.approx(1, abs=1e-12)
 
 
 def test_a_simulation_with_a_seed_can_be_repeated_also_with_one_that_the_server_chose(server):
-    chosen, other = simulated(server, "X(90)", shots=100_000), simulated(server, "X(90)", shots=100_000)
+    chosen = simulated(server, "X(90)", shots=100_000)
+    other = simulated(server, "X(90)", shots=100_000)
     assert 0 <= chosen["seed"] < 2 ** 63 and chosen["seed"] != other["seed"]
     assert simulated(server, "X(90)", shots=100_000, seed=chosen["seed"]) == chosen
-    counts = [simulated(server, "X(90)", shots=100_000, seed=seed)["counts"]["1"] for seed in (1, 2, 3)]
-    assert len(set(counts)) > 1, "the seed decides"
+    results = [simulated(server, "X(90)", shots=100_000, seed=seed) for seed in (1, 2, 3)]
+    assert len({result["counts"]["1"] for result in results}) > 1, "the seed decides"
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2 ** 53 + 1, 2 ** 63 - 1])
@@ -432,7 +485,8 @@ def test_a_simulation_takes_a_million_shots(server):
 
 # Waiting
 
-@pytest.mark.parametrize("query", ["wait=-1", "wait=301", "wait=", "wait", "wait=1.5", "wait=1&wait=1", "wiat=1"])
+@pytest.mark.parametrize("query", [
+    "wait=-1", "wait=301", "wait=", "wait", "wait=1.5", "wait=1&wait=1", "wiat=1"])
 def test_a_wrong_parameter_beside_an_id_is_refused_where_the_job_is_there(server, query):
     job = server.add()["id"]
     for path in (f"/jobs/{job}/", f"/jobs/{job}/result/"):
@@ -446,16 +500,20 @@ JOBS = 2503
 
 @pytest.fixture(name="listed", scope="module")
 def a_server_with_more_jobs_than_two_pages(tmp_path_factory):
-    """A server with 2,503 jobs that have ended but for the last two, which wait. (server, its jobs)."""
+    """(a server with 2,503 jobs, which have ended but for the last two, its jobs)."""
     folder = tmp_path_factory.mktemp("listed")
     store = Store(str(folder / "oqc.db"), Clock())
-    echoes = [Submission("X(0)", "echo", seed=0, return_code=9 if n % 5 == 0 else 0) for n in range(JOBS - 5)]
-    modes = [Submission("Y(0)", mode, seed=0) for mode in ("simulation", "simulation", "echo", "verbatim", "verbatim")]
+    sound = Submission("X(0)", "echo", seed=0)
+    echoes = [sound] * (JOBS - 5)
+    for place in range(0, len(echoes), 5):
+        echoes[place] = sound._replace(return_code=9)
+    modes = ("simulation", "simulation", "echo", "verbatim", "verbatim")
+    others = [Submission("Y(0)", mode, seed=0) for mode in modes]
     store.pause("emulator", "for this test")
-    store.add(echoes + modes, "test")
+    store.add(echoes + others, "test")
     store.close()
     server = Server(folder)
-    for number in range(JOBS - 4, JOBS - 1):        # the echo and simulation jobs are run in order, each by one worker
+    for number in range(JOBS - 4, JOBS - 1):    # those of a mode run in order, by one worker each
         server.wait(number)
     jobs = server.request("GET", "/jobs/list/").json
     yield server, jobs
@@ -479,18 +537,21 @@ def test_a_listing_without_limit_is_streamed_whole_in_id_order_one_job_a_line(li
 
 def select(jobs, order="asc", after=None, status=None, mode=None):
     """The ids that a listing with these parameters has to show."""
-    found = [job["id"] for job in (jobs if order == "asc" else jobs[::-1])
-             if (status is None or job["status"] == status) and (mode is None or job["mode"] == mode)]
-    return [number for number in found if after is None or (number > after if order == "asc" else number < after)]
+    ids = [job["id"] for job in jobs
+           if status in (None, job["status"]) and mode in (None, job["mode"])]
+    if order == "asc":
+        return [number for number in ids if after is None or number > after]
+    return [number for number in reversed(ids) if after is None or number < after]
 
 
 @pytest.mark.parametrize("order", [None, "asc", "desc"])
 @pytest.mark.parametrize("after", [None, 0, 3, 1500, JOBS, 2 ** 63 - 1])
 @pytest.mark.parametrize("status", [None, "Starting", "Retrying", "Success", "Runtime Error"])
-def test_a_listing_is_ordered_continued_and_filtered_as_its_parameters_say(listed, order, after, status):
+def test_a_listing_is_ordered_continued_and_filtered_as_its_parameters_say(
+        listed, order, after, status):
     server, jobs = listed
-    asked = {name: value for name, value in (("order", order), ("after", after), ("status", status))
-             if value is not None}
+    parameters = {"order": order, "after": after, "status": status}
+    asked = {name: value for name, value in parameters.items() if value is not None}
     query = "&".join(f"{name}={value}" for name, value in asked.items()).replace(" ", "%20")
     shown = server.request("GET", f"/jobs/list/?{query}").json
     assert [job["id"] for job in shown] == select(jobs, **asked)
@@ -501,19 +562,22 @@ def test_a_listing_is_ordered_continued_and_filtered_as_its_parameters_say(liste
 @pytest.mark.parametrize("mode", ["verbatim", "simulation", "echo"])
 def test_a_listing_of_one_mode_shows_that_mode(listed, mode):
     server, jobs = listed
-    shown = [job["id"] for job in server.request("GET", f"/jobs/list/?mode={mode}").json]
+    path = f"/jobs/list/?mode={mode}"
+    shown = [job["id"] for job in server.request("GET", path).json]
     assert shown == select(jobs, mode=mode) and shown
-    assert [job["id"] for job in server.request("GET", f"/jobs/list/?mode={mode}&status=Starting").json] == (
-        [JOBS - 1, JOBS] if mode == "verbatim" else [])
+    waiting = [job["id"] for job in server.request("GET", f"{path}&status=Starting").json]
+    assert waiting == ([JOBS - 1, JOBS] if mode == "verbatim" else [])
 
 
 @pytest.mark.parametrize("query, length", [
-    ("", 1000), ("&order=desc", 999), ("&status=Runtime%20Error", 100), ("&status=Runtime+Error&order=desc", 77),
-    ("&mode=echo&status=Success", 10_000), ("&mode=verbatim", 1)])
+    ("", 1000), ("&order=desc", 999), ("&status=Runtime%20Error", 100),
+    ("&status=Runtime+Error&order=desc", 77), ("&mode=echo&status=Success", 10_000),
+    ("&mode=verbatim", 1)])
 def test_following_the_links_shows_every_job_once(listed, query, length):
     server, jobs = listed
-    asked = dict(part.split("=") for part in query.replace("%20", " ").replace("+", " ").split("&") if part)
-    path, shown = f"/jobs/list/?limit={length}{query}", []
+    asked = dict(parse_qsl(query))
+    path = f"/jobs/list/?limit={length}{query}"
+    shown = []
     while path:
         page = server.request("GET", path)
         assert 0 < len(page.json) <= length
@@ -532,15 +596,18 @@ def test_a_page_that_is_full_to_the_last_job_has_no_link(listed):
 
 
 def test_jobs_of_megabytes_are_all_listed_and_a_page_of_them_is_cut_with_a_link_to_the_rest(serve):
-    server, body = serve(), [{"job": ", ".join(["X(1)"] * 50_000), "mode": "echo"}] * 10
+    server = serve()
+    body = [{"job": ", ".join(["X(1)"] * 50_000), "mode": "echo"}] * 10
     for _ in range(4):
         assert server.request("POST", "/jobs/add/", body).status == 201
     assert [job["id"] for job in server.request("GET", "/jobs/list/").json] == list(range(1, 41))
-    path, pages = "/jobs/list/?limit=35", []
+    path = "/jobs/list/?limit=35"
+    pages = []
     while path:
         page = server.request("GET", path)
         pages.append([job["id"] for job in page.json])
-        path = "Link" in page.headers and page.headers["Link"].split(">")[0][1:]
+        link = page.headers.get("Link")
+        path = link and link.split(">")[0][1:]
     assert pages == [list(range(1, 15)), list(range(15, 29)), list(range(29, 41))]
 
 
@@ -553,16 +620,20 @@ def test_a_listing_of_nothing_is_an_empty_array(serve):
 
 @pytest.mark.parametrize("query, named", [
     *((f"limit={value}", "limit: expected a whole number from 1 to 10000")
-      for value in ("0", "-1", "+5", "1_0", "%D9%A3", "10001", "", "abc", "5.0", "1e2", "9" * 30, "%35", "0x5")),
+      for value in ("0", "-1", "+5", "1_0", "%D9%A3", "10001", "", "abc", "5.0", "1e2", "9" * 30,
+                    "%35", "0x5")),
     *((f"after={value}", "after: expected a whole number from 0 to 9223372036854775807")
       for value in ("-1", "9223372036854775808", "x", "", "1.5", "9" * 30)),
     *((f"order={value}", "order: expected asc or desc") for value in ("up", "ASC", "")),
     *((f"status={value}", "status: expected Starting or Retrying or Success or Runtime Error")
       for value in ("success", "Running", "", "Runtime%09Error")),
-    *((f"mode={value}", "mode: expected verbatim or simulation or echo") for value in ("Echo", "", "real")),
+    *((f"mode={value}", "mode: expected verbatim or simulation or echo")
+      for value in ("Echo", "", "real")),
     ("limit", "limit: expected"),
-    ("offset=1", 'unknown or repeated parameter "offset"'), ("Limit=1", 'unknown or repeated parameter "Limit"'),
-    ("limit=1&limit=1", 'unknown or repeated parameter "limit"'), ("wait=1", 'unknown or repeated parameter "wait"'),
+    ("offset=1", 'unknown or repeated parameter "offset"'),
+    ("Limit=1", 'unknown or repeated parameter "Limit"'),
+    ("limit=1&limit=1", 'unknown or repeated parameter "limit"'),
+    ("wait=1", 'unknown or repeated parameter "wait"'),
     ("=1", 'unknown or repeated parameter ""')])
 def test_a_wrong_parameter_of_a_listing_is_400_and_is_named(server, query, named):
     assert is_problem(server.request("GET", f"/jobs/list/?{query}"), 400).startswith(named)
@@ -571,10 +642,12 @@ def test_a_wrong_parameter_of_a_listing_is_400_and_is_named(server, query, named
 def test_many_clients_at_once_are_all_answered_with_a_job_of_their_own(serve):
     server = serve()
     body = b'{"job": "X(0)", "mode": "echo"}'
-    request = b"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: %b\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
-    clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(100)]
+    head = f"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\nConnection: close\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    address = ("127.0.0.1", server.port)
+    clients = [socket.create_connection(address, timeout=20) for _ in range(100)]
     for client in clients:
-        client.sendall(request % (KEY.encode(), len(body), body))
+        client.sendall(request)
     answers = [client.makefile("rb").read().partition(b"\r\n\r\n") for client in clients]
     for client in clients:
         client.close()

@@ -1,4 +1,6 @@
-"""The running program from outside: what it says at start, what survives, how it stops, what a runtime gets."""
+"""The running program from outside: what it says at start, what survives, how it stops, what a
+runtime gets."""
+import contextlib
 import json
 import os
 import re
@@ -15,7 +17,8 @@ STAMP = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z "
 
 
 class Gate:
-    """A runtime that waits at a named pipe in its first attempt at X(4), and runs everything else at once."""
+    """A runtime that waits at a named pipe in its first attempt at X(4), and runs everything else
+    at once."""
 
     def __init__(self, folder, script):
         self.pipe = folder / "gate"
@@ -35,7 +38,8 @@ echo "attempt $OQC_ATTEMPT"
         """Wait until nothing of the runtime is left."""
         poll = select.poll()
         poll.register(descriptor, 0)
-        assert poll.poll(20_000) and os.close(descriptor) is None, "a process of the runtime is still there"
+        assert poll.poll(20_000), "a process of the runtime is still there"
+        os.close(descriptor)
 
 
 @pytest.fixture
@@ -55,16 +59,18 @@ def ids(server):
 
 # Start
 
-def test_at_start_it_says_in_a_line_each_where_it_listens_where_the_database_is_and_who_runs_what(serve, tmp_path):
+def test_at_start_it_says_in_a_line_each_where_it_listens_where_the_database_is_and_who_runs_what(
+        serve, tmp_path):
     server = serve()
     server.line("emulator, not to hardware")
-    assert len(server.lines) == 4
-    for line, expected in zip(server.lines, (
-            rf"info listening on http://127\.0\.0\.1:{server.port}/",
-            f"info database {re.escape(str(tmp_path))}/oqc.db",
-            "info runtimes: verbatim on emulator; simulation on simulator; echo on echo",
-            "warning verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND names a runtime")):
-        assert re.fullmatch(STAMP + expected, line)
+    expected = [rf"info listening on http://127\.0\.0\.1:{server.port}/",
+                f"info database {re.escape(str(tmp_path))}/oqc.db",
+                "info runtimes: verbatim on emulator; simulation on simulator; echo on echo",
+                "warning verbatim jobs go to an emulator, not to hardware; "
+                "--runtime NAME=COMMAND names a runtime"]
+    assert len(server.lines) == len(expected)
+    for line, pattern in zip(server.lines, expected):
+        assert re.fullmatch(STAMP + pattern, line)
 
 
 def test_with_a_runtime_of_its_own_it_says_so_and_nothing_of_an_emulator(serve, script):
@@ -74,7 +80,8 @@ def test_with_a_runtime_of_its_own_it_says_so_and_nothing_of_an_emulator(serve, 
     assert server.stop() == 0 and "emulator" not in server.log
 
 
-def test_the_database_is_where_the_flag_or_the_environment_says_and_else_in_the_current_directory(serve, tmp_path):
+def test_the_database_is_where_the_flag_or_the_environment_says_and_else_in_the_current_directory(
+        serve, tmp_path):
     (tmp_path / "data").mkdir()
     for flags, variables, path in (((), {}, "oqc.db"), ((), {"OQC_DB": "data/a.db"}, "data/a.db"),
                                    (("--db", "data/b.db"), {"OQC_DB": "data/c.db"}, "data/b.db")):
@@ -101,10 +108,12 @@ def test_it_is_reached_under_the_name_localhost_as_in_the_documentation(server):
 
 
 def test_the_start_script_works_from_any_directory_and_passes_its_flags_on(serve, tmp_path):
-    absolute, link = ROOT / "scripts" / "start_server.sh", tmp_path / "oqc"
+    absolute = ROOT / "scripts" / "start_server.sh"
+    link = tmp_path / "oqc"
     link.symlink_to(absolute)
+    variables = {"PYTHON": sys.executable, "PYTHONPATH": ""}
     for command in (absolute, os.path.relpath(absolute, tmp_path), link):
-        server = serve(command=(str(command),), environment={"PYTHON": sys.executable, "PYTHONPATH": ""})
+        server = serve(command=(str(command),), environment=variables)
         assert server.line("database").endswith(f"database {tmp_path}/oqc.db")
         assert server.wait(server.add())["status"] == "Success"
         assert server.stop() == 0, "the signal reaches the server, not a shell around it"
@@ -116,19 +125,23 @@ def test_a_standard_error_that_takes_nothing_costs_no_request(tmp_path, serve, s
         port = free.getsockname()[1]
     pipe = tmp_path / "started"
     os.mkfifo(pipe)
-    first = serve("--runtime", f"qpu={script('exit 75')}")      # asks to be tried again: by the next server
+    asks_again = script("exit 75")
+    first = serve("--runtime", f"qpu={asks_again}")         # by the next server
     waiting = first.add("X(2)", "verbatim")
     first.process.kill()
     first.process.wait()
-    flags = ("--runtime", f"qpu={script(f'echo error >&2; echo started >{pipe}')}", "--port", str(port))
-    silent = Server(tmp_path, *flags, command=("sh", "-c", f'exec "$@" {redirection}', "sh", *PYTHON), wait=False)
+    says_so = script(f"echo error >&2; echo started >{pipe}")
+    command = ("sh", "-c", f'exec "$@" {redirection}', "sh", *PYTHON)
+    silent = Server(tmp_path, "--runtime", f"qpu={says_so}", "--port", port, command=command,
+                    wait=False)
     silent.port = port
     try:
-        assert pipe.read_text(encoding="utf-8") == "started\n"      # opens when the runtime runs: so the server listens
+        # It opens when the runtime runs: so the server listens.
+        assert pipe.read_text(encoding="utf-8") == "started\n"
         assert silent.wait(waiting)["status"] == silent.wait(silent.add())["status"] == "Success"
         assert silent.request("GET", "/jobs/07/").body == b"0\n"
-        standard = {os.readlink(f"/proc/{silent.process.pid}/fd/{number}") for number in (0, 1, 2)}
-        assert standard <= {"/dev/null", "/dev/full"}, "or the log is written into whatever got the number"
+        files = {os.readlink(f"/proc/{silent.process.pid}/fd/{number}") for number in (0, 1, 2)}
+        assert files <= {"/dev/null", "/dev/full"}, "or the log goes to whatever got the number"
     finally:
         assert silent.stop() == 0 and not silent.lines
 
@@ -137,7 +150,8 @@ def test_a_key_never_shows_up_in_the_log(serve):
     server = serve("--log-level", "debug", environment={"OQC_API_KEY": "our-secret"})
     assert server.request("GET", "/jobs/list/", key="our-secret").status == 200
     assert server.request("GET", "/jobs/list/", key="a-wrong-key").status == 401
-    assert server.request("GET", "/jobs/list/", key=KEY).status == 401, "keys of its own replace the documented one"
+    assert server.request("GET", "/jobs/list/", key=KEY).status == 401, (
+        "keys of its own replace the documented one")
     assert server.stop() == 0
     assert '"OQC_API_KEY" "GET /jobs/list/" 200' in server.log
     assert not any(key in server.log for key in ("our-secret", "a-wrong-key", KEY))
@@ -146,18 +160,26 @@ def test_a_key_never_shows_up_in_the_log(serve):
 # An outside runtime
 
 def test_an_exit_code_of_3_arrives_with_the_last_line_of_standard_error(serve, script):
-    runtime = script('read -r job; echo "got $job" >&2; echo result; echo "qubit 0: no lock " >&2; echo >&2; exit 3')
+    runtime = script("""
+read -r job
+echo "got $job" >&2
+echo result
+echo "qubit 0: no lock " >&2
+echo >&2
+exit 3""")
     server = serve("--runtime", f"qpu-1={runtime} --flag")
     job = server.wait(server.add("X(90), Y(180), X(90)", "verbatim"))
     assert (job["status"], job["runtime"], job["return_code"], job["runtime_error"]) == (
         "Runtime Error", "qpu-1", 3, "qubit 0: no lock")
     assert server.result(job).body == b"result\n"
-    assert server.stop() == 0 and f"job {job['id']} failed on qpu-1 after 1 attempts: return code 3, " in server.log
+    assert server.stop() == 0
+    said = f"job {job['id']} failed on qpu-1 after 1 attempts: return code 3, "
+    assert said in server.log
 
 
 @pytest.mark.parametrize("ending, code, error", [
-    ("exit 1", 1, "exit status 1"), ("exit 123", 123, "exit status 123"), ("echo é >&2; exit 2", 2, "é"),
-    ("echo warning >&2; exit 0", 0, None)])
+    ("exit 1", 1, "exit status 1"), ("exit 123", 123, "exit status 123"),
+    ("echo é >&2; exit 2", 2, "é"), ("echo warning >&2; exit 0", 0, None)])
 def test_other_ends_of_a_runtime_arrive_as_they_are(serve, script, ending, code, error):
     server = serve("--runtime", f"qpu={script(ending)}")
     job = server.wait(server.add(mode="verbatim"))
@@ -194,14 +216,15 @@ def test_after_kill_9_what_ran_and_what_waited_is_run_and_what_had_ended_is_as_i
         now = server.wait(job)
         assert now["status"] == "Success" and server.result(now).body == b"attempt %d\n" % attempt
         assert (now["job"], now["created_time"]) == (job["job"], job["created_time"])
-    assert server.line("was running on qpu when the server was killed").endswith("it is tried again")
+    line = server.line("was running on qpu when the server was killed")
+    assert line.endswith("it is tried again")
 
 
 def test_what_was_answered_201_is_there_after_kill_9_and_has_ended(serve):
     server = serve()
     body = b'{"job": "Y(1)", "mode": "echo"}'
-    request = b"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: %b\r\nContent-Length: %d\r\n\r\n%b" % (
-        KEY.encode(), len(body), body)
+    head = f"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\n"
+    request = head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(8)]
     for client in clients:
         client.sendall(request * 100)
@@ -212,15 +235,15 @@ def test_what_was_answered_201_is_there_after_kill_9_and_has_ended(serve):
     server.process.wait()
     acknowledged = set()
     for client, answer in zip(clients, answers):
-        try:
-            acknowledged.update(int(number) for number in re.findall(rb'\{"id": ([0-9]+), [^\n]*\}\n', answer.read()))
-        except ConnectionResetError:
-            pass
+        with contextlib.suppress(ConnectionResetError):
+            numbers = re.findall(rb'\{"id": ([0-9]+), [^\n]*\}\n', answer.read())
+            acknowledged.update(map(int, numbers))
         answer.close()
         client.close()
     jobs = ids(serve())
     assert acknowledged and acknowledged <= set(jobs)
-    assert {job["status"] for job in jobs.values()} == {"Success"}, "an echo has ended as soon as it is on disk"
+    assert {job["status"] for job in jobs.values()} == {"Success"}, (
+        "an echo has ended as soon as it is on disk")
 
 
 # Stop
@@ -252,10 +275,12 @@ def test_ctrl_c_at_a_terminal_reaches_the_whole_group_and_stops_it_as_cleanly(se
     assert not alive(children) and "Traceback" not in server.log
     server = serve(*gate.flags)
     os.close(gate.reached())
-    assert server.result(server.wait(job)).body == b"attempt 1\n", "being stopped costs a job no attempt"
+    result = server.result(server.wait(job)).body
+    assert result == b"attempt 1\n", "being stopped costs a job no attempt"
 
 
-def test_a_running_job_may_end_within_the_drain_and_a_waiting_one_stays_for_the_next_start(serve, gate):
+def test_a_running_job_may_end_within_the_drain_and_a_waiting_one_stays_for_the_next_start(
+        serve, gate):
     server = serve(*gate.flags, "--drain", "20")
     running = server.add("X(4)", "verbatim")
     held = gate.reached()
@@ -271,7 +296,8 @@ def test_a_running_job_may_end_within_the_drain_and_a_waiting_one_stays_for_the_
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_job_that_does_not_end_is_cut_off_at_the_deadline_or_by_a_second_signal(serve, gate, again):
+def test_a_job_that_does_not_end_is_cut_off_at_the_deadline_or_by_a_second_signal(
+        serve, gate, again):
     server = serve(*gate.flags, "--drain", "60" if again else "0.1")
     job = server.add("X(4)", "verbatim")
     held = gate.reached()
@@ -284,13 +310,18 @@ def test_a_job_that_does_not_end_is_cut_off_at_the_deadline_or_by_a_second_signa
     assert "Traceback" not in server.log
     server = serve(*gate.flags)
     os.close(gate.reached())
-    assert server.result(server.wait(job)).body == b"attempt 1\n", "being stopped costs a job no attempt"
+    result = server.result(server.wait(job)).body
+    assert result == b"attempt 1\n", "being stopped costs a job no attempt"
 
 
 def test_a_runtime_that_ignores_being_asked_is_killed_with_its_children(serve, tmp_path, script):
     pipe = tmp_path / "gate"
     os.mkfifo(pipe)
-    runtime = script(f"trap '' TERM HUP INT; (trap '' TERM HUP INT; cat {pipe}; cat {pipe}) & cat {pipe}; wait")
+    runtime = script(f"""
+trap '' TERM HUP INT
+(trap '' TERM HUP INT; cat {pipe}; cat {pipe}) &
+cat {pipe}
+wait""")
     server = serve("--runtime", f"qpu={runtime}", "--drain", "0", "--kill-grace", "0.1")
     server.add(mode="verbatim")
     held = os.open(pipe, os.O_WRONLY)
@@ -315,12 +346,14 @@ def test_a_client_that_waits_for_a_job_is_answered_when_the_server_stops(serve, 
     server = serve(*gate.flags, "--drain", "0")
     job = server.add("X(4)", "verbatim")
     held = gate.reached()
+    rest_of_head = f" HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(f"GET /jobs/{job['id']}/?wait=300 HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\n\r\n"
-                       f"GET /jobs/0/ HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\n\r\n".encode())
+        client.sendall(f"GET /jobs/{job['id']}/?wait=300{rest_of_head}"
+                       f"GET /jobs/0/{rest_of_head}".encode())
         server.get(job)                         # the request before has been read by then
         assert server.stop() == 0
         with client.makefile("rb") as answer:
             head, _, body = answer.read().partition(b"\r\n\r\n")
     gate.left(held)
-    assert head.startswith(b"HTTP/1.1 200 OK\r\n") and json.loads(body.splitlines()[0])["id"] == job["id"]
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert json.loads(body.splitlines()[0])["id"] == job["id"]

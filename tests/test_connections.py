@@ -2,17 +2,17 @@
 this process, with an Api that does what the test says."""
 import contextlib
 import json
-import selectors
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 import types
 
 import pytest
 from conftest import until
-from test_wire import Wire, ask
+from test_wire import Wire, ask, skip_head
 
 from oqc.api import HEAVY, Api, Keys
 from oqc.clock import Clock
@@ -45,11 +45,12 @@ class Scripted:
 class Listening:
     """A server in this process."""
 
-    def __init__(self, handle, *, quick=False, together=None, tick=TICK, tls=None, **limits):
+    def __init__(self, handle, *, quick=False, together=None, tick=TICK, tls=None, make=Server,
+                 **limits):
         self.lines = []
         self.api = Scripted(handle, quick, together)
-        self.server = Server(("127.0.0.1", 0), self.api, Clock(), limits=Limits(**limits),
-                             access=self.lines.append, tls=tls, rest=0.05)
+        self.server = make(("127.0.0.1", 0), self.api, Clock(), limits=Limits(**limits),
+                           access=self.lines.append, tls=tls, rest=0.05)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(tick,))
         self.thread.start()
@@ -107,7 +108,8 @@ class Gate:
     """A handler that keeps every request waiting until it is opened."""
 
     def __init__(self):
-        self.entered, self.opened = threading.Semaphore(0), threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.opened = threading.Event()
 
     def __call__(self, request):
         self.entered.release()
@@ -132,11 +134,17 @@ def test_clients_that_were_refused_and_stay_do_not_keep_others_out(listen):
             assert stack.enter_context(Wire(server, GET)).answer()[0] == 200
 
 
+class GivesBackLate(Server):
+    """A server whose threads are slow to give connections back."""
+
+    def shutdown_request(self, request):
+        time.sleep(0.1)
+        super().shutdown_request(request)
+
+
 def test_a_client_that_has_its_answer_is_not_at_work_any_more(listen):
     """A thread of the pool that sent the answer itself would give the connection back too late."""
-    server = listen(connections=1)
-    give_back = server.server.shutdown_request
-    server.server.shutdown_request = lambda connection: (time.sleep(0.1), give_back(connection))
+    server = listen(connections=1, make=GivesBackLate)
     with Wire(server, GET) as first:
         assert first.answer()[0] == 200
         with Wire(server, GET) as second:
@@ -165,6 +173,21 @@ def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(li
         with Wire(server, GET) as first, Wire(server, GET) as second:
             assert first.answer()[0] == second.answer()[0] == 200
             assert head.closed() and body.closed()
+
+
+@pytest.mark.parametrize("part", [
+    b"GET / HTTP/1.1\r\nHost",
+    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"], ids=["head", "body"])
+def test_a_head_or_a_body_that_does_not_arrive_in_time_is_answered_408(listen, part):
+    with Wire(listen(head_seconds=0.3), part) as client:
+        assert client.answer()[0] == 408 and client.closed()
+
+
+def test_an_idle_connection_is_closed_without_a_word(listen):
+    server = listen(idle_seconds=0.3)
+    with Wire(server) as new, Wire(server, GET) as kept:
+        assert kept.answer()[0] == 200
+        assert new.closed() and kept.closed()
 
 
 def test_a_client_that_says_nothing_but_empty_lines_has_the_time_of_one_head(listen):
@@ -262,13 +285,21 @@ def test_a_body_has_its_time_from_the_head_on_however_it_is_cut(listen):
         assert client.answer()[0] == 200
 
 
-def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_connection(
-        listen, monkeypatch):
-    def refuse(_):
-        raise RuntimeError("can't start new thread")
+@contextlib.contextmanager
+def no_thread_can_be_started():
+    """Have new threads ask for a stack that no address space has room for."""
+    before = threading.stack_size(1 << 60)
+    try:
+        with pytest.raises(RuntimeError):
+            threading.Thread(target=print).start()
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def test_a_request_for_which_there_is_no_thread_is_answered_503_and_costs_no_connection(listen):
     one = listen(tick=60.0)
-    with monkeypatch.context() as patch, Wire(one) as client:
-        patch.setattr(threading.Thread, "start", refuse)
+    with no_thread_can_be_started(), Wire(one) as client:
         for requests in (1, 3):
             client.sock.sendall(requests * GET)
             for _ in range(requests):       # and nothing is awaited between
@@ -289,24 +320,45 @@ def test_a_defect_at_the_first_request_of_a_connection_costs_that_connection_alo
     assert ask(one, GET)[0] == 200 and "ZeroDivisionError" in caplog.text
 
 
-def test_a_connection_that_cannot_be_watched_is_closed_and_no_other(listen, monkeypatch):
-    """As where the system has no more room for what epoll watches (epoll(7), max_user_watches)."""
-    full = []
-    register = selectors.DefaultSelector.register
+class Unwatchable:
+    """A socket with the descriptor of a file, which epoll refuses to watch, as it does sockets
+    where the system has no room for more (epoll(7), max_user_watches)."""
 
-    def refuse_once(selector, *what):
-        if full:
-            raise full.pop()
-        return register(selector, *what)
-    monkeypatch.setattr(selectors.DefaultSelector, "register", refuse_once)
-    one = listen()
+    def __init__(self, sock):
+        self.sock = sock
+        self.file = tempfile.TemporaryFile()
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def close(self):
+        self.file.close()
+        self.sock.close()
+
+
+class WatchesAllButOne(Server):
+    """A server whose second connection cannot be watched."""
+
+    accepted = 0
+
+    def get_request(self):
+        """Accept a connection, of which one is not what it seems."""
+        connection, address = super().get_request()
+        self.accepted += 1
+        if self.accepted == 2:
+            connection.sock = Unwatchable(connection.sock)
+        return connection, address
+
+
+def test_a_connection_that_cannot_be_watched_is_closed_and_no_other(listen):
+    one = listen(make=WatchesAllButOne)
     with Wire(one, GET) as other:
         assert other.answer()[0] == 200
-        with one.held():
-            full.append(OSError(28, "No space left on device"))
-            client = Wire(one)
-        with client:
-            assert client.closed() and not full
+        with Wire(one) as client:
+            assert client.closed()
         other.sock.sendall(GET)
         assert other.answer()[0] == ask(one, GET)[0] == 200
 
@@ -587,8 +639,7 @@ def test_pipelined_requests_in_one_tls_record_are_all_answered(listen, tls):
         client.sendall(GET * 300)               # about the 16 KiB that a record holds
         for _ in range(300):
             assert file.readline() == b"HTTP/1.1 200 OK\r\n"
-            while file.readline() != b"\r\n":
-                pass
+            skip_head(file)
             assert file.readline() == b"ok\n"
 
 
@@ -599,6 +650,5 @@ def test_an_answer_over_tls_that_does_not_fit_the_socket_arrives_whole(listen, t
     with shake_hands(server, tls) as client, client.makefile("rb") as file:
         client.sendall(GET + GET)
         for _ in range(2):
-            while file.readline() != b"\r\n":
-                pass
+            skip_head(file)
             assert file.read(len(body)) == body

@@ -1,12 +1,18 @@
-"""The schema: what was released never changes, and `check` looks for all that it demands."""
+"""The schema: what was released never changes, and `check` looks for all that it demands. A backup
+that is cut short, and a disk whose room is not known."""
 import contextlib
 import hashlib
+import os
+import signal
 import sqlite3
+import threading
+from pathlib import Path
 
 import pytest
+from conftest import until
 
 from oqc import jobs
-from oqc.database import INVARIANTS, MIGRATIONS, check, prepared
+from oqc.database import INVARIANTS, MIGRATIONS, backup, check, disk_full, prepared
 
 # SHA-256 of the schema that each released version made, as `schema` gives it. Never edit one.
 RELEASED = ["8bf7020b97686fd5b5f56a6ca882bc6c5ea0ce12548cfe00b35e5616996d58c1"]
@@ -77,3 +83,31 @@ def test_a_check_names_the_job_that_is_wrong_and_no_other(tmp_path, change, wron
         connection.execute(f"UPDATE jobs SET {change} WHERE id = 2")
         found = list(check(str(tmp_path / "oqc.db")))
     assert [line for line in found if line.startswith("job ")] == [f"job 2: {wrong}"]
+
+
+def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(tmp_path):
+    """Ctrl-C comes while the backup waits for another program, which has the database to itself."""
+    path = str(tmp_path / "oqc.db")
+    other = prepared(path)
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN IMMEDIATE")
+
+    def is_open():
+        files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+        return list(files).count(path) > 1      # by the other program, and by the backup
+
+    def press_ctrl_c():
+        until(is_open)
+        os.kill(os.getpid(), signal.SIGINT)
+        other.close()
+    thread = threading.Thread(target=press_ctrl_c)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        backup(path, tmp_path / "copy.db")
+    thread.join(20)
+    assert not (tmp_path / "copy.db").exists()
+
+
+def test_a_file_system_that_counts_no_blocks_is_never_full():
+    assert os.statvfs("/proc").f_blocks == 0
+    assert disk_full("/proc/oqc.db") is None

@@ -1,6 +1,8 @@
-"""The rooms of oqc and who may enter which: the imports and calls of every module, read from its source."""
+"""What is read from the source of oqc: its rooms and who may enter which, by the imports and calls
+of every module; and which SQL is said."""
 import ast
 import importlib.util
+import re
 import sysconfig
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,7 +25,7 @@ ROOMS = {
     "connection": {"wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
     "api": {"messages", "text", "bloch", "jobs"},
-    "messages": {"jobs"},       # requests, responses and their bodies, kept apart from what they lead to
+    "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
     "workers": {"waiting", "jobs"},
     "waiting": {"jobs"},
@@ -39,7 +41,8 @@ ROOMS = {
     "__init__": set(),      # every room imports it without saying so
 }
 
-# What only some rooms may use, as patterns; the longest that fits decides. What is not named here, every room may use.
+# What only some rooms may use, as patterns; the longest that fits decides. What is not named here,
+# every room may use.
 ONLY_IN = {
     # SQL
     "sqlite3": {"store", "database"},
@@ -56,7 +59,7 @@ ONLY_IN = {
     "os.spawn*": {"process"},
     "os.system": {"process"},
     # dice
-    "random": {"qubit", "app"},                 # app makes the dice that it hands to the other rooms
+    "random": {"qubit", "app"},                 # app makes the dice of the other rooms
     "secrets": {"app", "cli", "commands"},      # keys, those of idempotency as well
     "uuid": {"app"},
     "os.getrandom": {"app"},
@@ -85,46 +88,58 @@ ONLY_IN = {
     "runpy": set(),
 }
 
+
 def names_used(tree):
-    """(line, dotted name) of all that is imported, and of all that is reached through an imported name."""
+    """(line, dotted name) of all that is imported, and of all that is reached through an imported
+    name."""
     bound = {name: f"builtins.{name}" for name in ("__import__", "eval", "exec")}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
-                top = alias.name.partition(".")[0]
-                bound[alias.asname or top] = alias.name if alias.asname else top
+                if alias.asname:
+                    bound[alias.asname] = alias.name
+                else:
+                    top = alias.name.partition(".")[0]
+                    bound[top] = top
         elif isinstance(node, ast.ImportFrom):
             # There are no packages inside oqc, so that any number of dots means oqc itself.
-            origin = ".".join(filter(None, ["oqc" if node.level else "", node.module]))
+            origin = node.module
+            if node.level:
+                origin = f"oqc.{node.module}" if node.module else "oqc"
             for alias in node.names:
                 yield node.lineno, f"{origin}.{alias.name}"
                 bound[alias.asname or alias.name] = f"{origin}.{alias.name}"
     for node in ast.walk(tree):
-        parts, inner = [], node
+        inner = node
+        rest = ""
         while isinstance(inner, ast.Attribute):
-            parts.append(inner.attr)
+            rest = f".{inner.attr}{rest}"
             inner = inner.value
         if isinstance(inner, ast.Name) and inner.id in bound:
-            yield node.lineno, ".".join([bound[inner.id], *reversed(parts)])
+            yield node.lineno, bound[inner.id] + rest
 
 
 def rooms_for(name):
     """The rooms that may use a dotted name, or None if every room may."""
-    fitting = [pattern for pattern in ONLY_IN if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
+    fitting = [pattern for pattern in ONLY_IN
+               if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")]
     return ONLY_IN[max(fitting, key=len)] if fitting else None
 
 
 def is_standard(module):
-    """Whether a top-level module comes with Python (sys.stdlib_module_names is there from 3.10 on only)."""
+    """Whether a top-level module comes with Python: sys.stdlib_module_names is there only from 3.10
+    on."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return False
     if spec.origin in ("built-in", "frozen"):
         return True
     origin = Path(spec.origin).resolve()
+    if "site-packages" in origin.parts or "dist-packages" in origin.parts:
+        return False
     homes = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib")}
-    return not homes.isdisjoint(origin.parents) and {"site-packages", "dist-packages"}.isdisjoint(origin.parts)
+    return not homes.isdisjoint(origin.parents)
 
 
 def wrongs(room, source):
@@ -142,18 +157,21 @@ def wrongs(room, source):
             found.setdefault(f"{top} is not in the standard library", line)
         rooms = rooms_for(name)
         if rooms is not None and room not in rooms:
-            found.setdefault(f"{name} belongs to {' and '.join(sorted(rooms)) or 'no room'}, not to {room}", line)
+            owners = " and ".join(sorted(rooms)) or "no room"
+            found.setdefault(f"{name} belongs to {owners}, not to {room}", line)
     return [f"line {line}: {wrong}" for wrong, line in found.items()]
 
 
 def test_every_module_is_a_room_and_every_room_is_there():
-    assert {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")} == {f"{room}.py" for room in ROOMS}
+    modules = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert modules == {f"{room}.py" for room in ROOMS}
 
 
 def test_arrows_point_down():
-    order = list(ROOMS)
-    arrows = [(room, below) for room, allowed in ROOMS.items() for below in allowed]
-    assert [(room, below) for room, below in arrows if order.index(below) <= order.index(room)] == []
+    rooms_above = set()
+    for room, allowed in ROOMS.items():
+        rooms_above.add(room)
+        assert not rooms_above & allowed, room
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -177,7 +195,8 @@ def test_a_room_keeps_to_itself(room):
     ("store", "from oqc.jobs import *", "oqc.jobs.* hides"),
     ("runtimes", "from os import *", "os.* hides"),
     ("api", "import sqlite3", "sqlite3 belongs to database and store"),
-    ("api", "if True:\n    import sqlite3.dbapi2 as sql", "sqlite3.dbapi2 belongs to database and store"),
+    ("api", "if True:\n    import sqlite3.dbapi2 as sql",
+     "sqlite3.dbapi2 belongs to database and store"),
     ("runtimes", "import subprocess", "subprocess belongs to process"),
     ("workers", "import subprocess", "subprocess belongs to process"),
     ("workers", "from subprocess import Popen", "subprocess.Popen belongs to process"),
@@ -208,7 +227,8 @@ def test_a_room_keeps_to_itself(room):
     ("store", "from datetime import datetime", "datetime.datetime belongs to clock"),
     ("server", "from email.utils import formatdate", "email.utils.formatdate belongs to clock"),
     ("api", "store = __import__('oqc.store')", "builtins.__import__ belongs to no room"),
-    ("api", "import importlib\nimportlib.import_module('oqc.store')", "importlib.import_module belongs to no room"),
+    ("api", "import importlib\nimportlib.import_module('oqc.store')",
+     "importlib.import_module belongs to no room"),
     ("api", "exec('import oqc.store')", "builtins.exec belongs to no room"),
     ("server", "import pytest", "pytest is not in the standard library"),
     ("server", "from pylint.lint import Run", "pylint is not in the standard library"),
@@ -222,8 +242,10 @@ def test_a_wrong_is_found(room, source, wrong):
     ("cli", "from oqc import __version__\nfrom oqc import app, config\nimport oqc.config"),
     ("app", "import oqc.store\nfrom oqc.clock import Clock\nimport random"),
     ("store", "import sqlite3\nsqlite3.connect(':memory:')"),
-    ("process", "import os, select, subprocess\nos.posix_spawn('/bin/ls', [], {})\nos.waitpid(1, 0)"),
-    ("server", "import http.server\nimport socket, ssl\nfrom http.server import ThreadingHTTPServer"),
+    ("process", "import os, select, subprocess\n"
+                "os.posix_spawn('/bin/ls', [], {})\nos.waitpid(1, 0)"),
+    ("server", "import http.server\nimport socket, ssl\n"
+               "from http.server import ThreadingHTTPServer"),
     ("client", "import http.client, ssl, urllib.request"),
     ("api", "from urllib.parse import parse_qsl\nimport json"),
     ("clock", "import time\nfrom datetime import datetime\ntime.sleep(0)"),
@@ -232,3 +254,60 @@ def test_a_wrong_is_found(room, source, wrong):
 ])
 def test_what_is_allowed_is_let_through(room, source):
     assert wrongs(room, source) == []
+
+
+# SQL
+
+NEWER = re.compile(                 # than SQLite 3.26, with the version that brought it
+    r"RETURNING"                    # 3.35
+    r"|\bSTRICT\b"                  # 3.37
+    r"|->"                          # 3.38
+    r"|VACUUM\s+\w*\s*INTO"         # 3.27
+    r"|GENERATED\s+ALWAYS|\)\s+(STORED|VIRTUAL)\b|\bAS\s*\(\s*\w+\s*\|\|"       # 3.31
+    r"|NULLS\s+(FIRST|LAST)"        # 3.30
+    r"|\bFILTER\s*\("               # 3.30, but for windows
+    r"|\biif\s*\("                  # 3.32
+    r"|UPDATE\s+(?!.*\bSELECT\b)[^;]*\bSET\b[^;]*\bFROM\b"                      # 3.33
+    r"|MATERIALIZED|DROP\s+COLUMN"  # 3.35
+    r"|unixepoch|\bformat\s*\("     # 3.38
+    r"|(RIGHT|FULL)\s+(OUTER\s+)?JOIN|DISTINCT\s+FROM"                          # 3.39
+    r"|timediff|octet_length|string_agg|\bconcat(_ws)?\s*\(", re.IGNORECASE | re.DOTALL)
+SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|CREATE|PRAGMA|VACUUM|ALTER|WITH)\b")
+
+
+def statements(source):
+    """The SQL in the text of a module: its strings, those of an f-string put together, but for
+    docstrings."""
+    left_out = set()
+    for node in ast.walk(ast.parse(source)):        # what contains a string comes before it
+        text = ""
+        if isinstance(node, ast.JoinedStr):
+            left_out.update(node.values)
+            for part in node.values:
+                text += part.value if isinstance(part, ast.Constant) else " ? "
+        elif isinstance(node, ast.Expr):
+            left_out.add(node.value)
+        elif isinstance(node, ast.Constant) and node not in left_out:
+            text = str(node.value)
+        if SQL.search(text):
+            yield text
+
+
+def test_every_statement_is_one_that_sqlite_3_26_understands():
+    found = []
+    for name in ("store", "database"):
+        found += statements((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+    assert len(found) > 25 and any("CREATE TABLE jobs" in text for text in found)
+    assert not [text for text in found if NEWER.search(text)]
+
+
+@pytest.mark.parametrize("statement", [
+    "INSERT INTO jobs (job) VALUES (?) RETURNING id", "CREATE TABLE t (a INTEGER) STRICT",
+    "VACUUM INTO 'copy'", "SELECT result ->> '$.a' FROM results",
+    "CREATE TABLE t (a, b GENERATED ALWAYS AS (a) STORED)", "SELECT iif(a, 1, 2) FROM t",
+    "UPDATE jobs SET due = d.due FROM d WHERE d.id = jobs.id", "SELECT unixepoch()",
+    "ALTER TABLE t DROP COLUMN a", "SELECT * FROM t WHERE a IS NOT DISTINCT FROM b"])
+def test_a_newer_statement_is_found(statement):
+    for source in (f"execute({statement!r})", f"execute(f{statement + '{a}'!r})"):
+        assert [text for text in statements(source) if NEWER.search(text)], source
+    assert not list(statements(f'"""{statement}"""'))

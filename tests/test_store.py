@@ -1,13 +1,12 @@
-"""The jobs in SQL: real SQLite in a folder of its own, every transition and every other one, threads, pages, files."""
-import ast
+"""The jobs in SQL: real SQLite in a folder of its own, every transition and every other one,
+threads, pages, files."""
 import contextlib
 import os
-import re
 import sqlite3
 import threading
 
 import pytest
-from conftest import ROOT, until
+from conftest import until
 
 from oqc import jobs
 from oqc.clock import Clock
@@ -18,7 +17,9 @@ from oqc.jobs import (
 from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store
 
 ECHO = Submission("X(90)", "echo", seed=7)
-GOOD, BAD, BUSY = Outcome(0, None, "[1]", True), Outcome(3, "cold"), Outcome(75, "busy", transient=True)
+GOOD = Outcome(0, None, "[1]", True)
+BAD = Outcome(3, "cold")
+BUSY = Outcome(75, "busy", transient=True)
 OUTCOMES = {"succeeded": GOOD, "failed": BAD, "retry": BUSY, "release": BUSY}
 
 
@@ -114,8 +115,10 @@ def raw(tmp_path):
 def rows(tmp_path, number=None):
     """All jobs with all their columns as they are on disk, or one of them."""
     with raw(tmp_path) as connection:
-        found = connection.execute("SELECT * FROM jobs ORDER BY id").fetchall()
-    return found if number is None else next(row for row in found if row[0] == number)
+        every = connection.execute("SELECT * FROM jobs ORDER BY id").fetchall()
+    if number is None:
+        return every
+    return next(row for row in every if row[0] == number)
 
 
 def added(store, *submissions):
@@ -226,13 +229,17 @@ def cancelled(store):
 
 STARTS = (waiting, running, retrying, running_again, succeeded, failed, cancelled)
 EVENTS = ("claim", "cancel", "retry", "release", "succeeded", "failed")
-NEXT = {                            # the status, and whether it then runs, after what may happen
-    (waiting, "claim"): ("Starting", True), (retrying, "claim"): ("Retrying", True),
-    (waiting, "cancel"): ("Runtime Error", False), (retrying, "cancel"): ("Runtime Error", False),
-    **{(start, event): found for start in (running, running_again) for event, found in (
-        ("retry", ("Retrying", False)), ("release", ("Retrying", False)), ("succeeded", ("Success", True)),
-        ("failed", ("Runtime Error", True)))},
+NEXT = {                # the status after what may happen, and whether there is a start_time then
+    (waiting, "claim"): ("Starting", True),
+    (waiting, "cancel"): ("Runtime Error", False),
+    (retrying, "claim"): ("Retrying", True),
+    (retrying, "cancel"): ("Runtime Error", False),
 }
+for start_of_attempt in (running, running_again):
+    NEXT[start_of_attempt, "retry"] = ("Retrying", False)
+    NEXT[start_of_attempt, "release"] = ("Retrying", False)
+    NEXT[start_of_attempt, "succeeded"] = ("Success", True)
+    NEXT[start_of_attempt, "failed"] = ("Runtime Error", True)
 
 
 def happen(store, number, event):
@@ -252,48 +259,55 @@ def happen(store, number, event):
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_what_may_happen_to_a_job_happens_and_nothing_else_changes_a_byte_of_it(store, tmp_path, event):
-    others = [start(store) for start in STARTS]
-    numbers = [start(store) for start in STARTS]
+def test_what_may_happen_to_a_job_happens_and_nothing_else_changes_a_byte_of_it(
+        store, tmp_path, event):
+    for start in STARTS:
+        start(store)                    # others, to which nothing happens
+    numbers = {start: start(store) for start in STARTS}
     before = rows(tmp_path)
-    for start, number in zip(STARTS, numbers):
-        came = happen(store, number, event)
-        assert came == ((start, event) in NEXT), (start.__name__, event)
-        if came:
+    for start, number in numbers.items():
+        move = (start.__name__, event)
+        happened = happen(store, number, event)
+        assert happened == ((start, event) in NEXT), move
+        if happened:
             job = store.get(number)
-            assert (job.status, job.start_time is not None) == NEXT[start, event], (start.__name__, event)
-            assert (job.end_time is not None) == (event in ("cancel", "succeeded", "failed"))
-    legal = {number for start, number in zip(STARTS, numbers) if (start, event) in NEXT}
-    assert [row for row in rows(tmp_path) if row[0] not in legal] == [row for row in before if row[0] not in legal]
-    assert not legal & set(others)
+            assert (job.status, job.start_time is not None) == NEXT[start, event], move
+            assert (job.end_time is not None) == (event in ("cancel", "succeeded", "failed")), move
+    legal = {number for start, number in numbers.items() if (start, event) in NEXT}
+    assert [row for row in rows(tmp_path) if row[0] not in legal] == [
+        row for row in before if row[0] not in legal]
 
 
 def test_the_store_takes_the_moves_of_the_one_table_and_no_others():
     names = {"claim": "claimed", "cancel": "failed", "release": "retry"}
-    taken = {("Retrying" if start in (retrying, running_again) else "Starting", names.get(event, event), status)
-             for (start, event), (status, _) in NEXT.items()}
+    taken = set()
+    for (start, event), (status, _) in NEXT.items():
+        status_before = "Retrying" if start in (retrying, running_again) else "Starting"
+        taken.add((status_before, names.get(event, event), status))
     assert taken == {(*start, end) for start, end in jobs.TRANSITIONS.items()}
 
 
 def test_the_members_of_a_job_tell_its_story(store, clock):
     number, = added(store)
-    assert store.get(number) == Job(number, "X(90)", "echo", "Starting", None, None, None, clock.now(), None, None)
     created = clock.now()
+    told = Job(number, "X(90)", "echo", "Starting", None, None, None, created, None, None)
+    assert store.get(number) == told
     clock.seconds += 1
     task = store.claim(number, "qpu")
     assert task == jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
-    began = clock.now()
-    assert store.get(number) == Job(number, "X(90)", "echo", "Starting", "qpu", None, None, created, began, None)
+    assert store.get(number) == told._replace(runtime="qpu", start_time=clock.now())
     clock.seconds += 1
     store.settle([ending(task, "retry", delay=9.0)])
-    assert store.get(number) == Job(number, "X(90)", "echo", "Retrying", None, None, None, created, None, None)
-    assert list(store.waiting()) == [[(number, "echo", clock.wall + 9.0)]] and not list(store.running())
+    assert store.get(number) == told._replace(status="Retrying")
+    assert list(store.waiting()) == [[(number, "echo", clock.wall + 9.0)]]
+    assert not list(store.running())
     task = store.claim(number, "other")
+    began = clock.now()
     assert task.attempt == 2 and list(store.running()) == [[(number, 2, "echo", "other")]]
     clock.seconds += 1
     store.settle([ending(task, "failed")])
-    assert store.get(number) == Job(
-        number, "X(90)", "echo", "Runtime Error", "other", 3, "cold", created, began[:-10] + "42.000000Z", clock.now())
+    assert store.get(number) == Job(number, "X(90)", "echo", "Runtime Error", "other", 3, "cold",
+                                    created, began, clock.now())
     assert not list(store.waiting()) and not list(store.running())
 
 
@@ -324,7 +338,8 @@ def test_a_job_that_there_is_not_can_be_neither_read_nor_changed(store):
 
 
 def test_an_ending_that_is_illegal_leaves_the_others_of_its_call_ended(store, tmp_path):
-    good, ended = running(store), succeeded(store)
+    good = running(store)
+    ended = succeeded(store)
     before = rows(tmp_path, ended)
     tasks = [jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0) for number in (ended, good)]
     with pytest.raises(IllegalTransition, match=f"^job {ended}, attempt 1: failed$"):
@@ -334,12 +349,14 @@ def test_an_ending_that_is_illegal_leaves_the_others_of_its_call_ended(store, tm
 
 def test_a_result_is_kept_as_text_or_json_and_is_null_without_one(store):
     numbers = added(store, *[ECHO] * 3)
-    outcomes = [Outcome(0, None, '{"a": 1}', True), Outcome(3, "cold", "caf\u00e9\n"), Outcome(0)]
-    store.settle([ending(store.claim(number, "qpu"), "failed" if number == numbers[1] else "succeeded", outcome)
+    outcomes = [("succeeded", Outcome(0, None, '{"a": 1}', True)),
+                ("failed", Outcome(3, "cold", "caf\u00e9\n")), ("succeeded", Outcome(0))]
+    store.settle([ending(store.claim(number, "qpu"), *outcome)
                   for number, outcome in zip(numbers, outcomes)])
     assert [store.result(number) for number in numbers] == [
         ('{"a": 1}', True), ("caf\u00e9\n", False), ("null", True)]
-    assert [store.get(number).status for number in numbers] == ["Success", "Runtime Error", "Success"]
+    assert [store.get(number).status for number in numbers] == [
+        "Success", "Runtime Error", "Success"]
 
 
 def test_what_waits_and_what_runs_comes_back_in_id_order_after_the_store_is_opened_again(opened):
@@ -347,9 +364,11 @@ def test_what_waits_and_what_runs_comes_back_in_id_order_after_the_store_is_open
     numbers = {start: [start(first) for _ in range(2)] for start in STARTS}
     first.close()
     store = opened()
-    assert [row[0] for page in store.waiting() for row in page] == sorted(numbers[waiting] + numbers[retrying])
-    assert [row[:2] for page in store.running() for row in page] == sorted(
-        [(number, 1) for number in numbers[running]] + [(number, 2) for number in numbers[running_again]])
+    wait = [number for page in store.waiting() for number, _, _ in page]
+    assert wait == sorted(numbers[waiting] + numbers[retrying])
+    run = [(number, attempt) for page in store.running() for number, attempt, _, _ in page]
+    assert run == sorted([(number, 1) for number in numbers[running]]
+                         + [(number, 2) for number in numbers[running_again]])
 
 
 def test_pauses_are_kept_until_they_are_resumed(opened, clock):
@@ -358,7 +377,8 @@ def test_pauses_are_kept_until_they_are_resumed(opened, clock):
     first.pause("other", "")
     first.close()
     store = opened()
-    assert store.pauses() == {"qpu": ("cable", since), "other": ("", since)} and since == clock.now()
+    assert store.pauses() == {"qpu": ("cable", since), "other": ("", since)}
+    assert since == clock.now()
     clock.seconds += 1
     store.pause("qpu", "warm")
     store.resume("other")
@@ -408,7 +428,8 @@ REFUSED = (                         # of which job, and what another program mig
     (waiting, "status = 'Running'"), (waiting, "status = NULL"), (waiting, "status = 'success'"),
     (waiting, "mode = 'other'"), (waiting, "job = NULL"), (waiting, "submitter = NULL"),
     (waiting, "status = 'Success'"), (waiting, "status = 'Runtime Error'"),
-    (waiting, "status = 'Success', end_time = created_time"), (waiting, "status = 'Runtime Error', return_code = 1"),
+    (waiting, "status = 'Success', end_time = created_time"),
+    (waiting, "status = 'Runtime Error', return_code = 1"),
     (waiting, "end_time = created_time"), (waiting, "return_code = 0"),
     (waiting, "end_time = created_time, return_code = 0"),
     (waiting, "start_time = created_time"), (waiting, "runtime = 'qpu'"),
@@ -418,11 +439,14 @@ REFUSED = (                         # of which job, and what another program mig
     (running, "status = 'Runtime Error', return_code = 0, end_time = start_time"),
     (running, "status = 'Success', return_code = 0, end_time = '1970-01-01T00:00:00.000000Z'"),
     (retrying, "status = 'Success'"), (retrying, "return_code = 75"),
-    (succeeded, "status = 'Starting'"), (succeeded, "status = 'Retrying'"), (succeeded, "status = 'Runtime Error'"),
-    (succeeded, "return_code = 1"), (succeeded, "return_code = NULL"), (succeeded, "end_time = NULL"),
-    (succeeded, "status = 'Starting', end_time = NULL"), (succeeded, "status = 'Starting', return_code = NULL"),
+    (succeeded, "status = 'Starting'"), (succeeded, "status = 'Retrying'"),
+    (succeeded, "status = 'Runtime Error'"), (succeeded, "return_code = 1"),
+    (succeeded, "return_code = NULL"), (succeeded, "end_time = NULL"),
+    (succeeded, "status = 'Starting', end_time = NULL"),
+    (succeeded, "status = 'Starting', return_code = NULL"),
     (failed, "status = 'odd'"), (failed, "status = 'Success'"), (failed, "return_code = 0"),
-    (failed, "status = 'Retrying'"), (failed, "end_time = NULL"), (cancelled, "status = 'Starting'"),
+    (failed, "status = 'Retrying'"), (failed, "end_time = NULL"),
+    (cancelled, "status = 'Starting'"),
     (cancelled, "end_time = '1970-01-01T00:00:00.000000Z'"),
 )
 
@@ -445,9 +469,9 @@ def test_every_job_that_a_transition_leads_to_is_sound(store, tmp_path):
     assert not list(check(str(tmp_path / "oqc.db")))
 
 
-@pytest.mark.parametrize("change", ["status = 'odd'", "end_time = '1970'", "start_time = '1970'",
-                                    "end_time = NULL, return_code = 0, status = 'Success'", "return_code = 3",
-                                    "attempts = 0"])
+@pytest.mark.parametrize("change", [
+    "status = 'odd'", "end_time = '1970'", "start_time = '1970'",
+    "end_time = NULL, return_code = 0, status = 'Success'", "return_code = 3", "attempts = 0"])
 def test_a_check_names_a_job_that_no_transition_leads_to(store, tmp_path, change):
     number = succeeded(store)
     store.close()
@@ -455,8 +479,7 @@ def test_a_check_names_a_job_that_no_transition_leads_to(store, tmp_path, change
         connection.execute("PRAGMA ignore_check_constraints = 1")
         connection.execute(f"UPDATE jobs SET {change}")
     found = list(check(str(tmp_path / "oqc.db")))
-    assert {line for line in found if line.startswith(f"job {number}: ")} & {
-        f"job {number}: {what}" for what, _ in INVARIANTS}, found
+    assert set(found) & {f"job {number}: {what}" for what, _ in INVARIANTS}, found
 
 
 # Groups
@@ -465,14 +488,15 @@ def test_writes_that_come_together_share_a_commit_and_all_are_on_disk(store, wri
     held = Held(store, writer)
     for place in range(40):
         held.ask(place, added, store, ECHO, ECHO)
-    came = held.go()
-    numbers = sorted(number for numbers in came.values() for number in numbers)
+    results = held.go()
+    numbers = sorted(number for pair in results.values() for number in pair)
     assert numbers == [row[0] for row in rows(tmp_path)]
     assert len(rows(tmp_path)) == 80 and held.commits() == 1
 
 
 def test_many_threads_at_once_lose_nothing_and_share_no_id(store, tmp_path):
-    found, barrier = [], threading.Barrier(16)
+    found = []
+    barrier = threading.Barrier(16)
 
     def client():
         barrier.wait(20)
@@ -493,27 +517,30 @@ def test_many_threads_at_once_lose_nothing_and_share_no_id(store, tmp_path):
 
 @pytest.mark.parametrize("wrong, error, commits", [
     (lambda store, task: store.settle([ending(task, "failed")]), IllegalTransition, 1),
-    (lambda store, task: store.add([ECHO], "alice", IdempotencyKey("k", "another")), KeyReused, 1),
-    (lambda store, task: store.add([ECHO, ECHO._replace(mode="other")], "alice"), sqlite3.IntegrityError, 4),
-    (lambda store, task: store.add([ECHO._replace(job="\ud800")], "alice"), UnicodeEncodeError, 4),
-    (lambda store, task: store.add([ECHO], "alice", ends=[1]), AttributeError, 4),
+    (lambda store, _: store.add([ECHO], "a", IdempotencyKey("k", "another")), KeyReused, 1),
+    (lambda store, _: store.add([ECHO, ECHO._replace(mode="other")], "a"),
+     sqlite3.IntegrityError, 4),
+    (lambda store, _: store.add([ECHO._replace(job="\ud800")], "a"), UnicodeEncodeError, 4),
+    (lambda store, _: store.add([ECHO], "a", ends=[1]), AttributeError, 4),
 ], ids=["an illegal transition", "a key with another body", "a constraint", "no text", "a defect"])
 def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(
         store, writer, tmp_path, wrong, error, commits):
-    store.add([ECHO], "alice", IdempotencyKey("k", "digest"))
-    ended, number = succeeded(store), waiting(store)
+    store.add([ECHO], "a", IdempotencyKey("k", "digest"))
+    ended = succeeded(store)
+    number = waiting(store)
     before = rows(tmp_path, ended)
     held = Held(store, writer)
     held.ask("added", added, store)
     held.ask("wrong", wrong, store, jobs.Task(ended, "X(90)", "echo", 1, 1000, 7, 0))
     held.ask("claimed", store.claim, number, "qpu")
     held.ask("also", added, store)
-    came = held.go()
-    assert isinstance(came["wrong"], error)
-    assert (came["added"], came["claimed"].id, came["also"]) == ([4], number, [5])
+    results = held.go()
+    assert isinstance(results["wrong"], error)
+    assert (results["added"], results["claimed"].id, results["also"]) == ([4], number, [5])
     assert rows(tmp_path, ended) == before and len(rows(tmp_path)) == 5
     assert store.get(1).status == "Starting" and store.get(number).runtime == "qpu"
-    assert held.commits() in (commits, commits - 1), "one for all, or one for each that did nothing wrong"
+    assert held.commits() in (commits, commits - 1), (
+        "one for all, or one for each that did nothing wrong")
 
 
 def test_batches_that_are_added_together_share_a_commit_and_one_that_is_wrong_harms_no_other(
@@ -560,13 +587,16 @@ def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, writ
     assert [statement.split()[0] for statement in writer.statements] == [
         "BEGIN", "INSERT", "INSERT", "INSERT", "COMMIT"]
     now = clock.now()
+    as_it_came = ("Starting", None, None, None, now, None, None)
     assert [store.get(number)[3:] for number in (1, 2, 3)] == [
-        ("Success", "echo", 0, None, now, now, now), ("Runtime Error", "echo", 3, "cold", now, now, now),
-        ("Starting", None, None, None, now, None, None)]
-    assert {job[3:] for job in addition.jobs} == {("Starting", None, None, None, now, None, None)}, "as they came in"
+        ("Success", "echo", 0, None, now, now, now),
+        ("Runtime Error", "echo", 3, "cold", now, now, now), as_it_came]
+    assert [job[3:] for job in addition.jobs] == [as_it_came] * 3
     assert [(end.task, end.event, end.outcome) for end in addition.endings] == [
-        (jobs.Task(number, "X(90)", "echo", 1, 1000, 7, code), *ends[code][1:]) for number, code in ((1, 0), (2, 3))]
-    assert [row[0] for page in store.waiting() for row in page] == [3] and not list(store.running())
+        (jobs.Task(1, "X(90)", "echo", 1, 1000, 7, 0), "succeeded", Outcome(0)),
+        (jobs.Task(2, "X(90)", "echo", 1, 1000, 7, 3), "failed", Outcome(3, "cold"))]
+    assert [row[0] for page in store.waiting() for row in page] == [3]
+    assert not list(store.running())
     assert not list(check(store.path)), "each attempt was counted"
     with pytest.raises(IllegalTransition):
         store.settle(addition.endings[:1])
@@ -672,27 +702,39 @@ def test_a_page_of_long_jobs_is_cut_before_it_fills_the_memory(store):
     assert len(store.page(None, 10)) == 10
 
 
+FILL = """
+    WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?1),
+    jobs_to_be (is_open, is_good) AS (
+        SELECT ?2 AND n % max(1, ?2) = 0, n % 1000 FROM n)
+    INSERT INTO jobs (job, mode, status, runtime, return_code, created_time, start_time, end_time,
+                      attempts, shots, seed, echo_code, submitter)
+    SELECT 'X(90)', 'echo',
+           CASE WHEN is_open THEN 'Starting' WHEN is_good THEN 'Success' ELSE 'Runtime Error' END,
+           CASE WHEN is_open THEN NULL ELSE 'echo' END,
+           CASE WHEN is_open THEN NULL WHEN is_good THEN 0 ELSE 3 END,
+           '2027',
+           CASE WHEN is_open THEN NULL ELSE '2027' END,
+           CASE WHEN is_open THEN NULL ELSE '2027' END,
+           1, 1, 1, 0, 'alice'
+    FROM jobs_to_be"""
+
+
 def fill(tmp_path, count, open_every=0):
-    """Have so many jobs in the closed database, of which each `open_every`-th waits and the others have ended."""
+    """Have so many jobs in the closed database, of which each `open_every`-th waits and the others
+    have ended, each thousandth with an error."""
     with raw(tmp_path) as connection:
-        connection.execute("""
-            INSERT INTO jobs (job, mode, status, runtime, return_code, created_time, start_time, end_time, attempts,
-                              shots, seed, echo_code, submitter)
-            WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < ?1)
-            SELECT 'X(90)', 'echo', CASE WHEN is_open THEN 'Starting' WHEN n % 1000 THEN 'Success' ELSE 'Runtime Error'
-                   END, CASE WHEN is_open THEN NULL ELSE 'echo' END,
-                   CASE WHEN is_open THEN NULL WHEN n % 1000 THEN 0 ELSE 3 END, '2027',
-                   CASE WHEN is_open THEN NULL ELSE '2027' END, CASE WHEN is_open THEN NULL ELSE '2027' END, 1, 1, 1, 0,
-                   'alice' FROM (SELECT n, ?2 AND n % max(1, ?2) = 0 AS is_open FROM n)""", (count, open_every))
+        connection.execute(FILL, (count, open_every))
 
 
 class Steps:
-    """What the store's one reader does: its statements, and how many instructions SQLite took for them."""
+    """What the store's one reader does: its statements, and how many instructions SQLite took for
+    them."""
 
     def __init__(self, store, connections):
         store.pauses()
         self.reader, = connections.readers
-        self.statements, self.count = [], 0
+        self.statements = []
+        self.count = 0
         self.reader.set_trace_callback(self.statements.append)
         self.reader.set_progress_handler(self._step, 10)
 
@@ -704,21 +746,27 @@ class Steps:
         self.count = 0
         self.statements.clear()
         found = read(*arguments, **named)
-        count, statement = self.count, self.statements[-1]
-        plan = "; ".join(row[3] for row in self.reader.execute(f"EXPLAIN QUERY PLAN {statement}").fetchall())
-        return found, count, plan
+        count = self.count
+        explanation = self.reader.execute(f"EXPLAIN QUERY PLAN {self.statements[-1]}").fetchall()
+        return found, count, "; ".join(row[3] for row in explanation)
 
 
 READS = {
-    "a page deep in the list": (lambda store, last: store.page(last - 11, 10), "USING INTEGER PRIMARY KEY (rowid>?)"),
-    "a page from the end": (lambda store, last: store.page(last, 10, True), "USING INTEGER PRIMARY KEY (rowid<?)"),
+    "a page deep in the list": (
+        lambda store, last: store.page(last - 11, 10), "USING INTEGER PRIMARY KEY (rowid>?)"),
+    "a page from the end": (
+        lambda store, last: store.page(last, 10, True), "USING INTEGER PRIMARY KEY (rowid<?)"),
     "the first page": (lambda store, last: store.page(None, 10), "SCAN"),
     "the last page": (lambda store, last: store.page(None, 10, True), "SCAN"),
-    "a page of the failed": (lambda store, last: store.page(1, 10, status="Runtime Error"), "USING INDEX jobs_failed"),
+    "a page of the failed": (
+        lambda store, last: store.page(1, 10, status="Runtime Error"), "USING INDEX jobs_failed"),
     "a page of the failed, from the end": (
-        lambda store, last: store.page(None, 10, True, status="Runtime Error"), "USING INDEX jobs_failed"),
-    "the jobs that wait": (lambda store, last: list(store.waiting()), "jobs_end_time (end_time=? AND rowid>?)"),
-    "the jobs that run": (lambda store, last: list(store.running()), "jobs_end_time (end_time=? AND rowid>?)"),
+        lambda store, last: store.page(None, 10, True, status="Runtime Error"),
+        "USING INDEX jobs_failed"),
+    "the jobs that wait": (
+        lambda store, last: list(store.waiting()), "jobs_end_time (end_time=? AND rowid>?)"),
+    "the jobs that run": (
+        lambda store, last: list(store.running()), "jobs_end_time (end_time=? AND rowid>?)"),
     "one job": (lambda store, last: store.get(last), "USING INTEGER PRIMARY KEY (rowid=?)"),
 }
 
@@ -743,13 +791,15 @@ def test_a_page_uses_an_index_and_costs_at_100000_jobs_what_it_costs_at_a_few(
     assert steps.of(store.page, None, 1000)[1] > 100, "it counts"
 
 
-def test_pages_go_through_all_jobs_once_in_either_order_and_keep_what_is_asked_for(opened, tmp_path):
+def test_pages_go_through_all_jobs_once_in_either_order_and_keep_what_is_asked_for(
+        opened, tmp_path):
     opened().close()
     fill(tmp_path, 2500, 100)
     store = opened()
 
     def through(**query):
-        after, found = None, []
+        after = None
+        found = []
         while True:
             page = store.page(after, 400, **query)
             found += [row[0] for row in page]
@@ -757,7 +807,8 @@ def test_pages_go_through_all_jobs_once_in_either_order_and_keep_what_is_asked_f
                 return found
             after = found[-1]
     everything = list(range(1, 2501))
-    assert through() == through(mode="echo") == everything and through(descending=True) == everything[::-1]
+    assert through() == through(mode="echo") == everything
+    assert through(descending=True) == everything[::-1]
     assert through(status="Starting") == everything[99::100]
     assert through(status="Runtime Error") == [], "each thousandth is also a hundredth"
     assert through(mode="verbatim") == through(status="Retrying", mode="echo") == []
@@ -783,7 +834,8 @@ def test_a_commit_is_on_disk_before_it_is_told(writer):
 @pytest.mark.parametrize("slash", ["", "/"])
 @pytest.mark.parametrize("name", [b"a b%20?mode=ro#&.db", b"caf\xe9.db", "\u00fc.db".encode()])
 def test_a_database_may_have_any_name(tmp_path, clock, name, slash):
-    """A URI names it to a reader that must not merge its WAL; two slashes at its begin would name a host there."""
+    """A URI names it to a reader that must not merge its WAL; two slashes at the beginning would
+    name a host there."""
     path = f"{slash}{tmp_path}/{os.fsdecode(name)}"
     for count in (1, 2):
         store = Store(path, clock)
@@ -797,7 +849,8 @@ def test_readers_can_write_nothing(store, connections):
     store.pauses()
     reader, = connections.readers
     assert reader.execute("PRAGMA query_only").fetchone() == (1,)
-    for statement in ("DELETE FROM jobs", "UPDATE jobs SET job = ''", "CREATE TABLE t (a)", "PRAGMA user_version = 9"):
+    for statement in ("DELETE FROM jobs", "UPDATE jobs SET job = ''", "CREATE TABLE t (a)",
+                      "PRAGMA user_version = 9"):
         with pytest.raises(sqlite3.OperationalError, match="readonly"):
             reader.execute(statement)
 
@@ -820,7 +873,8 @@ def test_readers_are_as_many_as_read_at_once_and_are_used_again(store, connectio
     assert len(connections.readers) == 1
 
 
-def test_a_wall_clock_that_jumps_back_lets_no_job_start_before_it_was_added_or_end_before_it_began(store, clock):
+def test_a_wall_clock_that_jumps_back_lets_no_job_start_before_it_was_added_or_end_before_it_began(
+        store, clock):
     number, other = added(store, ECHO, ECHO)
     created = clock.now()
     clock.seconds -= 30
@@ -855,8 +909,9 @@ def test_close_leaves_one_file_with_everything_in_it_and_an_empty_lock(
 def test_a_closed_store_refuses_every_write_and_waits_for_none(store):
     number = waiting(store)
     store.close()
-    for write in (lambda: added(store), lambda: store.cancel(number), lambda: store.claim(number, "qpu"),
-                  lambda: store.settle([]), lambda: store.pause("qpu", "")):
+    for write in (lambda: added(store), lambda: store.cancel(number),
+                  lambda: store.claim(number, "qpu"), lambda: store.settle([]),
+                  lambda: store.pause("qpu", "")):
         with pytest.raises(StoreError, match="is closed, the server is stopping"):
             write()
 
@@ -873,7 +928,9 @@ def killed(tmp_path):
     """Have the files be those of a server that was killed: its last job is in the WAL alone."""
     store = Store(str(tmp_path / "oqc.db"), Clock())
     added(store)
-    copies = {name: (tmp_path / name).read_bytes() for name in ("oqc.db", "oqc.db-wal", "oqc.db.lock")}
+    copies = {}
+    for name in ("oqc.db", "oqc.db-wal", "oqc.db.lock"):
+        copies[name] = (tmp_path / name).read_bytes()
     store.close()
     for name, data in copies.items():
         (tmp_path / name).write_bytes(data)
@@ -897,15 +954,6 @@ def test_a_check_and_a_backup_of_a_closed_database_leave_nothing_beside_it(opene
     assert sorted(os.listdir(tmp_path)) == ["copy", "oqc.db", "oqc.db.lock"]
 
 
-def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(store, tmp_path, monkeypatch):
-    def interrupted(_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr("oqc.database.observing", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        backup(store.path, tmp_path / "copy.db")
-    assert not (tmp_path / "copy.db").exists()
-
-
 def test_a_backup_is_one_file_with_every_job_that_was_there_and_replaces_none(store, tmp_path):
     numbers = added(store, *[ECHO] * 1000)
     backup(store.path, str(tmp_path / "copy"))
@@ -923,75 +971,20 @@ def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_th
         store, writer, monkeypatch, caplog):
     def most_pages(count):
         writer.execute(f"PRAGMA max_page_count = {count}").fetchall()
+
+    def almost_full(_):
+        return os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255))
     most_pages(writer.execute("PRAGMA page_count").fetchone()[0] + 2)
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 100, 2, 2, 9, 9, 9, 0, 255)))
-    for _ in range(5):
-        with pytest.raises(DiskFull, match="no room on the disk"):
-            added(store, *[ECHO] * 1000)
-        added(store)
-    assert store.unusable().endswith("oqc.db: no room on the disk")
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", almost_full)
+        for _ in range(5):
+            with pytest.raises(DiskFull, match="no room on the disk"):
+                added(store, *[ECHO] * 1000)
+            added(store)
+        assert store.unusable().endswith("oqc.db: no room on the disk")
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
     added(store)
     most_pages(1 << 30)
     added(store, *[ECHO] * 1000)
     assert store.unusable() is None
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
-
-
-def test_a_file_system_that_counts_no_blocks_is_never_full(store, monkeypatch):
-    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 0, 0, 0, 0, 0, 0, 0, 255)))
-    assert store.unusable() is None
-
-
-# Statements
-
-NEWER = re.compile(                 # than SQLite 3.26, with the version that brought it
-    r"RETURNING"                    # 3.35
-    r"|\bSTRICT\b"                  # 3.37
-    r"|->"                          # 3.38
-    r"|VACUUM\s+\w*\s*INTO"         # 3.27
-    r"|GENERATED\s+ALWAYS|\)\s+(STORED|VIRTUAL)\b|\bAS\s*\(\s*\w+\s*\|\|"       # 3.31
-    r"|NULLS\s+(FIRST|LAST)"        # 3.30
-    r"|\bFILTER\s*\("               # 3.30, but for windows
-    r"|\biif\s*\("                  # 3.32
-    r"|UPDATE\s+(?!.*\bSELECT\b)[^;]*\bSET\b[^;]*\bFROM\b"                      # 3.33
-    r"|MATERIALIZED|DROP\s+COLUMN"  # 3.35
-    r"|unixepoch|\bformat\s*\("     # 3.38
-    r"|(RIGHT|FULL)\s+(OUTER\s+)?JOIN|DISTINCT\s+FROM"                          # 3.39
-    r"|timediff|octet_length|string_agg|\bconcat(_ws)?\s*\(", re.IGNORECASE | re.DOTALL)
-SQL = re.compile(r"\b(SELECT|INSERT|UPDATE|DELETE|CREATE|PRAGMA|VACUUM|ALTER|WITH)\b")
-
-
-def statements(source):
-    """The SQL in the text of a module: its strings but for its docstrings, those of an f-string put together."""
-    tree = ast.parse(source)
-    inner = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
-    documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            text = "".join(part.value if isinstance(part, ast.Constant) else " ? " for part in node.values)
-        elif isinstance(node, ast.Constant) and id(node) not in inner | documentation:
-            text = str(node.value)
-        else:
-            continue
-        if SQL.search(text):
-            yield text
-
-
-def test_every_statement_is_one_that_sqlite_3_26_understands():
-    found = [text for name in ("store", "database")
-             for text in statements((ROOT / "oqc" / f"{name}.py").read_text(encoding="utf-8"))]
-    assert len(found) > 25 and any("CREATE TABLE jobs" in text for text in found)
-    assert not [text for text in found if NEWER.search(text)]
-
-
-@pytest.mark.parametrize("statement", [
-    "INSERT INTO jobs (job) VALUES (?) RETURNING id", "CREATE TABLE t (a INTEGER) STRICT", "VACUUM INTO 'copy'",
-    "SELECT result ->> '$.a' FROM results", "CREATE TABLE t (a, b GENERATED ALWAYS AS (a) STORED)",
-    "SELECT iif(a, 1, 2) FROM t", "UPDATE jobs SET due = d.due FROM d WHERE d.id = jobs.id",
-    "SELECT unixepoch()", "ALTER TABLE t DROP COLUMN a", "SELECT * FROM t WHERE a IS NOT DISTINCT FROM b"])
-def test_a_newer_statement_is_found(statement):
-    for source in (f"execute({statement!r})", f"execute(f{statement + '{a}'!r})"):
-        assert [text for text in statements(source) if NEWER.search(text)], source
-    assert not list(statements(f'"""{statement}"""'))
