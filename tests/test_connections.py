@@ -517,7 +517,7 @@ def small_add(query="", body=b'{"job": "X(1)", "mode": "verbatim"}'):
 def scripted_api(store, waiting=None, **options):
     """An Api over a store that the test scripts, and workers that do nothing."""
     workers = types.SimpleNamespace(
-        draining=threading.Event(), queued=lambda: 0, immediate_end=lambda _: None, runtimes={},
+        draining=threading.Event(), queued=lambda: 0, immediate_outcome=lambda _: None, runtimes={},
         take_up=lambda _: None, uptime=lambda: 0, durations=dict, states=dict)
     return Api(types.SimpleNamespace(**store), workers, waiting, Keys({"me": b"k"}), lambda: 7,
                **options)
@@ -532,7 +532,9 @@ def test_only_a_small_add_is_answered_together_with_others(count, query, small):
     """Anything else may keep the listener, and with it all others, waiting."""
     job = {"job": "X(1)", "mode": "echo"}
     api = scripted_api({})
-    assert api.is_small_add(small_add(query, json.dumps([job] * count or job).encode())) is small
+    body = json.dumps([job] * count or job).encode()
+    assert api.is_small_add(small_add(query, body)) is small
+    assert api.is_small_add(small_add(query, b" \r\n\t" + body)) is small
     assert not api.is_small_add(small_add()._replace(method="PUT"))
 
 

@@ -94,6 +94,12 @@ def test_an_array_adds_all_jobs_in_order_and_runs_them(server):
     assert {job["status"] for job in answer.json} == {"Success"}
 
 
+def test_an_array_is_one_also_behind_a_line_feed_and_where_it_holds_one_job(server):
+    answer = server.request("POST", "/jobs/add/", '\n [{"job": "X(1)", "mode": "echo"}]')
+    assert answer.status == 201 and "Location" not in answer.headers
+    assert [job["job"] for job in answer.json] == ["X(1)"]
+
+
 def test_an_array_with_one_wrong_job_adds_none_and_names_its_index(server):
     before = server.add()["id"]
     values = [{"job": "X(1)", "mode": "echo"}] * 3 + [{"job": "X(1", "mode": "echo"}]

@@ -12,7 +12,7 @@ from oqc import jobs
 from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check, connected, prepared
 from oqc.jobs import (
-    Addition, Batch, DiskFull, Ending, IdempotencyKey, ImmediateEnd, Job, KeyReused, Outcome,
+    Addition, Batch, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome,
     StoreError, Submission, UnknownJob)
 from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store
 
@@ -521,7 +521,7 @@ def test_many_threads_at_once_lose_nothing_and_share_no_id(store, tmp_path):
     (lambda store, _: store.add([ECHO, ECHO._replace(mode="other")], "a"),
      sqlite3.IntegrityError, 4),
     (lambda store, _: store.add([ECHO._replace(job="\ud800")], "a"), UnicodeEncodeError, 4),
-    (lambda store, _: store.add([ECHO], "a", ends=[1]), AttributeError, 4),
+    (lambda store, _: store.add([ECHO], "a", outcomes=[1]), AttributeError, 4),
 ], ids=["an illegal transition", "a key with another body", "a constraint", "no text", "a defect"])
 def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(
         store, writer, tmp_path, wrong, error, commits):
@@ -579,11 +579,10 @@ def test_a_store_is_busy_while_somebody_commits_and_after_a_commit_that_was_slow
 
 
 def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, writer, clock):
-    ends = {0: ImmediateEnd("echo", "succeeded", Outcome(0)),
-            3: ImmediateEnd("echo", "failed", Outcome(3, "cold")), 75: None}
+    outcomes = {0: Outcome(0), 3: Outcome(3, "cold"), 75: None}
     writer.statements.clear()
-    addition = store.add([ECHO._replace(return_code=code) for code in ends], "alice",
-                         ends=list(ends.values()))
+    addition = store.add([ECHO._replace(return_code=code) for code in outcomes], "alice",
+                         outcomes=list(outcomes.values()))
     assert [statement.split()[0] for statement in writer.statements] == [
         "BEGIN", "INSERT", "INSERT", "INSERT", "COMMIT"]
     now = clock.now()

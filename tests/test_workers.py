@@ -162,10 +162,10 @@ class Lab:
     def add(self, mode="verbatim", count=1, return_code=0):
         """The ids of new jobs; if there are workers, they take them up."""
         submission = Submission("X(90)", mode, seed=1, return_code=return_code)
-        ends = ()
+        outcomes = ()
         if self.workers:
-            ends = [self.workers.immediate_end(submission)] * count
-        added = self.store.add([submission] * count, "test", ends=ends)
+            outcomes = [self.workers.immediate_outcome(submission)] * count
+        added = self.store.add([submission] * count, "test", outcomes=outcomes)
         if self.workers:
             self.workers.take_up([added])
         numbers = [job.id for job in added.jobs]
@@ -227,7 +227,7 @@ def test_an_echo_that_is_to_be_tried_again_is_run_by_a_worker(lab):
     lab.policy = RetryPolicy(attempts=1)
     lab.workers.stop()
     lab.start()
-    job = lab.store.get(lab.add("echo", return_code=75))
+    job = lab.end(lab.add("echo", return_code=75))
     assert job[3:6] == ("Runtime Error", "echo", 75), "no attempt is left"
 
 
@@ -253,9 +253,9 @@ def test_a_request_that_comes_again_has_nothing_run_again(lab):
     lab.runtime(**ECHO)
     lab.start()
     submissions = [Submission("X(90)", mode, seed=1) for mode in ("verbatim", "echo")]
-    ends = [lab.workers.immediate_end(submission) for submission in submissions]
+    outcomes = [lab.workers.immediate_outcome(submission) for submission in submissions]
     for status in ("Starting", "Success"):
-        added = lab.store.add(submissions, "test", IdempotencyKey("key", "digest"), ends)
+        added = lab.store.add(submissions, "test", IdempotencyKey("key", "digest"), outcomes)
         lab.workers.take_up([added])
         lab.end(1)
         lab.workers.pause("qpu", "")
@@ -720,6 +720,15 @@ def test_a_job_that_runs_is_cancelled_when_its_attempt_has_ended(still):
     assert (job.runtime, bool(job.start_time)) == ("qpu", True)
     assert qpu.woken.is_set()
     assert still.workers.describe("qpu")["running"] == []
+
+
+def test_a_cancelled_job_is_cancelled_also_where_a_stop_would_end_it_as_interrupted(still):
+    attempt = Blocked()
+    still.runtime(attempt, interrupted="fail")
+    still.start()
+    number = still.add()
+    attempt.wait()
+    assert told(still.workers.cancel(number)) == CANCELLED
 
 
 def test_a_job_that_waits_for_its_next_attempt_is_cancelled_at_once_and_never_runs_again(still):
