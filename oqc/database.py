@@ -99,12 +99,12 @@ class Damaged(StoreError):
     """The file is not as SQLite wrote it."""
 
 
-def resolved(path: str) -> str:
+def resolve(path: str) -> str:
     """Return the path of the file that a link names: SQLite keeps the WAL beside that file."""
     return os.path.realpath(path) if os.path.islink(path) else path
 
 
-def connected(path: str, read_only: bool = True, mode: str = "rw") -> sqlite3.Connection:
+def connect_to(path: str, read_only: bool = True, mode: str = "rw") -> sqlite3.Connection:
     """Return a connection in autocommit mode, for one thread at a time; raise StoreError."""
     name = quote(os.fsencode(os.path.abspath(path)))
     try:
@@ -114,20 +114,20 @@ def connected(path: str, read_only: bool = True, mode: str = "rw") -> sqlite3.Co
         connection.execute(f"PRAGMA query_only = {int(read_only)}")
         return connection
     except sqlite3.Error as error:
-        raise translated(path, error) from error
+        raise as_store_error(path, error) from error
 
 
-def observing(path: str) -> sqlite3.Connection:
+def open_observer(path: str) -> sqlite3.Connection:
     """Return a connection that leaves the file and its WAL as they are.
 
     A connection that is only query_only merges them if it is closed last, after a crash and before
     the next server has seen them. Where there is no WAL, a connection has to make one.
     """
     mode = "ro" if os.path.exists(path + "-wal") else "rw"
-    return connected(path, mode=mode)
+    return connect_to(path, mode=mode)
 
 
-def locked(path: str) -> int:
+def take_lock(path: str) -> int:
     """Return the descriptor of the lock file beside the database; raise StoreError.
 
     The lock is held until the descriptor is closed or this process dies.
@@ -191,20 +191,20 @@ def inspect(path: str, in_use: bool) -> None:
                          f"put it back, or remove {path}.lock to go on without them")
 
 
-def prepared(path: str) -> sqlite3.Connection:
+def open_writer(path: str) -> sqlite3.Connection:
     """Return the writer's connection to a database, brought to this version's schema.
 
     Raise StoreError or sqlite3.Error.
     """
     if os.path.exists(path) and 0 < os.path.getsize(path) <= CHECKED_AT_START:
         # before a writer merges the WAL into a damaged file
-        with contextlib.closing(observing(path)) as reader:
+        with contextlib.closing(open_observer(path)) as reader:
             verdict = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
         if verdict != "ok":
             raise Damaged(f"{path}: is damaged ({verdict.splitlines()[-1]}); "
                           "put a backup in its place")
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    writer = connected(path, read_only=False)
+    writer = connect_to(path, read_only=False)
     version = writer.execute("PRAGMA user_version").fetchone()[0]
     for number in range(version, VERSION):
         # before the WAL is there: so the header names the program even after a kill meanwhile
@@ -222,7 +222,7 @@ def prepared(path: str) -> sqlite3.Connection:
     return writer
 
 
-def translated(path: str, error: BaseException) -> BaseException:
+def as_store_error(path: str, error: BaseException) -> BaseException:
     """Return the StoreError that an error of SQLite or of the system means to an operator.
 
     Any other error is a defect of the caller, and is returned as it is.
@@ -233,7 +233,7 @@ def translated(path: str, error: BaseException) -> BaseException:
         return error
     text = str(error)
     # the index of the WAL has no error of its own for a full disk
-    if "full" in text or ("I/O" in text and disk_full(path)):
+    if "full" in text or ("I/O" in text and disk_full_error(path)):
         return DiskFull(f"{path}: no room on the disk")
     if "readonly" in text or "unable to open" in text:
         return StoreError(f"{path}: cannot be written now ({text})")
@@ -243,7 +243,7 @@ def translated(path: str, error: BaseException) -> BaseException:
     return StoreError(f"{path}: {text}")
 
 
-def disk_full(path: str) -> Optional[DiskFull]:
+def disk_full_error(path: str) -> Optional[DiskFull]:
     """Return DiskFull if less than LEAST_FREE bytes are free, else None."""
     try:
         disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
@@ -257,13 +257,13 @@ def disk_full(path: str) -> Optional[DiskFull]:
     return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk")
 
 
-def file_gone(path: str, file: os.stat_result) -> Optional[StoreError]:
-    """Return StoreError if the file at this path is not `file` any more, else None.
+def file_gone_error(path: str, opened: os.stat_result) -> Optional[StoreError]:
+    """Return StoreError if the file at this path is not the one that was `opened`, else None.
 
     What is written into a file without a name is lost when it is closed.
     """
     with contextlib.suppress(OSError):
-        if os.path.samestat(os.stat(path), file):
+        if os.path.samestat(os.stat(path), opened):
             return None
     return StoreError(f"{path}: was moved, replaced or deleted while the server uses it; "
                       f"put it back, or stop the server and remove {path}.lock and {path}-wal "
@@ -284,13 +284,13 @@ def backup(path: str, target: str) -> None:
     except OSError as error:
         raise StoreError(f"{target}: {error.strerror}") from None
     try:
-        with contextlib.closing(observing(path)) as source, \
+        with contextlib.closing(open_observer(path)) as source, \
                 contextlib.closing(sqlite3.connect(target)) as copy:
             source.backup(copy, pages=-1)
             copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
     except BaseException as error:          # Ctrl-C as well: a part of a copy is no backup
         os.unlink(target)
-        raise translated(path, error) from error
+        raise as_store_error(path, error) from error
 
 
 def check(path: str) -> Iterator[str]:
@@ -302,7 +302,7 @@ def check(path: str) -> Iterator[str]:
     path = _existing(path)
     sound = " AND ".join(f"coalesce({condition}, 1)" for _, condition in INVARIANTS)
     try:
-        with contextlib.closing(observing(path)) as reader:
+        with contextlib.closing(open_observer(path)) as reader:
             for report, in reader.execute("PRAGMA integrity_check"):
                 yield from (line for line in report.splitlines() if line != "ok")
             if not reader.execute(f"SELECT 1 FROM jobs WHERE NOT ({sound}) LIMIT 1").fetchone():
@@ -312,13 +312,13 @@ def check(path: str) -> Iterator[str]:
                 for number, in reader.execute(broken):
                     yield f"job {number}: {wrong}"
     except sqlite3.Error as error:
-        raise translated(path, error) from error
+        raise as_store_error(path, error) from error
 
 
 def _existing(path: str) -> str:
     """Return the resolved path of a database that a command may read; raise StoreError."""
     if not os.path.exists(path):
         raise StoreError(f"{path}: no such database")
-    path = resolved(path)
+    path = resolve(path)
     inspect(path, in_use=False)
     return path

@@ -18,8 +18,8 @@ from typing import (
 
 from oqc import jobs
 from oqc.database import (
-    VERSION, Damaged, connected, disk_full, file_gone, inspect, locked, prepared, resolved,
-    sql_list, translated)
+    VERSION, Damaged, as_store_error, connect_to, disk_full_error, file_gone_error, inspect,
+    open_writer, resolve, sql_list, take_lock)
 from oqc.jobs import (
     Addition, Batch, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome, Refused, StoreError,
     Submission, Task, UnknownJob)
@@ -143,15 +143,15 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     """
 
     def __init__(self, path: str, clock: Clock,
-                 prepare: Callable[[str], sqlite3.Connection] = prepared,
-                 connect: Callable[[str], sqlite3.Connection] = connected) -> None:
+                 prepare: Callable[[str], sqlite3.Connection] = open_writer,
+                 connect: Callable[[str], sqlite3.Connection] = connect_to) -> None:
         """Open `path`, creating it where there is none; raise StoreError and leave the file as it
         was. `prepare` gives the connection that writes, `connect` one that reads."""
-        path = resolved(path)
+        path = resolve(path)
         self.path = path
         self.clock = clock
         self.connect = connect
-        self._lock_file = locked(path)
+        self._lock_file = take_lock(path)
         try:
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
             self._writer = prepare(path)
@@ -159,7 +159,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             os.pwrite(self._lock_file, b"in use\n", 0)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
-            raise translated(path, error) from None
+            raise as_store_error(path, error) from None
         self.trouble: Optional[StoreError] = None   # why the last write failed, or a read since
         self._readers: List[sqlite3.Connection] = []    # that nobody uses now
         self._line: Deque[Write] = collections.deque()  # appended to by all, emptied by the leader
@@ -278,7 +278,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         except IndexError:          # all are in use
             if self._closed:
                 raise StoreError(CLOSED.format(self.path)) from None
-            gone = file_gone(self.path, self._file)
+            gone = file_gone_error(self.path, self._file)
             if gone:                # or it would read another file
                 raise self._noted(gone) from None
             reader = self.connect(self.path)
@@ -350,11 +350,11 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     def unusable(self) -> Optional[str]:
         """Return why jobs cannot be stored, or soon cannot be, or None. Trouble that may have
         passed since is tried again."""
-        full = disk_full(self.path)
+        full = disk_full_error(self.path)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._change(f"PRAGMA user_version = {VERSION}")
-        trouble = self.trouble or full or file_gone(self.path, self._file)
+        trouble = self.trouble or full or file_gone_error(self.path, self._file)
         return str(trouble) if trouble else None
 
     # What is done in a transaction, by the leader
@@ -502,7 +502,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """Raise StoreError where what is written now may never be found again."""
         if isinstance(self.trouble, Damaged):
             raise self.trouble
-        gone = file_gone(self.path, self._file)
+        gone = file_gone_error(self.path, self._file)
         if gone:
             raise gone
 
@@ -523,7 +523,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
     def _noted(self, error: Exception) -> Exception:
         """Return what an error means. One of the database is remembered, and said once; damage
         until the next start."""
-        meaning = translated(self.path, error)
+        meaning = as_store_error(self.path, error)
         if isinstance(meaning, StoreError) and not isinstance(self.trouble, Damaged):
             if not self.trouble or isinstance(meaning, Damaged):
                 log.error("database: %s", meaning)
@@ -534,7 +534,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """Forget the trouble, unless it is damage, or a full disk on which this just fitted."""
         if not self.trouble or isinstance(self.trouble, Damaged):
             return
-        if isinstance(self.trouble, DiskFull) and disk_full(self.path):
+        if isinstance(self.trouble, DiskFull) and disk_full_error(self.path):
             return
         log.warning("the database can be written again")
         self.trouble = None

@@ -23,9 +23,8 @@ RUNTIMES = ROOT / "tests" / "runtimes"
 # Hundreds of servers start here: each would compile itself anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What the tests of the running server start: this checkout, or the single file that OQC_PYZ names.
-PROGRAM = (sys.executable, "-m", "oqc")
-if "OQC_PYZ" in os.environ:
-    PROGRAM = (sys.executable, os.environ["OQC_PYZ"])
+PROGRAM = (sys.executable,
+           *((os.environ["OQC_PYZ"],) if "OQC_PYZ" in os.environ else ("-m", "oqc")))
 WORKERS = 3         # processes that run the tests: one more than cores, so that none of these waits
 SLOW = 10           # a slow test may take so many times as long as another
 KEY = "$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="

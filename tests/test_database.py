@@ -12,7 +12,7 @@ import pytest
 from conftest import until
 
 from oqc import jobs
-from oqc.database import INVARIANTS, MIGRATIONS, backup, check, disk_full, prepared
+from oqc.database import INVARIANTS, MIGRATIONS, backup, check, disk_full_error, open_writer
 
 # SHA-256 of the schema that each released version made, as `schema` gives it. Never edit one.
 RELEASED = ["8bf7020b97686fd5b5f56a6ca882bc6c5ea0ce12548cfe00b35e5616996d58c1"]
@@ -53,7 +53,7 @@ def test_a_released_version_makes_the_schema_that_it_made_then(version, digest):
 
 
 def test_a_fresh_database_has_the_schema_of_the_last_version(tmp_path):
-    with contextlib.closing(prepared(str(tmp_path / "oqc.db"))) as connection:
+    with contextlib.closing(open_writer(str(tmp_path / "oqc.db"))) as connection:
         assert schema(connection) == schema_of(len(MIGRATIONS))
 
 
@@ -72,7 +72,7 @@ def test_a_check_looks_for_all_that_the_schema_demands():
 def test_a_check_names_the_job_that_is_wrong_and_no_other(tmp_path, change, wrong):
     time = "2026-11-23T17:19:00.123456Z"
     row = ("X(90)", "echo", jobs.SUCCESS, "echo", 0, time, time, time, 1, 1000, 7, 0, "alice")
-    with contextlib.closing(prepared(str(tmp_path / "oqc.db"))) as connection:
+    with contextlib.closing(open_writer(str(tmp_path / "oqc.db"))) as connection:
         connection.execute("PRAGMA ignore_check_constraints = 1")
         for _ in range(3):
             connection.execute(
@@ -88,7 +88,7 @@ def test_a_check_names_the_job_that_is_wrong_and_no_other(tmp_path, change, wron
 def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(tmp_path):
     """Ctrl-C comes while the backup waits for another program, which has the database to itself."""
     path = str(tmp_path / "oqc.db")
-    other = prepared(path)
+    other = open_writer(path)
     other.execute("PRAGMA locking_mode = EXCLUSIVE")
     other.execute("BEGIN IMMEDIATE")
 
@@ -110,4 +110,4 @@ def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(tmp_path):
 
 def test_a_file_system_that_counts_no_blocks_is_never_full():
     assert os.statvfs("/proc").f_blocks == 0
-    assert disk_full("/proc/oqc.db") is None
+    assert disk_full_error("/proc/oqc.db") is None

@@ -15,7 +15,7 @@ import pytest
 from conftest import KEY, ROOT, Server
 from test_wire import Wire
 
-from oqc.database import check, locked
+from oqc.database import check, take_lock
 from oqc.jobs import StoreError
 
 # Stands on PYTHONPATH, so that the server's own connection does what a test asks for by a file in
@@ -475,7 +475,7 @@ def test_a_link_to_a_database_is_that_database_also_after_a_kill(serve, tmp_path
     server = serve("--db", "link.db")
     job = server.wait(server.add())
     with pytest.raises(StoreError, match="another oqc uses this database"):
-        locked(str(tmp_path / "disk/jobs.db"))
+        take_lock(str(tmp_path / "disk/jobs.db"))
     server.process.kill()
     server.process.wait()
     server = serve("--db", "link.db")

@@ -10,7 +10,7 @@ from conftest import until
 
 from oqc import jobs
 from oqc.clock import Clock
-from oqc.database import INVARIANTS, backup, check, connected, prepared
+from oqc.database import INVARIANTS, backup, check, connect_to, open_writer
 from oqc.jobs import (
     Addition, Batch, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome,
     StoreError, Submission, UnknownJob)
@@ -27,7 +27,7 @@ class Writer:
     """The connection that writes, which a test can hold up, watch and have fail."""
 
     def __init__(self, path):
-        self.connection = prepared(path)
+        self.connection = open_writer(path)
         self.statements = []            # what was executed
         self.before = lambda statement: None    # called before each; may block or raise
 
@@ -66,7 +66,7 @@ class Connections:
 
     def connect(self, path):
         """Return one that reads."""
-        self.readers.append(connected(path))
+        self.readers.append(connect_to(path))
         self.on_connect(self.readers[-1])
         return self.readers[-1]
 
