@@ -304,6 +304,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             return                      # while this event was on its way
         if connection.state == SENDING:
             self._send(connection)
+            if not connection.unsent:
+                self._end_response(connection)
             return
         if connection.state == ANSWERING:   # the client sends more, or went away: not now
             self._watch(connection, 0)
@@ -441,19 +443,19 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         if response is None:            # a defect
             self.close_request(connection)
             return
-        if connection.streams():        # its Handler has sent it
-            self._log_access(connection, response.status, connection.size, connection.began)
-            self._end_response(connection)
-            return
-        connection.unsent = connection.response_head(self.date, self.stopping)
-        if connection.head.method != "HEAD":
-            connection.unsent += response.body
-            connection.size = len(response.body)
+        if not connection.streams():    # else its Handler has sent it
+            connection.unsent = connection.response_head(self.date, self.stopping)
+            if connection.head.method != "HEAD":
+                connection.unsent += response.body
+                connection.size = len(response.body)
+            self._send(connection)
+        # After it was sent: the log's thread, when it is woken, keeps the client waiting.
         self._log_access(connection, response.status, connection.size, connection.began)
-        self._send(connection)
+        if not connection.unsent:
+            self._end_response(connection)
 
     def _send(self, connection: Connection) -> None:
-        """Send what the socket takes of a response, and wait until it takes the rest."""
+        """Send what the socket takes of a response, and watch for when it takes the rest."""
         unsent = connection.unsent
         try:
             sent = connection.sock.send(unsent)
@@ -463,14 +465,14 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             connection.keep = False
             sent = len(unsent)
         if sent == len(unsent):
-            self._end_response(connection)
+            connection.unsent = b""
             return
         connection.unsent = memoryview(unsent)[sent:]
         if connection.state != SENDING:
             connection.become(SENDING)
             seconds = self.limits.head_seconds + len(unsent) / self.limits.pace
             connection.deadline = self.clock.monotonic() + seconds
-        self._watch(connection, selectors.EVENT_WRITE)
+            self._watch(connection, selectors.EVENT_WRITE)
 
     def _end_response(self, connection: Connection) -> None:
         """Wait for the next request of a connection, or close it."""
