@@ -14,7 +14,7 @@ import threading
 from typing import (
     Any, Callable, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
 
-from oqc import __version__, bloch, jobs
+from oqc import __version__, bloch, jobs, manual
 from oqc.jobs import (
     Addition, Batch, IdempotencyKey, Job, Malformed, Outcome, StoreError, Submission, UnknownJob)
 from oqc.messages import (
@@ -140,6 +140,7 @@ def _policy(page: bytes) -> str:
 
 CHEAT_SHEET = _data("cheatsheet.txt").decode()
 OPENAPI = _data("openapi.json")
+MANUAL = manual.read()
 PAGE_BODY = _data("page.html")
 PAGE_HEADERS = (("Content-Security-Policy", _policy(PAGE_BODY)),
                 ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
@@ -464,6 +465,16 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         host = request.headers.get("host", b"localhost:12021").decode()
         return text_response(CHEAT_SHEET.replace("HOST", host))
 
+    def help(self, _: Request) -> Response:
+        """GET /help/: the topics of the manual, a line each."""
+        return text_response(manual.contents(MANUAL))
+
+    def topic(self, _: Request, name: str) -> Response:
+        """GET /help/{topic}/: a topic of the manual."""
+        if name not in MANUAL:
+            raise Problem(404, "no topic has this name; GET /help/ lists them")
+        return text_response(MANUAL[name])
+
     def openapi(self, _: Request) -> Response:
         """GET /openapi.json: this API as OpenAPI 3.1 describes it."""
         return Response(200, OPENAPI)
@@ -582,6 +593,8 @@ ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/jobs/([^/]+)/result/?", {"GET": Api.result}),
     (r"/jobs/([^/]+)/bloch\.svg", {"GET": Api.picture}),
     (r"/", {"GET": Api.root}),
+    (r"/help/?", {"GET": Api.help}),
+    (r"/help/([^/]+)/?", {"GET": Api.topic}),
     (r"/openapi\.json", {"GET": Api.openapi}),
     (r"/health/?", {"GET": Api.health}),
     (r"/status/?", {"GET": Api.status}),
@@ -590,7 +603,7 @@ ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/runtimes/([^/]+)/pause/?", {"POST": Api.pause}),
     (r"/runtimes/([^/]+)/resume/?", {"POST": Api.resume}),
 ))
-PUBLIC = (Api.root, Api.openapi, Api.health)    # what needs no key
+PUBLIC = (Api.root, Api.help, Api.topic, Api.openapi, Api.health)   # what needs no key
 
 
 @functools.lru_cache(maxsize=256)

@@ -154,7 +154,35 @@ def _builtin(arguments: Sequence[str]) -> int:
     return builtin.main(arguments)
 
 
+def _help(arguments: Sequence[str]) -> int:
+    """Print the manual, or where a word stands in it."""
+    # pylint: disable-next=import-outside-toplevel # no other command needs them
+    from oqc import manual
+    parser = _parser("help")
+    parser.add_argument("word", nargs="?", metavar="TOPIC|WORD",
+                        help="a topic; or a word, to see where it stands; "
+                             "without one the topics are listed")
+    word = parser.parse_args(arguments[1:]).word
+    topics = manual.read()
+    if word is None:
+        text = manual.contents(topics)
+    elif word in topics:
+        text = topics[word]
+    else:
+        text = "".join(f"{place}\n" for place in manual.places(topics, word))
+        if not text:
+            return _fail(f"no topic is called {word}, and no topic has this word; "
+                         "help lists the topics", EX_FAILED)
+    if sys.stdout.isatty():
+        import pydoc    # pylint: disable=import-outside-toplevel # it takes long
+        pydoc.pager(text)
+    else:
+        sys.stdout.buffer.write(text.encode())
+    return 0
+
+
 COMMANDS = {
+    "help": Command("TOPIC", "the manual: its topics, a topic, or where a word stands", _help),
     "key": Command("NAME", "print a line for --keys-file with a new key", _key),
     "backup": Command(
         "FILE", "copy the database to a new file, also while a server uses it", _backup),

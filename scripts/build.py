@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of oqc/: modules and data; no bytecode, which is of one Python only.
-TAKEN = {".py", ".txt", ".json", ".html"}
+# Of oqc/: modules, data and the manual; no bytecode, which is of one Python only.
+TAKEN = {".py", ".txt", ".json", ".html", ".md"}
 OLDEST = (1980, 1, 1, 0, 0, 0)                  # the first moment that a zip file can write down
 SHEBANG = b"#!/usr/bin/env python3\n"
 MODE = 0o100644                                 # a plain file, rw-r--r--
@@ -22,8 +22,8 @@ MODE = 0o100644                                 # a plain file, rw-r--r--
 
 def build(file):
     """Write the .pyz to this path."""
-    entries = [(f"oqc/{path.name}", path.read_bytes())
-               for path in (ROOT / "oqc").iterdir() if path.suffix in TAKEN]
+    entries = [(path.relative_to(ROOT).as_posix(), path.read_bytes())
+               for path in (ROOT / "oqc").rglob("*") if path.suffix in TAKEN]
     entries.append(("__main__.py", (ROOT / "oqc" / "__main__.py").read_bytes()))
     with open(file, "wb") as output:
         output.write(SHEBANG)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 # Each room, and the rooms that it imports from; an arrow only ever points further down.
 ROOMS = {
     "__main__": {"cli"},
-    "cli": {"commands", "app", "builtin", "config"},
+    "cli": {"commands", "app", "builtin", "manual", "config"},
     "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
     "client": {"config", "clock"},
     "app": {"log", "config", "server", "api", "workers", "waiting", "store", "database", "builtin",
@@ -24,7 +24,7 @@ ROOMS = {
     "server": {"api", "connection", "wire", "messages"},
     "connection": {"wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"messages", "text", "bloch", "jobs"},
+    "api": {"messages", "text", "manual", "bloch", "jobs"},
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
     "workers": {"waiting", "jobs"},
@@ -34,6 +34,7 @@ ROOMS = {
     "builtin": {"runtimes", "qubit", "jobs"},
     "runtimes": {"process", "jobs"},
     "process": set(),
+    "manual": set(),
     "bloch": {"qubit"},         # the picture of a path
     "qubit": set(),
     "clock": set(),

@@ -26,7 +26,7 @@ from oqc.jobs import RuntimeSpec
 from oqc.messages import STATUSES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHOWN_FOLDER, SHOWN_PORT = "/home/you/oqc", "12021"
+SHOWN_PORT = "12021"
 
 # Blocks that cannot be run here, and why. The program they name must be there all the same.
 NOT_RUN = {
@@ -41,7 +41,7 @@ NOT_RUN = {
 # What openapi.json describes of every request that needs a key, and README once, under Problems.
 WITH_A_KEY = {"400", "401", "503"}
 STARTS_A_SERVER = re.compile(
-    r"(\./scripts/start_server\.sh|python3 -m oqc)( --(?!help|version)[^\n]*)?")
+    r"(\./scripts/start_server\.sh|python3 (-m oqc|oqc\.pyz))( --(?!help|version)[^\n]*)?")
 COMMAND = re.compile(r"(\./scripts/|python3? |curl -|pip |bash |sh |sed |cat |chmod |kill )")
 MASKS = (                           # what is another on every run
     (r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", "TIME"),
@@ -90,13 +90,13 @@ def masked(text):
 class Reader:
     """Somebody with a terminal for the server and one for all else, in a copy of the tree."""
 
+    shown_folder = "/home/you/oqc"
+
     def __init__(self, folder):
         self.folder = folder / "oqc"
         self.server = None
         self.servers = []
-        compiled = shutil.ignore_patterns("__pycache__")
-        for name in ("oqc", "scripts"):
-            shutil.copytree(ROOT / name, self.folder / name, ignore=compiled)
+        self.unpack()
         home = folder / "home"
         home.mkdir()
         curlrc = home / ".curlrc"
@@ -108,6 +108,12 @@ class Reader:
             "PATH": f"{home}:{os.environ['PATH']}", "HOME": str(home), "CURL_HOME": str(home),
             "PYTHON": "", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1", "OQC_PORT": "0",
             "no_proxy": "*", "JOURNAL_STREAM": "", "CREDENTIALS_DIRECTORY": ""}
+
+    def unpack(self):
+        """Make the folder in which all is done."""
+        compiled = shutil.ignore_patterns("__pycache__")
+        for name in ("oqc", "scripts"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=compiled)
 
     def run(self, block):
         """What a block wrote, as the README would show it; and what it shows."""
@@ -125,7 +131,7 @@ class Reader:
             assert done.returncode == 0, (block.line, done.returncode, written)
         if self.server:
             written = written.replace(f":{self.server.port}", f":{SHOWN_PORT}")
-        return masked(written.replace(str(self.folder), SHOWN_FOLDER)), masked(block.answer)
+        return masked(written.replace(str(self.folder), self.shown_folder)), masked(block.answer)
 
     def _start(self, block):
         """Start a server after the one before was stopped; give as many lines of its log as the
