@@ -1,5 +1,8 @@
 """The manual that goes with the file: every command in it is run with nothing but oqc.pyz, and all
 that can be asked of the program stands in it."""
+import ast
+import json
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +11,8 @@ import pytest
 from conftest import ROOT
 from test_readme import NOT_RUN, Reader, blocks
 
-from oqc import manual
+from oqc import api, cli, client, commands, config, jobs, manual, qubit
+from oqc.messages import STATUSES
 
 HELP = ROOT / "oqc" / "help"
 TEXTS = manual.read()
@@ -133,7 +137,6 @@ def test_the_server_serves_the_manual_without_a_key(server):
 def test_a_topic_goes_through_the_pager_on_a_terminal():
     """As git does: PAGER names it."""
     pty = pytest.importorskip("pty")
-    import os    # pylint: disable=import-outside-toplevel # only where there are terminals
     ours, childs = pty.openpty()
     done = subprocess.run([sys.executable, "-m", "oqc", "help", "keys"], cwd=ROOT, check=False,
                           stdin=childs, stdout=childs, stderr=subprocess.PIPE, timeout=60,
@@ -143,3 +146,137 @@ def test_a_topic_goes_through_the_pager_on_a_terminal():
     os.close(ours)
     assert done.returncode == 0, done.stderr
     assert written.splitlines()[-1] == TEXTS["keys"].splitlines()[0]
+
+
+# All that can be asked of the program stands in the manual, and nothing else
+
+EVERYTHING = "\n".join(TEXTS.values())
+# Flags of other programs that the manual's sentences name.
+FOREIGN = {"--cacert", "--no-install-recommends", "--quiet", "--wait"}
+# What openapi.json describes of every request that needs a key, and the manual once, in Problems.
+WITH_A_KEY = {"400", "401", "503"}
+
+
+def flags_of(*command):
+    """The flags that the help of a command names."""
+    usage = subprocess.run([sys.executable, "-m", "oqc", *command, "--help"], cwd=ROOT, check=True,
+                           capture_output=True, text=True, encoding="utf-8").stdout
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", usage))
+
+
+def known_flags():
+    """The flags of all commands."""
+    flags = flags_of()
+    for name in (*commands.COMMANDS, *cli.COMMANDS):
+        flags |= flags_of(name)
+    return flags
+
+
+def test_every_flag_is_in_the_manual_and_no_other():
+    known = known_flags()
+    named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", EVERYTHING))
+    assert known <= named
+    assert named <= known | FOREIGN
+
+
+def test_every_flag_of_the_server_has_its_row():
+    for name, default, *_ in [*config.FLAGS, ("runtime", None)]:
+        shown = default
+        if default is None:
+            shown = "none"
+        elif isinstance(default, float):
+            shown = f"{default:g}"
+        variable = "OQC_" + name.upper().replace("-", "_")
+        assert f"| `--{name}` | `{variable}` | {shown} |" in TEXTS["configuration"], name
+    for name, default in qubit.Device()._asdict().items():
+        assert f"| `--{name.replace('_', '-')}` | {default:g} |" in TEXTS["runtimes"], name
+
+
+def test_every_environment_variable_is_in_the_manual_and_no_other():
+    sources = "\n".join(path.read_text("utf-8") for path in (ROOT / "oqc").glob("*.py"))
+    known = set(re.findall(r"\b(OQC_[A-Z_]*[A-Z])\b", sources))
+    known |= {"OQC_" + name.upper().replace("-", "_") for name, *_ in config.FLAGS}
+    known |= {f"OQC_{name}" for name in ("MODE", "SHOTS", "SEED", "RETURN_CODE")}
+    named = set(re.findall(r"\b(OQC_[A-Z_]*[A-Z])\b", EVERYTHING))
+    assert named == known
+    for name in ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "JOURNAL_STREAM",
+                 "QRMI_JOB_QPU_RESOURCES"):
+        assert name in EVERYTHING, name
+
+
+def test_every_key_of_a_section_is_in_the_manual_and_no_other():
+    for key in config.READERS:
+        assert f"| `{key}` |" in TEXTS["configuration"], key
+    for section in re.findall(r"(?m)^\[runtime [^\]]+\]\n((?:.+\n)*)", EVERYTHING):
+        for key in re.findall(r"(?m)^([a-z_]+) *=", section):
+            assert key in config.READERS, key
+
+
+def test_every_endpoint_is_in_the_manual_and_no_other():
+    endpoints = set()
+    for pattern, methods in api.ROUTES:
+        path = pattern.pattern.replace("/?", "/").replace("\\", "")
+        path = path.replace("jobs/([^/]+)", "jobs/{id}").replace("help/([^/]+)", "help/{topic}")
+        path = path.replace("([^/]+)", "{name}")
+        endpoints |= {f"{method} {path}" for method in methods}
+    assert set(re.findall("(?m)^## ([A-Z]+ /.*)$", TEXTS["http"])) == endpoints
+
+
+def test_every_status_that_the_server_can_answer_is_in_the_manual():
+    statuses = {status for _, status in STATUSES}
+    for path in (ROOT / "oqc").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            called = isinstance(node, ast.Call) and getattr(node.func, "id", "")
+            if called in ("Problem", "Response") and node.args:
+                leaves = ast.walk(node.args[0])
+                statuses |= {leaf.value for leaf in leaves if isinstance(leaf, ast.Constant)}
+    assert {200, 201, 204, 400, 401, 404, 405, 409, 413, 500, 503, 507} <= statuses
+    for status in statuses:
+        assert re.search(rf"(?m)^\| ([0-9, ]*\b)?{status}\b", TEXTS["http"]), status
+
+
+def status_table(heading):
+    """The statuses in the first column of the table below a heading."""
+    section = TEXTS["http"].partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"(?m)^\| ([0-9, ]+) +\|", section)
+    return {status for row in rows for status in row.strip().split(", ")}
+
+
+def test_openapi_describes_the_statuses_that_the_manual_names_and_no_other():
+    document = json.loads((ROOT / "oqc" / "openapi.json").read_text("utf-8"))
+    of_any_request = document["components"]["responses"]["AnyRequest"]["description"]
+    assert set(re.findall("[0-9]{3}", of_any_request)) == status_table("Problems")
+    assert WITH_A_KEY <= status_table("Problems")
+    headings = set()
+    for path, methods in document["paths"].items():
+        for method in methods.keys() - {"parameters"}:
+            heading = f"{method.upper()} {path}"
+            headings.add(heading)
+            described = methods[method]["responses"]
+            assert described.pop("default") == {"$ref": "#/components/responses/AnyRequest"}
+            named = status_table(heading)
+            if methods[method].get("security") != []:
+                named |= WITH_A_KEY
+            assert set(described) == named, heading
+    assert headings == set(re.findall("(?m)^## ([A-Z]+ /.*)$", TEXTS["http"]))
+
+
+def test_every_return_code_with_a_meaning_is_in_the_manual():
+    for code in (0, jobs.TEMPFAIL, jobs.PROTOCOL, jobs.SOFTWARE, jobs.TIMED_OUT,
+                 jobs.NOT_EXECUTABLE, jobs.NOT_FOUND, jobs.CANCELLED, jobs.KILLED):
+        assert re.search(rf"(?m)^\| {code}\b", TEXTS["jobs"]), code
+    assert re.search(rf"\b{jobs.DATAERR}\b", TEXTS["runtimes"])
+
+
+@pytest.mark.parametrize("names", [
+    jobs.Job._fields, jobs.Submission._fields, jobs.MODES, jobs.STATUSES])
+def test_every_member_mode_and_status_is_in_the_manual(names):
+    for name in names:
+        assert f"`{name}`" in TEXTS["jobs"] or f"| {name} " in TEXTS["jobs"], name
+
+
+def test_every_exit_status_is_in_the_manual():
+    for status in (cli.EX_FAILED, cli.EX_USAGE, cli.EX_CONFIG):
+        assert re.search(rf"(?m)^\| {status} ", TEXTS["operations"]), status
+    for status in (client.Unreachable.exit_status, client.KeyRefused.exit_status):
+        assert re.search(rf"\b{status}\b", EVERYTHING), status
