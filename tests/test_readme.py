@@ -125,13 +125,19 @@ class Reader:
                 text = text.replace(f"localhost:{SHOWN_PORT}", f"localhost:{self.server.port}")
             done = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", text], cwd=self.folder, timeout=60, check=False,
-                env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                env={**os.environ, **self.environment, **self._default_server()},
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
             written = done.stdout.decode()
             assert done.returncode == 0, (block.line, done.returncode, written)
         if self.server:
             written = written.replace(f":{self.server.port}", f":{SHOWN_PORT}")
         return masked(written.replace(str(self.folder), self.shown_folder)), masked(block.answer)
+
+    def _default_server(self):
+        """What makes the commands ask the server that runs, which is not at the default port."""
+        if not self.server:
+            return {}
+        return {"OQC_SERVER": f"http://127.0.0.1:{self.server.port}"}
 
     def _start(self, block):
         """Start a server after the one before was stopped; give as many lines of its log as the
