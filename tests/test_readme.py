@@ -40,7 +40,7 @@ NOT_RUN = {
     "./scripts/test.sh tests/test_wire.py": "runs tests, which are run anyway",
     "./scripts/test.sh tests/test_life.py": "runs tests, which are run anyway",
     "./scripts/test.sh tests/test_qubit.py": "runs tests, which are run anyway",
-    "./scripts/test.sh -k two_hundred_clients tests/test_wire.py": "runs a test, which is run anyway",
+    "./scripts/test.sh -k two_hundred_clients tests/test_wire.py": "runs a test, run anyway",
     "pip install -r requirements.txt": "needs a network",
 }
 # What openapi.json describes of every request that needs a key, and README once, under Problems.
