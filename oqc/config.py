@@ -25,14 +25,14 @@ BUILT_IN = {"verbatim": "emulator", "simulation": "simulator", "echo": "echo"}  
 LEVELS = ("debug", "info", "warning", "error")
 
 
-def _program(source: str, started: str) -> str:
+def program_name(source: str, started: str) -> str:
     """Return what a reader types to start this program: from a folder, or from the .pyz that a
     module's source is in, by the name that it was started with."""
     archive = os.path.dirname(os.path.dirname(source))
     return f"python3 {shlex.quote(started)}" if os.path.isfile(archive) else "python3 -m oqc"
 
 
-PROGRAM = _program(__file__, sys.argv[0])
+PROGRAM = program_name(__file__, sys.argv[0])
 
 
 class ConfigError(Exception):

@@ -206,8 +206,8 @@ def test_a_runtime_that_is_not_executable_or_there_twice_is_one_line(script):
 def test_the_program_is_called_as_it_was_started(tmp_path):
     (tmp_path / "oqc.pyz").write_bytes(b"")
     inside = str(tmp_path / "oqc.pyz" / "oqc" / "config.py")
-    assert config._program(inside, "./oqc.pyz") == "python3 ./oqc.pyz"
-    assert config._program(inside, "my lab/oqc.pyz") == "python3 'my lab/oqc.pyz'"
+    assert config.program_name(inside, "./oqc.pyz") == "python3 ./oqc.pyz"
+    assert config.program_name(inside, "my lab/oqc.pyz") == "python3 'my lab/oqc.pyz'"
     assert config.PROGRAM == "python3 -m oqc"
 
 
