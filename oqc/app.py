@@ -41,7 +41,7 @@ from oqc import builtin, runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
-from oqc.config import ConfigError, Settings, read_keys
+from oqc.config import PROGRAM, ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.log import LogLines
 from oqc.store import Store
@@ -49,7 +49,7 @@ from oqc.waiting import Waiting
 from oqc.workers import Workers
 # Last on purpose: what http.server brings reuses the memory that compiling the others has freed,
 # which saves 1 MiB where no bytecode is kept.
-from oqc.server import Limits, Server, notify, tls_context
+from oqc.server import Limits, Server, load_certificate_again, notify, tls_context
 
 log = logging.getLogger("oqc")
 
@@ -138,8 +138,8 @@ class _Running:
         except (OSError, TypeError) as error:   # TypeError: half of a surrogate pair in the host
             self.store.close()
             reason = getattr(error, "strerror", None) or error
-            raise StartError(f"{settings.host}:{settings.port}: {reason}; --host and --port name "
-                             "another address") from None
+            raise StartError(f"{settings.host}:{settings.port}: {reason}; choose another "
+                             "address with --host and --port") from None
 
     def start(self) -> None:
         """Start the workers, then the listener; raise StartError."""
@@ -147,18 +147,17 @@ class _Running:
             self.workers.start()
         except OSError as error:
             self.store.close()
-            raise StartError(f"no room for so many slots: {error.strerror}; each takes two "
-                             "descriptors (ulimit -n), and more while a job runs in it") from None
+            raise StartError(f"too many slots: {error.strerror}; each takes two descriptors "
+                             "(ulimit -n), and more while a job runs in it") from None
         except RuntimeError as error:
             self.store.close()
-            raise StartError(f"no room for so many slots: {error}; each takes a thread "
-                             "(ulimit -u)") from None
+            raise StartError(f"too many slots: {error}; each takes a thread (ulimit -u)") from None
         _log_startup(self.settings, self.server.server_address)
         threading.Thread(target=self.server.serve_forever, name="listener", daemon=True).start()
         notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
 
     def until_stopped(self, signals: Signals) -> None:
-        """Prune and read keys again, as it is time, until a signal asks to stop."""
+        """Prune and read keys and certificate again, as it is time, until a signal asks to stop."""
         while not signals.stop.is_set():
             pause = None
             if self.settings.keep_days:
@@ -169,6 +168,7 @@ class _Running:
             if signals.reload.is_set():
                 signals.reload.clear()
                 self._read_keys_again()
+                self._read_certificate_again()
 
     def stop(self, signals: Signals) -> None:
         """Take no more jobs and let those that run end. Then stop the workers, so that who waits
@@ -206,6 +206,17 @@ class _Running:
         except ConfigError as error:
             log.error("keys not read again, the old ones stay: %s", error)
 
+    def _read_certificate_again(self) -> None:
+        if not self.server.tls:
+            return
+        try:
+            load_certificate_again(
+                self.server.tls, self.settings.tls_cert, self.settings.tls_key)
+            log.info("certificate read again: %s", _tls_files(self.settings))
+        except OSError as error:
+            log.error("certificate not read again, the old one stays: %s: %s",
+                      _tls_files(self.settings), error.strerror or error)
+
 
 def _slot(spec: RuntimeSpec, clock: Clock, kill_grace: float) -> runtimes.Slot:
     """Return a slot for this runtime; a bundled one gets its command."""
@@ -223,8 +234,12 @@ def _tls(settings: Settings) -> Any:
     try:
         return tls_context(settings.tls_cert, settings.tls_key)
     except OSError as error:
-        files = ", ".join(filter(None, (settings.tls_cert, settings.tls_key)))
-        raise StartError(f"{files}: {error.strerror or error}") from None
+        raise StartError(f"{_tls_files(settings)}: {error.strerror or error}") from None
+
+
+def _tls_files(settings: Settings) -> str:
+    """Return the names of the certificate's files."""
+    return ", ".join(filter(None, (settings.tls_cert, settings.tls_key)))
 
 
 def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:
@@ -232,7 +247,8 @@ def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:
     if ":" in str(host):
         host = f"[{host}]"
     scheme = "https" if settings.tls_cert else "http"
-    log.info("listening on %s://%s:%d/", scheme, host, port)
+    url = f"{scheme}://{host}:{port}/"
+    log.info("listening on %s", url)
     log.info("database %s", os.path.abspath(settings.db))
     modes = []
     for mode in MODES:
@@ -242,6 +258,7 @@ def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:
     if any(spec.name == "emulator" for spec in settings.runtimes):
         log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND "
                     "names a runtime")
+    log.info("manual: %s help, or %shelp/", PROGRAM, url)
 
 
 def _keep_standard_descriptors() -> None:

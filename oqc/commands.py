@@ -19,6 +19,7 @@ EX_FAILED, EX_TEMPFAIL = 1, 75      # sysexits.h
 NOT_ENDED = 124                     # timeout(1)
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 128 + 2, 128 + 13, 128 + 15      # the shell
 CANCEL_TIMEOUT = 1.0                    # seconds for a cancel after TERM: KILL may come after two
+SEEDS = 2 ** 63                     # how many there are: 0 to 2**63 - 1
 BATCH = 1000                        # jobs of standard input in one request
 BATCH_BYTES = 1 << 18               # and bytes of them
 ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
@@ -116,7 +117,7 @@ def show_ended(client: Client, deadline: float, number: int, part: str = "",
     """
     job = client.ended_job(number, deadline)
     if job is None:
-        say(f"oqc: job {number} has not ended")
+        say(f"oqc: job {number} has not ended yet; it goes on")
         return NOT_ENDED
     path = f"/jobs/{number}/{part}"
     text = sys.stdout.isatty()
@@ -143,7 +144,8 @@ class Adding:
         held = [signal.SIGTERM] if self.waits else []
         signal.pthread_sigmask(signal.SIG_BLOCK, held)      # until there are ids to be cancelled
         try:
-            jobs = [{"job": job, **self.members} for _, job in batch]
+            jobs = [{"job": job, **self.members, **self._seed(place)}
+                    for place, (_, job) in enumerate(batch, len(self.numbers))]
             body = json.dumps(jobs if self.many else jobs[0]).encode()
             # With a key: on a connection that was closed meanwhile it is sent again.
             answer = self.client.ask("POST", "/jobs/add/", body,
@@ -156,6 +158,17 @@ class Adding:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
         return answer
 
+    def _seed(self, place: int) -> Dict[str, Any]:
+        """Return the member seed of a job of standard input, by its place among all, from 0.
+
+        With one seed for all of them their random numbers would be the same, and so their errors.
+        A seed that is out of range is left to the server to refuse.
+        """
+        seed = self.members.get("seed")
+        if not self.many or not isinstance(seed, int) or seed >= SEEDS:
+            return {}
+        return {"seed": (seed + place) % SEEDS}
+
     def _failed(self, error: Failed, batch: List[Line]) -> CommandFailed:
         """Return why a batch was not added, by its lines, and what was added before it."""
         reason = str(error)
@@ -164,7 +177,7 @@ class Adding:
             line, _ = batch[int(place[1])]
             reason = f"line {line}: {reason[place.end():]}"
         if error.sent:
-            reason += "; whether it was added is not known"
+            reason += "; it may or may not have been added"
         code = error.exit_status
         if self.numbers:
             first, _ = batch[0]
@@ -202,7 +215,7 @@ def add(client: Client, options: argparse.Namespace) -> int:
         adding.cancel()
         raise
     except KeyboardInterrupt:
-        going_on = f"; {describe(adding.numbers)} not cancelled" if adding.numbers else ""
+        going_on = f"; not cancelled: {describe(adding.numbers)}" if adding.numbers else ""
         say(f"oqc: interrupted{going_on}")
         return INTERRUPTED
 
@@ -258,7 +271,7 @@ def batches() -> Iterator[List[Line]]:
         batch.append((number, line.decode("utf-8", "replace").rstrip("\r\n")))
         size += len(line)
     if not batch:
-        raise Failed("standard input: no job in it")
+        raise Failed("standard input: expected a job on each line, found none")
     yield batch
 
 
@@ -294,7 +307,7 @@ def list_jobs(client: Client, options: argparse.Namespace) -> int:
 
 
 def prune(client: Client, options: argparse.Namespace) -> int:
-    """Forget the jobs that ended longer ago."""
+    """Delete the jobs that ended longer ago than an age."""
     path = f"/jobs/list/?older-than={quote(options.older_than)}"
     return write(client.ask("DELETE", path, seconds=math.inf))
 
@@ -310,41 +323,50 @@ def switch(action: str, client: Client, options: argparse.Namespace) -> int:
 # The command line
 
 ADD = """\
-With --wait it is as if the job ran here: its result goes to standard output, its runtime_error to
-standard error. So it is a command for --runtime of another oqc:
-far=python3 -m oqc add - --wait --server http://far:12021 --key-file far.key
-It ends with 75 if nothing was added since the server is away, stops or is full: try again. TERM
-cancels the jobs that have not ended; after Ctrl-C they go on.
+With JOB - every line of standard input is a job. With --seed SEED (or OQC_SEED) the n-th job of
+standard input, counted from 0, gets SEED + n, and 0 follows after 9223372036854775807: with one
+seed for all jobs all would use the same random numbers, so that their errors are alike and a fit
+through them is misled.
+
+With --wait the command ends as the job does: it writes the job's result to standard output and its
+runtime_error to standard error, and exits with its return code. So the command can be a runtime of
+another server:
+--runtime 'far=python3 -m oqc add - --wait --server http://far:12021 --key-file far.key'
+It exits with 75 (try again) if no job was added because the server cannot be reached, is stopping
+or is full. SIGTERM cancels the jobs that have not ended. After Ctrl-C they go on.
+
 """
 HELP = """\
-The key comes from --key-file, else from OQC_API_KEY; for a server on this machine it may be the
-documented one. On a terminal the answer is a table, else JSON. Exit status: 0; 1 refused by the
-server; 2 wrong usage; 69 the server cannot be reached; 77 no key or a wrong one; 78 invalid
-settings; 130 Ctrl-C. A command that waits ends with the first return code that is not 0, in the
-order of the jobs, or with 124 if one has not ended when the time is over; a server that is away
-meanwhile, such as one that is restarted, is asked again.
+The key is read from --key-file, else from OQC_API_KEY. A server on this machine may take the
+documented key; then neither is needed. The answer is a table on a terminal, else JSON.
+
+Exit status: 0 success; 1 the server refused; 2 wrong usage; 69 the server cannot be reached; 77 no
+key or a wrong one; 78 invalid settings; 130 Ctrl-C. A command that waits for jobs exits with the
+first return code that is not 0, in the order of the jobs, or with 124 if a job has not ended when
+the time is over. While the server cannot be reached, for instance because it is restarted, the
+command asks again.
 """
 COMMANDS = {
     "add": Command(
-        "JOB", "add a job; from standard input with -, and with --wait until it has ended",
+        "JOB", "add a job, or with - each line of standard input; with --wait show results",
         add, "job --mode --shots --seed --return-code --wait", ADD),
     "get": Command("ID", "show jobs", functools.partial(show_jobs, ""), "ids"),
     "list": Command("", "show all jobs, or a page of them",
                     list_jobs, "--status --mode --limit --after --order"),
-    "wait": Command("ID", "show jobs in this order, each as soon as it has ended",
+    "wait": Command("ID", "wait for jobs; show each, in this order, as soon as it has ended",
                     wait, "ids --seconds"),
     "cancel": Command("ID", "cancel jobs", cancel, "ids"),
-    "result": Command("ID", "show what the runtimes of jobs put out",
+    "result": Command("ID", "show the results of jobs: what their runtimes wrote",
                       functools.partial(show_jobs, "result/"), "ids"),
-    "prune": Command("--older-than AGE", "forget the jobs that ended longer ago",
+    "prune": Command("--older-than AGE", "delete the jobs that ended longer ago than AGE",
                      prune, "--older-than"),
-    "runtimes": Command("", "show the runtimes and their states",
+    "runtimes": Command("", "show the runtimes: their states, modes and jobs",
                         lambda client, _: show(client, "/runtimes/")),
-    "pause": Command("NAME", "let a runtime start no more jobs",
+    "pause": Command("NAME", "pause a runtime: it starts no more jobs",
                      functools.partial(switch, "pause"), "name --reason"),
-    "resume": Command("NAME", "let a runtime run jobs again",
+    "resume": Command("NAME", "resume a runtime: it starts jobs again",
                       functools.partial(switch, "resume"), "name"),
-    "status": Command("", "show how much waits, runs and has ended",
+    "status": Command("", "show how many jobs wait, run and have ended",
                       lambda client, _: show(client, "/status/")),
 }
 
@@ -355,29 +377,37 @@ def duration(text: str) -> float:
 
 
 ARGUMENTS: Dict[str, Dict[str, Any]] = {
-    "ids": {"metavar": "ID", "nargs": "+", "type": functools.partial(whole, 1, 2 ** 63 - 1)},
+    "ids": {
+        "metavar": "ID", "nargs": "+", "type": functools.partial(whole, 1, 2 ** 63 - 1),
+        "help": "the id of a job"},
     "job": {
         "metavar": "JOB",
-        "help": 'such as "X(90), Y(180)"; - reads a job a line from standard input'},
-    "name": {"metavar": "NAME", "help": "of a runtime"},
-    "--mode": {"help": "verbatim, simulation or echo; for add also from OQC_MODE"},
-    "--shots": {"help": "how often to measure [OQC_SHOTS]"},
-    "--seed": {"help": "of the random numbers [OQC_SEED]"},
-    "--return-code": {"help": "that an echo shall end with"},
+        "help": 'pulses such as "X(90), Y(180)"; - reads jobs from standard input, one a line'},
+    "name": {"metavar": "NAME", "help": "the name of a runtime"},
+    "--mode": {"help": "verbatim, simulation or echo; add also reads OQC_MODE"},
+    "--shots": {"help": "how many times to measure, 0 to 1000000 [OQC_SHOTS]"},
+    "--seed": {"help": "seed of the random numbers; with JOB - each job gets another, see below "
+                       "[OQC_SEED]"},
+    "--return-code": {
+        "help": "return code of an echo, 0 to 255 [OQC_RETURN_CODE]"},
     "--wait": {
         "metavar": "SECONDS", "nargs": "?", "type": duration,
-        "help": "until it has ended; =SECONDS: at most"},
-    "--seconds": {"type": duration, "default": math.inf, "help": "to wait at most"},
+        "help": "wait until the job has ended, with =SECONDS at most so long"},
+    "--seconds": {"type": duration, "default": math.inf,
+                  "help": "wait at most so long [default: without end]"},
+    "--status": {"help": "only jobs with this status: Starting, Retrying, Success, Runtime Error"},
+    "--limit": {"help": "show at most so many jobs, 1 to 10000"},
     "--after": {"help": "only jobs that follow this id in the list"},
-    "--order": {"help": "asc or desc"},
-    "--older-than": {"metavar": "AGE", "required": True, "help": "such as 90d, 12h or 30m"},
-    "--server": {"metavar": "URL", "help": f"[OQC_SERVER; default: {LOCAL}]"},
+    "--order": {"help": "asc (oldest job first) or desc"},
+    "--older-than": {"metavar": "AGE", "required": True, "help": "such as 90d, 12h, 30m or 0s"},
+    "--reason": {"help": "why it is paused; shown with the runtime"},
+    "--server": {"metavar": "URL", "help": f"URL of the server [OQC_SERVER; default: {LOCAL}]"},
     "--key-file": {
         "metavar": "FILE",
-        "help": "holds a key, or a line name:key; for you alone to read [OQC_KEY_FILE]"},
+        "help": "file with a key, or one line name:key, that only you can read [OQC_KEY_FILE]"},
     "--ca": {
         "metavar": "FILE",
-        "help": "certificates (PEM) to trust in place of the system's [OQC_CA]"},
+        "help": "certificates (PEM) to trust, in place of the system's [OQC_CA]"},
 }
 
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import stat
+import sys
 from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from oqc.jobs import RuntimeSpec, whole_number
@@ -24,8 +25,26 @@ BUILT_IN = {"verbatim": "emulator", "simulation": "simulator", "echo": "echo"}  
 LEVELS = ("debug", "info", "warning", "error")
 
 
+def program_name(source: str, started: str) -> str:
+    """Return what a reader types to start this program: from a folder, or from the .pyz that a
+    module's source is in, by the name that it was started with."""
+    archive = os.path.dirname(os.path.dirname(source))
+    return f"python3 {shlex.quote(started)}" if os.path.isfile(archive) else "python3 -m oqc"
+
+
+PROGRAM = program_name(__file__, sys.argv[0])
+
+
 class ConfigError(Exception):
-    """An invalid setting; the text is one line: where, what is wrong, and what is allowed."""
+    """An invalid setting; the text is one line: where, what is wrong, and what is allowed.
+
+    `topic`: of the manual, which says more.
+    """
+
+    def __init__(self, reason: str, topic: str = "") -> None:
+        if topic:
+            reason += f"; {PROGRAM} help {topic} says more"
+        super().__init__(reason)
 
 
 class Settings(NamedTuple):
@@ -115,26 +134,29 @@ FLAGS = (
     Flag("host", "127.0.0.1", "ADDRESS", "address to listen on"),
     Flag("port", 12021, "PORT", "port to listen on; 0 takes a free one",
          functools.partial(whole, 0, 65535)),
-    Flag("db", "oqc.db", "FILE", "database, created if it is not there", file_name),
+    Flag("db", "oqc.db", "FILE", "database; created if it does not exist", file_name),
     Flag("config", None, "FILE", "INI file that describes the runtimes", file_name),
     Flag("kill-grace", 5, "SECONDS",
-         "from asking a runtime to end (TERM) to ending it (KILL)",
+         "time between SIGTERM, which asks a runtime to end, and SIGKILL",
          functools.partial(decimal, 0, 3600)),
-    Flag("drain", 30, "SECONDS", "that running jobs get to end when the server is stopped",
+    Flag("drain", 30, "SECONDS", "time that running jobs have to end when the server is stopped",
          functools.partial(decimal, 0, 86400)),
-    Flag("max-body", 4 << 20, "BYTES", "largest request body",
+    Flag("max-body", 4 << 20, "BYTES", "size of the largest request body",
          functools.partial(whole, 1024, 1 << 30)),
-    Flag("max-connections", 512, "N", "connections at once",
+    Flag("max-connections", 512, "N", "most connections at a time",
          functools.partial(whole, 1, 100_000)),
-    Flag("max-waiting", 1_000_000, "N", "jobs that may wait before new ones are refused",
+    Flag("max-waiting", 1_000_000, "N", "most jobs that may wait; more are refused",
          functools.partial(whole, 1, 10 ** 9)),
-    Flag("keys-file", None, "FILE", "API keys, one name:key a line, mode 0600", file_name),
-    Flag("tls-cert", None, "FILE", "certificate (PEM), to serve HTTPS", file_name),
-    Flag("tls-key", None, "FILE", "its private key (PEM), if it is not in the same file",
+    Flag("keys-file", None, "FILE", "file with API keys, one name:key a line, mode 0600",
          file_name),
-    Flag("keep-days", 0, "DAYS", "that a job is kept after its end; 0 keeps it for ever",
+    Flag("tls-cert", None, "FILE", "file with a certificate (PEM); the server then serves HTTPS",
+         file_name),
+    Flag("tls-key", None, "FILE", "file with its private key (PEM), if it is not in the same file",
+         file_name),
+    Flag("keep-days", 0, "DAYS", "time that a job is kept after its end; 0 keeps it for ever",
          functools.partial(whole, 0, 100_000)),
-    Flag("log-level", "info", "LEVEL", "least severe lines to log: " + ", ".join(LEVELS), level),
+    Flag("log-level", "info", "LEVEL", "least severe level that is logged: " + ", ".join(LEVELS),
+         level),
 )
 
 
@@ -147,7 +169,7 @@ def add_flags(parser: argparse.ArgumentParser, environment: Mapping[str, str]) -
                             default=environment.get(variable, flag.default),
                             help=f"{flag.meaning} [{variable}; default: {default}]")
     parser.add_argument("--runtime", metavar="NAME=COMMAND", action="append", default=[],
-                        help="a program that runs verbatim jobs; may be given several times "
+                        help="a program that runs verbatim jobs; can be given several times "
                              "[OQC_RUNTIME, one; default: the bundled emulator]")
 
 
@@ -177,13 +199,13 @@ def read_runtimes(values: Settings) -> Tuple[RuntimeSpec, ...]:
             _check_name(name, specs)
             specs.append(RuntimeSpec(name, _command(command)))
         except ValueError as error:
-            raise ConfigError(f"--runtime {name}: {error}") from None
+            raise ConfigError(f"--runtime {name}: {error}", "configuration") from None
     if values.config:
         _read_ini(values.config, specs)
     served = {mode for spec in specs for mode in spec.modes}
     if specs and "verbatim" not in served:
         raise ConfigError(f"{values.config}: no runtime serves the mode verbatim; "
-                          "give one of them modes = verbatim")
+                          "give one of them modes = verbatim", "configuration")
     for mode, name in BUILT_IN.items():
         if mode not in served:
             protocol = "echo" if mode == "echo" else "lines"
@@ -213,7 +235,7 @@ class Section(NamedTuple):
     def error(self, reason: object, key: str = "") -> ConfigError:
         """Return the error about the section, or about one of its keys."""
         parts = [self.path, f"line {self.line(key)}", f"[{self.name}]", key, str(reason)]
-        return ConfigError(": ".join(filter(None, parts)))
+        return ConfigError(": ".join(filter(None, parts)), "configuration")
 
 
 def _read_ini(path: str, specs: List[RuntimeSpec]) -> None:
@@ -227,15 +249,18 @@ def _read_ini(path: str, specs: List[RuntimeSpec]) -> None:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text") from None
+        raise ConfigError(f"{path}: is not UTF-8 text", "configuration") from None
     except configparser.MissingSectionHeaderError as error:
         reason = "expected a section [runtime NAME]"
-        raise ConfigError(f"{path}: line {error.lineno}: {reason}") from None
+        where = f"{path}: line {error.lineno}"
+        raise ConfigError(f"{where}: {reason}", "configuration") from None
     except configparser.ParsingError as error:
-        raise ConfigError(f"{path}: line {error.errors[0][0]}: expected key = value") from None
+        where = f"{path}: line {error.errors[0][0]}"
+        raise ConfigError(f"{where}: expected key = value", "configuration") from None
     except (configparser.DuplicateSectionError, configparser.DuplicateOptionError) as error:
         reason = f"{getattr(error, 'option', '')} is there twice".lstrip()
-        raise ConfigError(f"{path}: line {error.lineno}: [{error.section}]: {reason}") from None
+        where = f"{path}: line {error.lineno}: [{error.section}]"
+        raise ConfigError(f"{where}: {reason}", "configuration") from None
     for name in parser.sections():
         section = Section(path, name, text.split("\n"))
         specs.append(_read_section(section, dict(parser[name]), specs))
@@ -275,9 +300,9 @@ def _check_name(name: str, others: Sequence[RuntimeSpec]) -> None:
 def _command(text: str) -> Tuple[str, ...]:
     words = tuple(shlex.split(text))        # raises ValueError: No closing quotation
     if not words:
-        raise ValueError("names no program")
+        raise ValueError("expected a program and its arguments")
     if not shutil.which(words[0]):
-        raise ValueError(f"{words[0]}: no such program, or it may not be executed")
+        raise ValueError(f"{words[0]}: no such program, or it is not executable")
     return words
 
 
@@ -296,7 +321,7 @@ def _whole(most: int, text: str) -> int:
 
 def _seconds(text: str) -> float:
     if not DECIMAL.fullmatch(text) or not 0 < float(text) <= 1e7:
-        raise ValueError(f"expected seconds, more than 0, found {text!r}")
+        raise ValueError(f"expected a number of seconds above 0, found {text!r}")
     return float(text)
 
 
@@ -351,8 +376,8 @@ def read_keys(values: Settings, environment: Mapping[str, str]) -> Dict[str, byt
     if not keys and not is_loopback(values.host):
         raise ConfigError(
             f"--host {values.host}: the documented key is public, so on this address the server "
-            "needs keys of its own: python -m oqc key NAME >keys; chmod 600 keys; "
-            "then --keys-file keys")
+            f"needs keys of its own: {PROGRAM} key NAME >keys; chmod 600 keys; "
+            "then --keys-file keys", "keys")
     return keys or {"documented": DOCUMENTED_KEY}
 
 
@@ -389,10 +414,11 @@ def _read_keys_file(path: str, secret: bool) -> Dict[str, bytes]:
         name, key = split_key_line(line)
         if not name or not KEY.fullmatch(key):
             raise ConfigError(f"{path}: line {number}: expected name:key, "
-                              "the key in characters that a header can carry")
+                              "the key in characters that a header can carry", "keys")
         if name in keys:
-            raise ConfigError(f"{path}: line {number}: the name {name} is there twice")
+            raise ConfigError(f"{path}: line {number}: the name {name} is there twice", "keys")
         keys[name] = key
     if not keys:
-        raise ConfigError(f"{path}: holds no key; python -m oqc key NAME prints a line for it")
+        raise ConfigError(f"{path}: holds no key; {PROGRAM} key NAME prints a line for it",
+                          "keys")
     return keys

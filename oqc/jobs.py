@@ -254,7 +254,7 @@ def parse(value: Any) -> Submission:
         raise Malformed("mode: expected verbatim, simulation or echo, "
                         f"found {json.dumps(mode)[:80]}")
     if "return_code" in value and mode != "echo":
-        raise Malformed("return_code: only an echo can be asked for one")
+        raise Malformed("return_code: allowed only with the mode echo")
     seed = _whole(value, "seed", MOST_SEED) if "seed" in value else None
     shots = _whole(value, "shots", MOST_SHOTS, DEFAULT_SHOTS)
     return_code = _whole(value, "return_code", 255, 0)

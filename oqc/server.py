@@ -621,6 +621,17 @@ def tls_context(certificate: Optional[str], key: Optional[str]) -> Optional[ssl.
     return context
 
 
+def load_certificate_again(context: ssl.SSLContext, certificate: str, key: Optional[str]) -> None:
+    """Have the handshakes from now on use what is in these PEM files; raise OSError.
+
+    They are tried on another context first: a pair that does not match would leave the new
+    certificate in this one, without its key, and fail every handshake. Handshakes that are under
+    way and connections that exist go on with what they began with.
+    """
+    tls_context(certificate, key)
+    context.load_cert_chain(certificate, key, _refuse_to_ask)
+
+
 def _refuse_to_ask() -> str:
     """Stand in for OpenSSL's question at the terminal, which may be nobody's."""
     raise OSError(0, "the key has a pass phrase; openssl pkey -in KEY -out PLAIN takes it off")

@@ -28,7 +28,7 @@ def job_rows(chunks: Iterable[Sequence[Sequence[Any]]]) -> Iterator[bytes]:
 
     The table may be long, so that it is not read twice: the widths of its columns are fixed.
     """
-    yield JOB_ROW.format("ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED", "JOB").encode()
+    yield JOB_ROW.format("ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED (UTC)", "JOB").encode()
     for chunk in chunks:
         yield "".join(map(_job_row, chunk)).encode()
 

@@ -341,7 +341,7 @@ REFUSED = {
     "a return code of 256": (echo(b'"return_code": 256'), "return_code: expected a whole "),
     "a return code for hardware": (
         b'{"job": "X(1)", "mode": "verbatim", "return_code": 1}',
-        "return_code: only an echo can be asked for one"),
+        "return_code: allowed only with the mode echo"),
 }
 
 

@@ -62,12 +62,13 @@ def ids(server):
 def test_at_start_it_says_in_a_line_each_where_it_listens_where_the_database_is_and_who_runs_what(
         serve, tmp_path):
     server = serve()
-    server.line("emulator, not to hardware")
+    server.line("manual: ")
     expected = [rf"info listening on http://127\.0\.0\.1:{server.port}/",
                 f"info database {re.escape(str(tmp_path))}/oqc.db",
                 "info runtimes: verbatim on emulator; simulation on simulator; echo on echo",
                 "warning verbatim jobs go to an emulator, not to hardware; "
-                "--runtime NAME=COMMAND names a runtime"]
+                "--runtime NAME=COMMAND names a runtime",
+                rf"info manual: python3 .+ help, or http://127\.0\.0\.1:{server.port}/help/"]
     assert len(server.lines) == len(expected)
     for line, pattern in zip(server.lines, expected):
         assert re.fullmatch(STAMP + pattern, line)

@@ -150,7 +150,7 @@ def test_more_slots_than_there_are_descriptors_are_one_line_and_leave_the_databa
                                       encoding="ascii")
     limited = ("sh", "-c", 'ulimit -n 64; exec "$0" "$@"', *PYTHON)
     said = one_line(run(tmp_path, "--port", 0, "--config", "oqc.ini", command=limited), 1)
-    assert said.startswith("no room for so many slots: Too many open files; ")
+    assert said.startswith("too many slots: Too many open files; ")
     assert "ulimit -n" in said
     assert serve().add()["id"] == 1
 

@@ -2,12 +2,14 @@
 
 A person at a terminal, a script that reads JSON, another oqc.
 """
+import contextlib
 import json
 import os
 import pty
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -160,6 +162,50 @@ def test_a_job_is_added_and_shown_as_the_server_says_it(server):
     assert (server.result(added).json["shots"], server.result(added).json["seed"]) == (10, 7)
 
 
+@pytest.mark.parametrize("seed, expected", [
+    (7, [7, 8, 9]), (2 ** 63 - 2, [2 ** 63 - 2, 2 ** 63 - 1, 0])])
+@pytest.mark.parametrize("waits", [(), ("--wait",)])
+def test_each_job_of_standard_input_gets_a_seed_of_its_own(server, seed, expected, waits):
+    arguments = ("add", "-", "--mode", "simulation", "--shots", 10, *waits)
+    text = "X(90)\n\nX(90)\nX(90)\n"             # a blank line is no job
+    for flags, variables in ((("--seed", seed), {}), ((), {"OQC_SEED": str(seed)})):
+        status, _, error = run(server, *arguments, *flags, text=text, **variables)
+        assert (status, error) == (0, "")
+        added = server.request("GET", "/jobs/list/?order=desc&limit=3").json[::-1]
+        for job in added:
+            server.wait(job)
+        assert [server.result(job).json["seed"] for job in added] == expected
+
+
+def test_the_seeds_of_standard_input_go_on_from_one_request_to_the_next(serve):
+    """The runtime is paused: 1,001 jobs are added, and those at the border are looked at."""
+    server = serve()
+    server.request("POST", "/runtimes/simulator/pause/")
+    assert run(server, "add", "-", "--mode", "simulation", "--seed", 7, text=lines(1001))[0] == 0
+    with contextlib.closing(sqlite3.connect(server.folder / "oqc.db")) as connection:
+        seeds = [seed for seed, in connection.execute("SELECT seed FROM jobs ORDER BY id")]
+    assert seeds == list(range(7, 7 + 1001))
+
+
+@pytest.mark.parametrize("job, text", [("X(90)", ""), ("-", "X(90)")])
+def test_a_single_job_gets_the_seed_as_it_is_given_and_one_out_of_range_is_refused(
+        server, job, text):
+    status, out, _ = run(server, "add", job, "--mode", "simulation", "--seed", 7, text=text)
+    assert status == 0
+    added = json.loads(out)
+    server.wait(added)
+    assert server.result(added).json["seed"] == 7
+    for seed in (2 ** 63, "7.0"):
+        ended = run(server, "add", job, "--mode", "simulation", "--seed", seed, text=text)
+        assert "seed: expected a whole number from 0 to 9223372036854775807" in line(ended, 1)
+
+
+def test_the_help_of_add_says_which_seed_each_job_gets_and_why(server):
+    shown = " ".join(run(server, "add", "--help")[1].split())
+    assert "the n-th job of standard input, counted from 0, gets SEED + n" in shown
+    assert "with one seed for all jobs" in shown
+
+
 def test_a_listing_comes_as_it_came_in_pages_or_whole(server):
     for code in (0, 3, 0):
         server.wait(server.add(return_code=code))
@@ -243,8 +289,9 @@ def test_the_end_of_the_time_to_wait_is_124_and_the_job_goes_on(serve):
     server = serve()
     server.request("POST", "/runtimes/emulator/pause/")
     ended = run(server, "add", "X(0)", "--mode", "verbatim", "--wait=0")
-    assert line(ended, 124) == "job 1 has not ended"
-    assert line(run(server, "wait", 1, "--seconds", "0.01"), 124) == "job 1 has not ended"
+    assert line(ended, 124) == "job 1 has not ended yet; it goes on"
+    ended = run(server, "wait", 1, "--seconds", "0.01")
+    assert line(ended, 124) == "job 1 has not ended yet; it goes on"
     assert server.get(1)["end_time"] is None
 
 
@@ -323,7 +370,7 @@ def test_a_wrong_line_is_named_and_what_was_added_before_it_as_well(serve):
 @pytest.mark.parametrize("text", ["", "\n\r\n"])
 def test_standard_input_without_a_job_is_an_error(server, text):
     ended = run(server, "add", "-", "--mode", "echo", text=text)
-    assert line(ended, 1) == "standard input: no job in it"
+    assert line(ended, 1) == "standard input: expected a job on each line, found none"
 
 
 def test_a_connection_that_was_closed_meanwhile_is_opened_again_and_nothing_is_added_twice():
@@ -370,7 +417,7 @@ def test_only_what_was_surely_not_added_is_75():
                            ((b"500 Defect", full), 1)):
         with Scripted(answer) as far:
             said = line(run(far, "add", "X(1)", "--mode", "echo", "--wait"), status)
-        assert said.endswith("; whether it was added is not known") == (answer is None)
+        assert said.endswith("; it may or may not have been added") == (answer is None)
 
 
 def test_what_is_not_an_oqc_server_is_one_line():
@@ -488,7 +535,7 @@ def test_ctrl_c_is_130_without_a_traceback_and_the_jobs_go_on():
         with start(far, "add", "-", "--mode", "echo", "--wait", stdin=subprocess.PIPE) as client:
             clients.append(client)
             assert client.communicate(lines(2), timeout=60) == (
-                "", "oqc: interrupted; 2 jobs, 1 to 2 not cancelled\n")
+                "", "oqc: interrupted; not cancelled: 2 jobs, 1 to 2\n")
     assert client.returncode == 130
     assert [head.split()[0] for head, _ in far.requests] == ["POST", "GET"]
 
@@ -547,7 +594,7 @@ def test_a_terminal_gets_the_servers_tables(serve):
         assert (status, settled(shown)) == (0, text), arguments
     assert settled(on_a_terminal(server, "status")[1]).startswith("WHAT")
     shown = settled(on_a_terminal(server, "add", "X(5)", "--mode", "echo")[1])
-    assert re.search(r"ID +STATUS.*\n\d+ +\S.* X\(5\)\n$", shown)
+    assert re.search(r"ID +STATUS.* CREATED \(UTC\) .*\n\d+ +\S.* X\(5\)\n$", shown)
 
 
 def test_a_change_shows_a_table_on_a_terminal(serve):

@@ -36,6 +36,9 @@ def ini(tmp_path):
     return write
 
 
+SAYS_MORE = "; python3 -m oqc help configuration says more"
+
+
 def error(*flags, **environment):
     """The line of the ConfigError that these settings end in."""
     with pytest.raises(ConfigError) as refused:
@@ -172,11 +175,12 @@ def test_one_runtime_comes_from_the_environment_unless_a_flag_names_one():
 
 @pytest.mark.parametrize("text, reason", [
     ("./qpu", "--runtime ./qpu: expected NAME=COMMAND"),
-    ("qpu=", "--runtime qpu: names no program"), ("qpu=  ", "--runtime qpu: names no program"),
-    ("qpu=''", "--runtime qpu: : no such program, or it may not"),
+    ("qpu=", "--runtime qpu: expected a program and its arguments"),
+    ("qpu=  ", "--runtime qpu: expected a program and its arguments"),
+    ("qpu=''", "--runtime qpu: : no such program, or it is not"),
     ("qpu=./nothing-here",
-     "--runtime qpu: ./nothing-here: no such program, or it may not be executed"),
-    ("qpu=/", "--runtime qpu: /: no such program, or it may not be executed"),
+     "--runtime qpu: ./nothing-here: no such program, or it is not executable"),
+    ("qpu=/", "--runtime qpu: /: no such program, or it is not executable"),
     ("qpu='unclosed", "--runtime qpu: No closing quotation"),
     ("=true", "--runtime : a runtime's name is made of "),
     ("a b=true", "--runtime a b: a runtime's name is made of "),
@@ -186,16 +190,25 @@ def test_one_runtime_comes_from_the_environment_unless_a_flag_names_one():
     ("emulator=true", "--runtime emulator: the name emulator is taken"),
     ("simulator=true", "--runtime simulator: the name simulator is taken"),
     ("echo=true", "--runtime echo: the name echo is taken")])
-def test_a_runtime_that_cannot_be_meant_is_one_line(text, reason):
+def test_an_invalid_runtime_is_one_line(text, reason):
     assert error(f"--runtime={text}").startswith(reason)
 
 
 def test_a_runtime_that_is_not_executable_or_there_twice_is_one_line(script):
     program = script("exit 0")
     runtime = f"--runtime=a={program}"
-    assert error(runtime, runtime) == "--runtime a: the name a is taken"
+    assert error(runtime, runtime) == "--runtime a: the name a is taken" + SAYS_MORE
     os.chmod(program, 0o644)
-    assert error(runtime) == f"--runtime a: {program}: no such program, or it may not be executed"
+    assert error(runtime) == (
+        f"--runtime a: {program}: no such program, or it is not executable{SAYS_MORE}")
+
+
+def test_the_program_is_called_as_it_was_started(tmp_path):
+    (tmp_path / "oqc.pyz").write_bytes(b"")
+    inside = str(tmp_path / "oqc.pyz" / "oqc" / "config.py")
+    assert config.program_name(inside, "./oqc.pyz") == "python3 ./oqc.pyz"
+    assert config.program_name(inside, "my lab/oqc.pyz") == "python3 'my lab/oqc.pyz'"
+    assert config.PROGRAM == "python3 -m oqc"
 
 
 # The runtimes' file
@@ -244,7 +257,7 @@ def test_runtimes_of_the_file_and_of_the_command_line_come_together(ini):
         "qpu", "sim", "echo"]
     path = ini("[runtime qpu]\ncommand = true")
     assert error("--config", path, "--runtime", "qpu=true").endswith(
-        "line 1: [runtime qpu]: the name qpu is taken")
+        "line 1: [runtime qpu]: the name qpu is taken" + SAYS_MORE)
 
 
 GOOD = "; first\n\n[runtime good]\ncommand = true\n\n"       # five lines before the one to blame
@@ -264,13 +277,15 @@ WRONG = {
                 "line 8: [runtime a]: modes: expected verbatim or "),
     "an unknown protocol": ("[runtime a]\ncommand = true\nprotocol = http\n",
                             "line 8: [runtime a]: protocol: expected exec or lines, found 'http'"),
-    "no command": ("[runtime a]\nslots = 1\n", "line 6: [runtime a]: command: names no program"),
+    "no command": ("[runtime a]\nslots = 1\n",
+                   "line 6: [runtime a]: command: expected a program and its arguments"),
     "an empty command": ("[runtime a]\nslots = 1\ncommand =\n",
-                         "line 8: [runtime a]: command: names no program"),
-    "an empty section": ("[runtime a]\n", "line 6: [runtime a]: command: names no program"),
+                         "line 8: [runtime a]: command: expected a program and its arguments"),
+    "an empty section": ("[runtime a]\n",
+                         "line 6: [runtime a]: command: expected a program and its arguments"),
     "no such command": ("[runtime a]\ncommand = ./nothing-here -x\n",
                         "line 7: [runtime a]: command: ./nothing-here: "
-                        "no such program, or it may not be executed"),
+                        "no such program, or it is not executable"),
     "an open quote": ("[runtime a]\ncommand = true 'x\n",
                       "line 7: [runtime a]: command: No closing quotation"),
     "slots 0": ("[runtime a]\ncommand = true\nslots = 0\n",
@@ -286,19 +301,19 @@ WRONG = {
     "slots 1 2": ("[runtime a]\ncommand = true\nslots = 1\n 2\n",
                   r"line 8: [runtime a]: slots: expected a whole "),
     "timeout 0": ("[runtime a]\ncommand = true\ntimeout = 0\n",
-                  "line 8: [runtime a]: timeout: expected seconds, more than 0, found '0'"),
+                  "line 8: [runtime a]: timeout: expected a number of seconds above 0, found '0'"),
     "timeout -1": ("[runtime a]\ncommand = true\ntimeout = -1\n",
-                   "line 8: [runtime a]: timeout: expected seconds"),
+                   "line 8: [runtime a]: timeout: expected a number of seconds"),
     "timeout 1m": ("[runtime a]\ncommand = true\ntimeout = 1m\n",
-                   "line 8: [runtime a]: timeout: expected seconds"),
+                   "line 8: [runtime a]: timeout: expected a number of seconds"),
     "timeout nan": ("[runtime a]\ncommand = true\ntimeout = nan\n",
-                    "line 8: [runtime a]: timeout: expected seconds"),
+                    "line 8: [runtime a]: timeout: expected a number of seconds"),
     "timeout inf": ("[runtime a]\ncommand = true\ntimeout = inf\n",
-                    "line 8: [runtime a]: timeout: expected seconds"),
+                    "line 8: [runtime a]: timeout: expected a number of seconds"),
     "timeout empty": ("[runtime a]\ncommand = true\ntimeout =\n",
-                      "line 8: [runtime a]: timeout: expected seconds"),
+                      "line 8: [runtime a]: timeout: expected a number of seconds"),
     "timeout 1_0": ("[runtime a]\ncommand = true\ntimeout = 1_0\n",
-                    "line 8: [runtime a]: timeout: expected seconds"),
+                    "line 8: [runtime a]: timeout: expected a number of seconds"),
     "retry code 0": ("[runtime a]\ncommand = true\nretry_codes = 0\n",
                      "line 8: [runtime a]: retry_codes: expected a whole number from 1 to 255, "
                      "found '0'"),
@@ -332,7 +347,7 @@ WRONG = {
     "a form feed above": ("[runtime a]\ncommand = true \f\nslots = 0\n",
                           "line 8: [runtime a]: slots: expected a "),
     "no command, but the next has": ("[runtime a]\nslots = 1\n[runtime b]\ncommand = true\n",
-                                     "line 6: [runtime a]: command: names no program"),
+                                     "line 6: [runtime a]: command: expected a program "),
     "a continued key": ("[runtime a]\ncommand = true\nslots\n 2\n", "line 8: expected key = value"),
 }
 
@@ -341,7 +356,8 @@ WRONG = {
 def test_whatever_is_wrong_in_the_file_is_one_line_with_the_file_the_line_and_the_section(
         ini, text, reason):
     path = ini(GOOD + text)
-    assert error("--config", path).startswith(f"{path}: {reason}")
+    said = error("--config", path)
+    assert said.startswith(f"{path}: {reason}") and said.endswith(SAYS_MORE)
 
 
 @pytest.mark.parametrize("text", [
@@ -354,7 +370,7 @@ def test_a_file_that_is_not_ini_is_one_line(ini, text):
 
 def test_a_file_that_is_not_utf8_or_not_there_or_a_directory_is_one_line(ini, tmp_path):
     path = ini(b"[runtime a]\ncommand = caf\xe9\n")
-    assert error("--config", path) == f"{path}: is not UTF-8 text"
+    assert error("--config", path) == f"{path}: is not UTF-8 text{SAYS_MORE}"
     none = tmp_path / "none.ini"
     assert error("--config", none) == f"{none}: No such file or directory"
     assert error("--config", tmp_path) == f"{tmp_path}: Is a directory"
@@ -363,7 +379,8 @@ def test_a_file_that_is_not_utf8_or_not_there_or_a_directory_is_one_line(ini, tm
 def test_runtimes_that_leave_verbatim_to_nobody_are_refused(ini):
     path = ini("[runtime sim]\ncommand = true\nmodes = simulation\n")
     assert error("--config", path) == (
-        f"{path}: no runtime serves the mode verbatim; give one of them modes = verbatim")
+        f"{path}: no runtime serves the mode verbatim; give one of them modes = verbatim"
+        + SAYS_MORE)
 
 
 # Keys
@@ -386,8 +403,8 @@ def test_a_keys_file_has_a_name_and_a_key_a_line_and_replaces_the_documented_key
 
 
 @pytest.mark.parametrize("data, reason", [
-    (b"", "holds no key; python -m oqc key NAME prints a line for it"),
-    (b"# none\n\n", "holds no key; python -m oqc key NAME prints a line for it"),
+    (b"", "holds no key; python3 -m oqc key NAME prints a line for it"),
+    (b"# none\n\n", "holds no key; python3 -m oqc key NAME prints a line for it"),
     (b"a:1\nno-colon\n", "line 2: expected name:key, "), (b"a:\n", "line 1: expected name:key, "),
     (b"a:  \n", "line 1: expected name:key, "), (b":key\n", "line 1: expected name:key, "),
     (b"a b:key\n", "line 1: expected name:key, "),

@@ -137,9 +137,9 @@ def test_a_whole_number_in_text_is_ascii_digits_within_its_bounds(text, number):
     ({"job": "X(0)", "mode": "echo", "color": 1},
      'unknown member "color": allowed are job, mode, shots, seed, return_code'),
     ({"job": "X(0)", "mode": "verbatim", "return_code": 1},
-     "return_code: only an echo can be asked for one"),
+     "return_code: allowed only with the mode echo"),
     ({"job": "X(0)", "mode": "simulation", "return_code": 0},
-     "return_code: only an echo can be asked for one"),
+     "return_code: allowed only with the mode echo"),
 ], ids=lambda value: repr(value)[:40])
 def test_what_is_not_a_job_is_refused_with_its_reason(value, reason):
     with pytest.raises(Malformed) as refused:

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 
@@ -68,15 +69,15 @@ def test_on_any_other_address_it_does_not_start_without_keys_and_says_how_to_mak
     ended = started(tmp_path, "--port", 0, "--host", host)
     assert (ended.returncode, ended.stdout, os.listdir(tmp_path)) == (78, "", [])
     assert ended.stderr.count("\n") == 1 and "documented key is public" in ended.stderr
-    assert "python -m oqc key NAME >keys; chmod 600 keys; then --keys-file keys" in ended.stderr
+    assert "python3 -m oqc key NAME >keys; chmod 600 keys; then --keys-file keys" in ended.stderr
 
 
 def test_what_that_line_says_to_do_helps(serve, tmp_path):
     ended = started(tmp_path, "--port", 0, "--host", "0.0.0.0")
-    commands = re.search(r"(python -m oqc key \w+ >(\w+); chmod 600 \w+); then (--keys-file \w+)",
+    commands = re.search(r"(python3 -m oqc key \w+ >(\w+); chmod 600 \w+); then (--keys-file \w+)",
                          ended.stderr)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    shell = f'umask 022; python() {{ "{sys.executable}" "$@"; }}; {commands[1]}'
+    shell = f'umask 022; python3() {{ "{sys.executable}" "$@"; }}; {commands[1]}'
     subprocess.run(["sh", "-c", shell], check=True, cwd=tmp_path, env=environment)
     server = serve("--host", "0.0.0.0", *commands[3].split())
     name, _, key = (tmp_path / commands[2]).read_text(encoding="utf-8").strip().partition(":")
@@ -235,6 +236,89 @@ def test_sighup_without_a_keys_file_keeps_the_documented_key_and_ends_nothing(se
     server.process.send_signal(signal.SIGHUP)
     server.line("keys read again: documented")
     assert status(server, KEY.encode()) == 200
+
+
+# The certificate
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Two certificates for 127.0.0.1, each with its key: {name: (certificate, key)}, as bytes."""
+    folder = tmp_path_factory.mktemp("pairs")
+    made = {}
+    for name in ("first", "second"):
+        certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt",
+                        "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                        f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key,
+                        "-out", certificate], check=True, capture_output=True)
+        made[name] = (certificate.read_bytes(), key.read_bytes())
+    return made
+
+
+def shake_hands(server):
+    """A connection to a server whose certificate is not checked."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    raw = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+    return context.wrap_socket(raw)
+
+
+def shown(server):
+    """The certificate that a new connection is shown, as PEM."""
+    with shake_hands(server) as client:
+        pem = ssl.DER_cert_to_PEM_cert(client.getpeercert(binary_form=True))
+    return pem.strip().encode()
+
+
+@pytest.mark.parametrize("one_file", [False, True])
+def test_sighup_reads_the_certificate_again_and_a_wrong_pair_keeps_the_old_one(
+        serve, tmp_path, pairs, one_file):
+    certificate, key = tmp_path / "lab.pem", tmp_path / "lab.key"
+
+    def write(name, key_of):
+        if one_file:
+            certificate.write_bytes(pairs[name][0] + pairs[key_of][1])
+        else:
+            certificate.write_bytes(pairs[name][0])
+            key.write_bytes(pairs[key_of][1])
+
+    def reload(text):
+        server.lines.clear()
+        server.process.send_signal(signal.SIGHUP)
+        return server.line(text)
+
+    write("first", "first")
+    flags = ["--tls-cert", certificate]
+    files = str(certificate)
+    if not one_file:
+        flags += ["--tls-key", key]
+        files += f", {key}"
+    server = serve(*flags)
+    with shake_hands(server) as kept, kept.makefile("rb") as answer:
+        assert shown(server) == pairs["first"][0].strip()
+        write("second", "second")
+        assert shown(server) == pairs["first"][0].strip(), "nobody asked for another"
+        assert reload("certificate read again").endswith(f" info certificate read again: {files}")
+        assert shown(server) == pairs["second"][0].strip()
+        for name, key_of in (("first", "second"), ("second", "first")):
+            write(name, key_of)
+            line = reload("certificate not read again, the old one stays")
+            assert f" error certificate not read again, the old one stays: {files}: " in line
+            assert shown(server) == pairs["second"][0].strip()
+        certificate.unlink()
+        assert "No such file" in reload("certificate not read again, the old one stays")
+        assert shown(server) == pairs["second"][0].strip()
+        kept.sendall(b"HEAD /health/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.readline() == b"HTTP/1.1 200 OK\r\n", "the connection from before goes on"
+    assert "Traceback" not in server.log
+
+
+def test_sighup_without_a_certificate_says_nothing_of_one(serve):
+    server = serve()
+    server.process.send_signal(signal.SIGHUP)
+    server.line("keys read again")
+    assert server.stop() == 0 and "certificate" not in server.log
 
 
 # Files and runtimes

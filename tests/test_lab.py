@@ -230,6 +230,12 @@ def test_the_sheet_shows_the_address_that_was_asked_and_every_path(server):
             assert path == "/" or re.search(line, text), (method, path)
 
 
+def test_the_sheet_points_to_the_manual_which_needs_no_key(server):
+    text = server.request("GET", "/", key=None).body.decode()
+    assert f"curl http://127.0.0.1:{server.port}/help/\n" in text
+    assert re.search(r"(?m)^GET +/help/ .*needs no key", text)
+
+
 def test_what_is_wrong_points_to_the_sheet(server):
     assert "GET / shows" in server.request("GET", "/nothing/").detail
     assert "GET / shows" in server.request("PUT", "/jobs/list/").detail

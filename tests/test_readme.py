@@ -153,7 +153,8 @@ class Reader:
         self.servers.append(self.server)
         shown = block.answer.splitlines()
         if shown:
-            self.server.line(shown[-1].split(" ", 2)[-1], timeout=5)
+            last = shown[-1].replace(f":{SHOWN_PORT}", f":{self.server.port}")
+            self.server.line(last.split(" ", 2)[-1], timeout=5)
         return "\n".join(self.server.lines[:len(shown)])
 
     def stop(self):

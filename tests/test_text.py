@@ -20,3 +20,11 @@ def test_a_result_that_only_resembles_one_of_a_simulation_is_shown_as_it_is(resu
 def test_half_of_a_surrogate_pair_in_a_result_is_shown_as_a_question_mark():
     shown = text.result_text('{"probabilities": [0, 1], "counts": {"\\ud800": 1}}')
     assert messages.text_response(shown).body.endswith(b"\ncount?         1\n")
+
+
+def test_the_table_of_jobs_says_that_its_times_are_utc_above_the_column_of_times():
+    row = (1, "X(90)", "echo", "Success", "echo", 0, None, "2026-11-23T17:19:05.123456Z",
+           "2026-11-23T17:19:05.130000Z", "2026-11-23T17:19:05.250000Z")
+    header, line = b"".join(text.job_rows([[row]])).decode().splitlines()
+    place = header.index("CREATED (UTC)  ")
+    assert line[place:place + 21] == "2026-11-23 17:19:05  "
