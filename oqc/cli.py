@@ -37,7 +37,7 @@ def main(arguments: List[str]) -> int:
         if arguments[0] in commands.COMMANDS:
             return int(commands.run(arguments))
         return _fail(f"no command is called {arguments[0]}; "
-                     "without one it serves, and --help names all", EX_USAGE)
+                     "without a command the server starts; --help lists the commands", EX_USAGE)
     except ConfigError as error:
         return _fail(str(error), EX_CONFIG)
     except KeyboardInterrupt:
@@ -111,7 +111,7 @@ def _key(arguments: Sequence[str]) -> int:
     """Print a new line for the keys file."""
     parser = _parser("key")
     parser.add_argument("name", metavar="NAME",
-                        help="whose key it is; stands in the log and beside the jobs")
+                        help="name of the key's owner, shown in the log and stored with the jobs")
     name = parser.parse_args(arguments[1:]).name
     if not NAME.fullmatch(name):
         parser.error("NAME is made of letters, digits, '.', '_' and '-', 64 at most")
@@ -124,7 +124,7 @@ def _backup(arguments: Sequence[str]) -> int:
     app = _app()
     parser = _parser("backup")
     parser.add_argument("file", metavar="FILE",
-                        help="where to; a file that is there is never replaced")
+                        help="the new file; an existing file is never replaced")
     _add_database(parser)
     options = parser.parse_args(arguments[1:])
     try:
@@ -188,9 +188,9 @@ COMMANDS = {
         "FILE", "copy the database to a new file, also while a server uses it", _backup),
     "check": Command(
         "", "read the whole database and print what is wrong with it; "
-            "exit status 1 if anything is", _check),
+            "exit status 1 if it finds anything", _check),
     "emulator": Command(
         "", "the bundled device emulator, a runtime over the protocol lines "
             "(emulator --help: its parameters)", _builtin),
-    "simulator": Command("", "the bundled exact simulator, likewise", _builtin),
+    "simulator": Command("", "the bundled exact simulator, a runtime over the protocol lines", _builtin),
 }

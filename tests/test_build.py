@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, Server
 
 UNIT = re.compile(r"(?ms)^```\n(\[Unit\].*?)^```$")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPERATIONS = (ROOT / "oqc" / "help" / "operations.md").read_text(encoding="utf-8")
 
 
 def build(folder, python=sys.executable, **options):
@@ -65,7 +65,8 @@ def test_every_python_and_every_umask_builds_the_same_bytes(pyz, tmp_path):
 def test_what_is_in_it_is_plain_and_in_order(pyz):
     with zipfile.ZipFile(pyz) as archive:
         entries = archive.infolist()
-    files = [f"oqc/{path.name}" for path in (ROOT / "oqc").iterdir() if path.is_file()]
+    files = [path.relative_to(ROOT).as_posix() for path in (ROOT / "oqc").rglob("*")
+             if path.is_file() and path.suffix != ".pyc"]
     assert [entry.filename for entry in entries] == sorted(["__main__.py", *files])
     assert {(entry.date_time, entry.compress_type, entry.external_attr >> 16)
             for entry in entries} == {
@@ -134,13 +135,13 @@ def test_an_abstract_address_is_understood_and_a_dead_one_costs_a_line(lab, tmp_
 
 @pytest.fixture(name="unit")
 def the_unit_of_the_readme(tmp_path):
-    """oqc.service as the README has it, where systemd-analyze can read it."""
+    """oqc.service as the manual has it, where systemd-analyze can read it."""
     if not shutil.which("systemd-analyze"):
         if os.environ.get("OQC_CI"):
             pytest.fail("systemd-analyze is missing")
         pytest.skip("systemd-analyze is not installed")
     unit = tmp_path / "oqc.service"
-    unit.write_text(UNIT.search(README)[1].replace("/usr/local/bin/oqc.pyz", sys.executable),
+    unit.write_text(UNIT.search(OPERATIONS)[1].replace("/usr/local/bin/oqc.pyz", sys.executable),
                     encoding="utf-8")
     return unit
 

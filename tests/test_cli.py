@@ -93,7 +93,8 @@ def test_a_command_that_is_unknown_is_2_and_one_line(tmp_path, word):
     ended = run(tmp_path, word, "--port", "0")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        f"oqc: no command is called {word}; without one it serves, and --help names all\n")
+        f"oqc: no command is called {word}; without a command the server starts; "
+        "--help lists the commands\n")
 
 
 def test_a_wrong_environment_variable_ends_with_2_and_without_a_traceback(tmp_path):

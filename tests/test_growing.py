@@ -10,7 +10,7 @@ import threading
 import pytest
 from conftest import KEY, ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+GROWING = (ROOT / "oqc" / "help" / "growing.md").read_text(encoding="utf-8")
 
 
 def need(*programs):
@@ -39,7 +39,7 @@ def test_slurm_runs_jobs_loses_none_while_it_is_away_and_ends_what_is_cancelled(
 
 @pytest.fixture
 def nginx(tmp_path):
-    """nginx(port, block): the port of a real nginx that has this block of the README for an oqc."""
+    """nginx(port, block): the port of a real nginx that has this block of the manual for an oqc."""
     need("nginx")
     started = []
 
@@ -85,8 +85,8 @@ def curl(port, *arguments):
 JOB = ("-d", '{"job": "X(90)", "mode": "echo"}')
 
 
-def test_the_nginx_of_the_readme_hands_the_documented_header_on(server, nginx):
-    block = re.search(r"(?ms)^```\n(server \{.*?^\}\n)```$", README)[1]
+def test_the_nginx_of_the_manual_hands_the_documented_header_on(server, nginx):
+    block = re.search(r"(?ms)^```\n(server \{.*?^\}\n)```$", GROWING)[1]
     assert "underscores_in_headers on;" in block
     port = nginx(server.port, block)
     status, body = curl(port, "-H", f"api_key: {KEY}", *JOB)
@@ -95,7 +95,7 @@ def test_the_nginx_of_the_readme_hands_the_documented_header_on(server, nginx):
 
 
 def test_without_that_setting_the_answer_names_it_and_another_header_works(server, nginx):
-    block = re.search(r"(?ms)^```\n(server \{.*?^\}\n)```$", README)[1]
+    block = re.search(r"(?ms)^```\n(server \{.*?^\}\n)```$", GROWING)[1]
     port = nginx(server.port, block.replace("underscores_in_headers on;", ""))
     status, body = curl(port, "-H", f"api_key: {KEY}", *JOB)
     assert status == 401 and "underscores_in_headers on" in body

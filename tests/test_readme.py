@@ -7,7 +7,6 @@ starts: then it gets a Ctrl-C. A block without a name is a picture or a format, 
 There is no other kind of block.
 """
 import ast
-import json
 import os
 import re
 import shutil
@@ -21,9 +20,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT, Server
 
-from oqc import api, config, jobs, qubit
-from oqc.jobs import RuntimeSpec
-from oqc.messages import STATUSES
+from oqc import config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN_PORT = "12021"
@@ -43,8 +40,6 @@ NOT_RUN = {
     "./scripts/test.sh -k two_hundred_clients tests/test_wire.py": "runs a test, run anyway",
     "pip install -r requirements.txt": "needs a network",
 }
-# What openapi.json describes of every request that needs a key, and README once, under Problems.
-WITH_A_KEY = {"400", "401", "503"}
 STARTS_A_SERVER = re.compile(
     r"(\./scripts/start_server\.sh|python3 (-m oqc|oqc\.pyz))( --(?!help|version)[^\n]*)?")
 COMMAND = re.compile(r"(\./scripts/|python3? |curl -|pip |bash |sh |sed |cat |chmod |kill )")
@@ -200,83 +195,6 @@ def test_a_command_within_a_sentence_is_also_in_a_block():
     assert not indented, "an indented block is not run"
     for span in re.findall(r"`([^`\n]+)`", prose):
         assert not COMMAND.match(span) or span in in_blocks, f"{span!r} is not run"
-
-
-def test_every_flag_and_every_variable_is_in_the_readme():
-    for name, default, *_ in [*config.FLAGS, ("runtime", None)]:
-        shown = default
-        if default is None:
-            shown = "none"
-        elif isinstance(default, float):
-            shown = f"{default:g}"
-        variable = "OQC_" + name.upper().replace("-", "_")
-        assert f"| `--{name}` | `{variable}` | {shown} |" in README, name
-    for name, default in qubit.Device()._asdict().items():
-        assert f"| `--{name.replace('_', '-')}` | {default:g} |" in README, name
-    usage = subprocess.run([sys.executable, "-m", "oqc", "--help"], cwd=ROOT, check=True,
-                           stdout=subprocess.PIPE)
-    for name in re.findall(rb"--[a-z-]+", usage.stdout):
-        assert f"`{name.decode()}`" in README
-
-
-def test_every_endpoint_is_in_the_readme():
-    for pattern, methods in api.ROUTES:
-        path = pattern.pattern.replace("/?", "/").replace("\\", "")
-        path = path.replace("jobs/([^/]+)", "jobs/{id}").replace("([^/]+)", "{name}")
-        for method in methods:
-            assert f"### {method} {path}\n" in README
-
-
-def test_every_status_that_the_server_can_answer_is_in_the_readme():
-    statuses = {status for _, status in STATUSES}
-    for path in (ROOT / "oqc").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            called = isinstance(node, ast.Call) and getattr(node.func, "id", "")
-            if called in ("Problem", "Response") and node.args:
-                leaves = ast.walk(node.args[0])
-                statuses |= {leaf.value for leaf in leaves if isinstance(leaf, ast.Constant)}
-    assert {200, 201, 204, 400, 401, 404, 405, 409, 413, 500, 503, 507} <= statuses
-    for status in statuses:
-        assert f"| {status} " in README, status
-
-
-def status_table(heading):
-    """The statuses in the first column of the table below a heading."""
-    section = README.partition(f"\n### {heading}\n")[2].partition("\n### ")[0]
-    rows = re.findall(r"(?m)^\| ([0-9, ]+) \|", section)
-    return {status for row in rows for status in row.split(", ")}
-
-
-def test_openapi_describes_the_statuses_that_the_readme_names_and_no_other():
-    document = json.loads((ROOT / "oqc" / "openapi.json").read_text("utf-8"))
-    of_any_request = document["components"]["responses"]["AnyRequest"]["description"]
-    assert set(re.findall("[0-9]{3}", of_any_request)) == status_table("Problems")
-    assert WITH_A_KEY <= status_table("Problems")
-    headings = set()
-    for path, methods in document["paths"].items():
-        for method in methods.keys() - {"parameters"}:
-            heading = f"{method.upper()} {path}"
-            headings.add(heading)
-            described = methods[method]["responses"]
-            assert described.pop("default") == {"$ref": "#/components/responses/AnyRequest"}
-            named = status_table(heading)
-            if methods[method].get("security") != []:
-                named |= WITH_A_KEY
-            assert set(described) == named, heading
-    assert headings == set(re.findall("(?m)^### ([A-Z]+ /.*)$", README))
-
-
-def test_every_return_code_with_a_meaning_is_in_the_readme():
-    for code in (0, jobs.TEMPFAIL, jobs.PROTOCOL, jobs.SOFTWARE, jobs.TIMED_OUT,
-                 jobs.NOT_EXECUTABLE, jobs.NOT_FOUND, jobs.CANCELLED, jobs.KILLED):
-        assert f"| {code} " in README, code
-
-
-@pytest.mark.parametrize("names", [
-    jobs.Job._fields, jobs.Submission._fields, jobs.MODES, jobs.STATUSES, RuntimeSpec._fields[1:]])
-def test_every_member_mode_status_and_key_is_in_the_readme(names):
-    for name in names:
-        assert f"`{name}`" in README or f"| {name} " in README, name
 
 
 def test_every_module_has_its_line_in_the_layout():
