@@ -504,11 +504,12 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def cancel(self, number: int) -> Job:
         """End a job: one that waits at once, one that runs when its process group has ended.
         Return the ended job; raise Ended if it had ended (or did so by itself meanwhile),
-        UnknownJob."""
+        UnknownJob, and StoreError if its end cannot be stored now: then it comes later."""
         while True:
             attempt = self._interrupt(number)
             if attempt is not None:
-                attempt.over.wait()
+                while not self.clock.wait(attempt.over, STORE_AGAIN):
+                    self.store.cancel(number)   # no change, as it runs; raises if none can be stored
                 if attempt.ending is not None and attempt.ending.outcome is CANCELLED:
                     return self.store.get(number)       # ended by this, not by itself
             elif self.store.cancel(number):

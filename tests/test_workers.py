@@ -1,5 +1,6 @@
 """Who runs what, when: a real store, runtimes that do what the test says, and a clock that is moved
 by hand."""
+import os
 import queue
 import threading
 
@@ -720,6 +721,20 @@ def test_a_job_that_runs_is_cancelled_when_its_attempt_has_ended(still):
     assert (job.runtime, bool(job.start_time)) == ("qpu", True)
     assert qpu.woken.is_set()
     assert still.workers.describe("qpu")["running"] == []
+
+
+def test_a_cancel_whose_end_cannot_be_stored_says_so_and_the_job_ends_when_it_can(lab, tmp_path):
+    attempt = Blocked()
+    lab.runtime(attempt)
+    lab.start()
+    number = lab.add()
+    attempt.wait()
+    database = tmp_path / os.path.basename(lab.path)
+    database.rename(tmp_path / "away")
+    with pytest.raises(StoreError, match="was moved"):
+        lab.workers.cancel(number)
+    (tmp_path / "away").rename(database)
+    assert told(lab.end(number)) == CANCELLED
 
 
 def test_a_cancelled_job_is_cancelled_also_where_a_stop_would_end_it_as_interrupted(still):
