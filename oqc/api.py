@@ -419,7 +419,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         job = self.store.get(job_id(job_number))
         if job.mode != "simulation":
             raise Problem(409, f"job {job.id} has the mode {job.mode}; only a simulation has a "
-                          "path that is known")
+                          "picture")
         svg = bloch.picture(f"Job {job.id} on the Bloch sphere", job.job)
         return Response(200, svg.encode(), "image/svg+xml", PICTURE_HEADERS)
 
