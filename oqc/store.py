@@ -287,10 +287,11 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         except sqlite3.Error as error:
             raise self._noted(error) from error
         finally:
-            if len(self._readers) < MOST_READERS and not self._closed:
-                self._readers.append(reader)
-            else:
-                reader.close()
+            self._readers.append(reader)
+            # After it was put back: else a close at this moment might not see it.
+            if self._closed or len(self._readers) > MOST_READERS:
+                with contextlib.suppress(IndexError):
+                    self._readers.pop().close()
 
     # Writes
 

@@ -5,14 +5,15 @@ import hashlib
 import os
 import signal
 import sqlite3
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import until
+from conftest import ROOT, until
 
 from oqc import jobs
-from oqc.database import INVARIANTS, MIGRATIONS, backup, check, disk_full_error, open_writer
+from oqc.database import INVARIANTS, MIGRATIONS, check, disk_full_error, open_writer
 
 # SHA-256 of the schema that each released version made, as `schema` gives it. Never edit one.
 RELEASED = ["8bf7020b97686fd5b5f56a6ca882bc6c5ea0ce12548cfe00b35e5616996d58c1"]
@@ -88,24 +89,17 @@ def test_a_check_names_the_job_that_is_wrong_and_no_other(tmp_path, change, wron
 def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(tmp_path):
     """Ctrl-C comes while the backup waits for another program, which has the database to itself."""
     path = str(tmp_path / "oqc.db")
-    other = open_writer(path)
-    other.execute("PRAGMA locking_mode = EXCLUSIVE")
-    other.execute("BEGIN IMMEDIATE")
-
-    def is_open():
-        files = map(os.path.realpath, Path("/proc/self/fd").iterdir())
-        return list(files).count(path) > 1      # by the other program, and by the backup
-
-    def press_ctrl_c():
-        until(is_open)
-        os.kill(os.getpid(), signal.SIGINT)
-        other.close()
-    thread = threading.Thread(target=press_ctrl_c)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        backup(path, tmp_path / "copy.db")
-    thread.join(20)
-    assert not (tmp_path / "copy.db").exists()
+    copy = tmp_path / "copy.db"
+    with contextlib.closing(open_writer(path)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN IMMEDIATE")
+        process = subprocess.Popen([sys.executable, "-m", "oqc", "backup", copy, "--db", path],
+                                   cwd=ROOT)
+        files = Path(f"/proc/{process.pid}/fd")
+        until(lambda: copy.exists() and path in map(os.path.realpath, files.iterdir()))
+        process.send_signal(signal.SIGINT)      # heard when SQLite has done with its step
+    assert process.wait(20) == 130
+    assert not copy.exists()
 
 
 def test_a_file_system_that_counts_no_blocks_is_never_full():
