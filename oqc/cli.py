@@ -192,5 +192,6 @@ COMMANDS = {
     "emulator": Command(
         "", "the bundled device emulator, a runtime over the protocol lines "
             "(emulator --help: its parameters)", _builtin),
-    "simulator": Command("", "the bundled exact simulator, a runtime over the protocol lines", _builtin),
+    "simulator": Command(
+        "", "the bundled exact simulator, a runtime over the protocol lines", _builtin),
 }

@@ -509,7 +509,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             attempt = self._interrupt(number)
             if attempt is not None:
                 while not self.clock.wait(attempt.over, STORE_AGAIN):
-                    self.store.cancel(number)   # no change, as it runs; raises if none can be stored
+                    self.store.cancel(number)   # changes nothing, but raises if it could not
                 if attempt.ending is not None and attempt.ending.outcome is CANCELLED:
                     return self.store.get(number)       # ended by this, not by itself
             elif self.store.cancel(number):

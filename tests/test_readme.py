@@ -6,7 +6,6 @@ writes. One that starts a server goes on running, as in a terminal of its own, u
 starts: then it gets a Ctrl-C. A block without a name is a picture or a format, and no command.
 There is no other kind of block.
 """
-import ast
 import os
 import re
 import shutil
