@@ -124,6 +124,8 @@ class Submission(NamedTuple):
     shots: int = DEFAULT_SHOTS
     seed: Optional[int] = None      # None: the server chooses and stores one
     return_code: int = 0            # of an echo
+    tag: Optional[str] = None       # what it belongs to, such as a sweep
+    note: Optional[str] = None      # a JSON object as text: what belongs with its data
 
 
 class Addition(NamedTuple):
@@ -151,6 +153,9 @@ class Task(NamedTuple):
     shots: int
     seed: int
     return_code: int
+    submitter: str = ""             # the name of the key that the job came with
+    tag: Optional[str] = None
+    note: Optional[str] = None      # a JSON object as text
 
 
 class RuntimeSpec(NamedTuple):
@@ -166,6 +171,13 @@ class RuntimeSpec(NamedTuple):
     interrupted: str = "retry"      # or "fail": a job that a crash of the server cut off
 
 
+class Log(NamedTuple):
+    """What a runtime wrote on standard error during one attempt: the last of it."""
+
+    text: bytes = b""
+    dropped: int = 0                # bytes that came before it and were not kept
+
+
 class Outcome(NamedTuple):
     """How one attempt ended."""
 
@@ -175,6 +187,10 @@ class Outcome(NamedTuple):
     is_json: bool = False           # whether `result` is JSON, or else text
     transient: bool = False         # worth another attempt
     started: bool = True            # False: the runtime could not be started
+    interrupted: bool = False       # ended because somebody wanted that: no code of its own
+    log: Log = Log()
+    sent_sha256: Optional[bytes] = None     # of the job's bytes as they were written, if all were
+    device: Optional[str] = None    # JSON: what the runtime said of itself, as the attempt began
 
 
 class Ending(NamedTuple):

@@ -11,11 +11,12 @@ import tempfile
 from typing import Callable, Dict, Optional, Protocol, Sequence, Tuple
 
 from oqc import jobs
-from oqc.jobs import Outcome, RuntimeSpec, Task
+from oqc.jobs import Log, Outcome, RuntimeSpec, Task
 from oqc.process import MOST_ERROR, MOST_OUTPUT, Clock, Process
 
 SECRETS = ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")    # of the environment, and all of OQC_*
 QUESTION = ("id", "job", "mode", "attempt", "shots", "seed")    # of a Task, what `lines` is asked
+INTERRUPTED = Outcome(jobs.CANCELLED, interrupted=True)
 
 
 class Child(Protocol):
@@ -66,9 +67,13 @@ class Slot:
         self._wake, self._wake_write_end = os.pipe()
         os.set_blocking(self._wake_write_end, False)
 
-    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
-        """Run one attempt to its end; return None if it was ended because of `interrupted()`."""
+    def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
+        """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
         raise NotImplementedError
+
+    def log(self) -> Log:
+        """Return what the attempt that runs now has written on standard error. For any thread."""
+        return Log()
 
     def wake(self) -> None:
         """Have a running attempt ask `interrupted()` again, now."""
@@ -120,7 +125,7 @@ class ExecSlot(Slot):
     The job is its standard input, its standard output the result, its exit status the return code.
     """
 
-    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
+    def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         try:
             process = self._start_attempt(task)
         except OSError as error:
@@ -132,7 +137,7 @@ class ExecSlot(Slot):
         if exited:
             outcome = self._outcome_of_exit(code, process)
         elif in_time:
-            return None
+            outcome = INTERRUPTED
         else:
             outcome = self._timed_out()
         result, is_json = _result(process.output)
@@ -159,7 +164,7 @@ class LinesSlot(Slot):
     _process: Optional[Child] = None
     _has_answered = False               # the process, to anything
 
-    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
+    def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         deadline = self._clock.monotonic() + self.spec.timeout
         try:
             process = self._make_ready()
@@ -208,8 +213,8 @@ class LinesSlot(Slot):
             self._end(process)
         return outcome
 
-    def _outcome_without_answer(self, process: Child, in_time: bool) -> Optional[Outcome]:
-        """End the process; return the outcome without an answer, or None if it was interrupted."""
+    def _outcome_without_answer(self, process: Child, in_time: bool) -> Outcome:
+        """End the process; return the outcome without an answer."""
         exited = process.exited()       # by itself: asked before it is made to
         # One that ends before it takes a job has not started; later it may be the job's fault.
         started = self._has_answered or process.took_some()
@@ -221,7 +226,7 @@ class LinesSlot(Slot):
                 outcome = Outcome(jobs.PROTOCOL, error)
             return outcome._replace(transient=True, started=started and outcome.started)
         if in_time:
-            return None
+            return INTERRUPTED
         return self._timed_out()
 
     def _end(self, process: Child) -> int:
@@ -233,7 +238,7 @@ class LinesSlot(Slot):
 class EchoSlot(Slot):
     """The echo: the return code that was asked for, and no process."""
 
-    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
+    def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         return jobs.echo(task.return_code, self.spec.retry_codes)
 
 

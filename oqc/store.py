@@ -110,7 +110,8 @@ INSERT = _insert(NEW)
 INSERT_ENDED = _insert(
     NEW + ", runtime, return_code, runtime_error, start_time, end_time, attempts")
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
-TASK = "SELECT id, job, mode, attempts, shots, seed, echo_code FROM jobs WHERE id = ?"
+TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter "
+        "FROM jobs WHERE id = ?")
 RESULT = ("SELECT coalesce(result, 'null'), coalesce(is_json, 1) "
           "FROM jobs LEFT JOIN results USING (id) WHERE id = ?")
 PRUNE = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)"
@@ -370,8 +371,8 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         endings = []
         outcomes = batch.outcomes or [None] * len(batch.submissions)
         for submission, outcome in zip(batch.submissions, outcomes):
-            values = (*submission, now, batch.submitter)
-            job, mode, *asked = submission      # asked: shots, seed, return_code
+            values = (*submission[:5], now, batch.submitter)
+            job, mode, *asked = submission[:5]      # asked: shots, seed, return_code
             if outcome is None:
                 cursor = self._writer.execute(INSERT, (*values, jobs.STARTING))
             else:
@@ -413,7 +414,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         values = (runtime, self.clock.now(), number)
         if not self._writer.execute(CLAIM, values).rowcount:
             return None
-        return Task._make(self._writer.execute(TASK, (number,)).fetchone())
+        return Task(*self._writer.execute(TASK, (number,)).fetchone())
 
     def _settle(self, endings: Sequence[Ending]) -> None:
         now = self.clock.now()

@@ -26,6 +26,7 @@ FIRST_PAUSE = 1.0                   # seconds that a failing runtime is left alo
 MOST_PAUSE = 60.0
 CANCELLED = Outcome(jobs.CANCELLED, "cancelled")
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
+NEVER_RUN = Outcome(jobs.CANCELLED, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
 
@@ -68,8 +69,8 @@ class Store(Protocol):
 class Slot(Protocol):
     """Room for one attempt at a time on a runtime."""
 
-    def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
-        """Run one attempt to its end; return None if it was ended because of `interrupted()`."""
+    def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
+        """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
 
     def wake(self) -> None:
         """Have a running attempt ask `interrupted()` again. For any thread."""
@@ -377,7 +378,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             return
         self.waiting.notify()
         began = self.clock.monotonic()
-        outcome = None
+        outcome = NEVER_RUN
         has_run = not attempt.must_end()
         if has_run:
             outcome = self._outcome(runtime, attempt, task)
@@ -398,8 +399,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if self.draining.is_set() and not self.busy():
                 self._idle.set()
 
-    def _outcome(self, runtime: _Runtime, attempt: _Attempt, task: Task) -> Optional[Outcome]:
-        """Run a job on its slot; return None if it was ended because somebody wanted that."""
+    def _outcome(self, runtime: _Runtime, attempt: _Attempt, task: Task) -> Outcome:
+        """Run a job on its slot."""
         try:
             return attempt.slot.run(task, attempt.must_end)
         except Exception:           # pylint: disable=broad-exception-caught # the job has to end
@@ -407,11 +408,11 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             return Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
 
     def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt,
-                outcome: Optional[Outcome], has_run: bool) -> Ending:
-        """Return what becomes of a job after this outcome; after None it was cancelled, or the
-        server stops. Exactly one of an answer and a cancel wins."""
+                outcome: Outcome, has_run: bool) -> Ending:
+        """Return what becomes of a job after this outcome; if it was interrupted, it was cancelled
+        or the server stops. Exactly one of an answer and a cancel wins."""
         with self.lock:
-            if outcome is None:
+            if outcome.interrupted:
                 if attempt.cancelled:
                     return Ending(task, "failed", CANCELLED)
                 failed = has_run and runtime.spec.interrupted == "fail"

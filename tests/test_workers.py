@@ -86,7 +86,7 @@ class Blocked:
         try:
             return self._given.get(block=False)
         except queue.Empty:
-            return None
+            return Outcome(130, interrupted=True)
 
     def wait(self):
         assert self.started.acquire(timeout=20)     # pylint: disable=consider-using-with
