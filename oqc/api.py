@@ -85,7 +85,7 @@ class Workers(Protocol):
     def cancel(self, number: int) -> Job:
         """End a job and return it; raise Ended, UnknownJob."""
 
-    def pause(self, name: str, reason: str) -> Dict[str, Any]:
+    def pause(self, name: str, reason: str, by: str = "oqc") -> Dict[str, Any]:
         """Pause a runtime; return its description, raise KeyError."""
 
     def resume(self, name: str) -> Dict[str, Any]:
@@ -538,7 +538,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def pause(self, request: Request, name: str) -> Response:
         """POST /runtimes/{name}/pause/: let what runs on it end and start no other."""
-        return self._change_runtime(self.workers.pause, name, _reason(request.body))
+        return self._change_runtime(self.workers.pause, name, _reason(request.body),
+                                    request.key_name)
 
     def resume(self, _: Request, name: str) -> Response:
         """POST /runtimes/{name}/resume/: let it run jobs again."""

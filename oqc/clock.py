@@ -25,10 +25,14 @@ class Clock:
         return f"{text}{microseconds:06d}Z"
 
     @staticmethod
-    def ago(seconds: float) -> str:
-        """Return the UTC time `seconds` before now, as `now` writes it."""
-        moment = datetime.fromtimestamp(max(0.0, time.time() - seconds), timezone.utc)
+    def at(seconds: float) -> str:
+        """Return the UTC time so many seconds since 1970, as `now` writes it."""
+        moment = datetime.fromtimestamp(max(0.0, seconds), timezone.utc)
         return moment.isoformat(timespec="microseconds")[:26] + "Z"
+
+    def ago(self, seconds: float) -> str:
+        """Return the UTC time `seconds` before now, as `now` writes it."""
+        return self.at(self.unix() - seconds)
 
     @staticmethod
     def parse(text: str) -> float:

@@ -5,6 +5,7 @@ generated columns.
 """
 import contextlib
 import fcntl
+import logging
 import os
 import sqlite3
 import struct
@@ -13,6 +14,8 @@ from urllib.parse import quote
 
 from oqc import jobs
 from oqc.jobs import DiskFull, StoreError
+
+log = logging.getLogger("oqc")
 
 SQLITE_VERSION = sqlite3.sqlite_version
 APPLICATION_ID = 0x6F716331         # "oqc1", where file(1) looks for it
@@ -64,7 +67,67 @@ first INTEGER NOT NULL,
     CREATE INDEX idempotency_created ON idempotency (created);
     CREATE TABLE pauses (runtime TEXT PRIMARY KEY, reason TEXT NOT NULL, since TEXT NOT NULL);
     """
-MIGRATIONS = (VERSION_1,)           # the n-th brings a database from version n to n + 1
+# Not released yet: it may still change. An index of one column has the id as its second.
+VERSION_2 = """
+    CREATE TABLE counts (               -- of the jobs that have not ended
+        state TEXT, mode TEXT, jobs INTEGER NOT NULL, PRIMARY KEY (state, mode)
+    ) WITHOUT ROWID;
+    INSERT INTO counts
+        SELECT CASE WHEN start_time IS NOT NULL THEN 'running'
+                    WHEN status = 'Retrying' THEN 'retrying' ELSE 'waiting' END, mode, count(*)
+        FROM jobs WHERE end_time IS NULL GROUP BY 1, 2;
+    INSERT OR IGNORE INTO counts
+        SELECT state, mode, 0 FROM
+            (SELECT 'waiting' AS state UNION SELECT 'running' UNION SELECT 'retrying'),
+            (SELECT 'verbatim' AS mode UNION SELECT 'simulation' UNION SELECT 'echo');
+
+    ALTER TABLE jobs ADD COLUMN tag TEXT;
+    ALTER TABLE jobs ADD COLUMN note TEXT;              -- a JSON object
+    ALTER TABLE jobs ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE jobs ADD COLUMN asked_runtime TEXT;     -- only on that one, if it is not null
+    ALTER TABLE pauses ADD COLUMN paused_by TEXT;       -- the name of a key
+
+    DROP INDEX jobs_end_time;
+    CREATE INDEX jobs_end_time ON jobs (end_time) WHERE end_time IS NOT NULL;
+    CREATE INDEX jobs_starting ON jobs (id) WHERE status = 'Starting';
+    CREATE INDEX jobs_retrying ON jobs (id) WHERE status = 'Retrying';
+    CREATE INDEX jobs_succeeded ON jobs (id) WHERE status = 'Success';
+    CREATE INDEX jobs_running ON jobs (id) WHERE start_time IS NOT NULL AND end_time IS NULL;
+    CREATE INDEX jobs_mode ON jobs (mode);
+    CREATE INDEX jobs_submitter ON jobs (submitter);
+    CREATE INDEX jobs_created_time ON jobs (created_time);
+    CREATE INDEX jobs_tag ON jobs (tag) WHERE tag IS NOT NULL;
+    CREATE INDEX jobs_runtime ON jobs (coalesce(runtime, asked_runtime))
+        WHERE coalesce(runtime, asked_runtime) IS NOT NULL;
+
+    CREATE TABLE devices (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE);
+    CREATE TABLE attempts (             -- that are over; not of echoes
+        job INTEGER NOT NULL REFERENCES jobs (id) ON DELETE CASCADE,
+        serial INTEGER NOT NULL,        -- counts also those that a stop of the server gave back
+        attempt INTEGER NOT NULL,
+        runtime TEXT NOT NULL,
+        start_time TEXT NOT NULL,
+        end_time TEXT NOT NULL,
+        return_code INTEGER NOT NULL,
+        runtime_error TEXT,
+        sent_sha256 BLOB,
+        device INTEGER REFERENCES devices (id),
+        PRIMARY KEY (job, serial)
+    ) WITHOUT ROWID;
+    CREATE INDEX attempts_device ON attempts (device) WHERE device IS NOT NULL;
+    CREATE TABLE logs (                 -- of the attempts that have one
+        id INTEGER PRIMARY KEY,
+        job INTEGER NOT NULL,
+        serial INTEGER NOT NULL,
+        log BLOB NOT NULL,              -- as zlib compresses it
+        dropped INTEGER NOT NULL,       -- bytes that were not kept
+        UNIQUE (job, serial),
+        FOREIGN KEY (job, serial) REFERENCES attempts ON DELETE CASCADE
+    );
+    CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    """
+# The n-th brings a database from version n to n + 1.
+MIGRATIONS = (VERSION_1, VERSION_2)
 VERSION = len(MIGRATIONS)
 
 
@@ -93,6 +156,11 @@ INVARIANTS = (
     ("its return code does not fit its end", "(end_time IS NULL) = (return_code IS NULL)"),
     ("its runtime does not fit its start", "(runtime IS NULL) = (start_time IS NULL)"),
 )
+
+
+# What a job that has not ended does, as it is counted.
+STATE = f"""CASE WHEN start_time IS NOT NULL THEN 'running'
+                WHEN status = '{jobs.RETRYING}' THEN 'retrying' ELSE 'waiting' END"""
 
 
 class Damaged(StoreError):
@@ -206,20 +274,32 @@ def open_writer(path: str) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     writer = connect_to(path, read_only=False)
     version = writer.execute("PRAGMA user_version").fetchone()[0]
-    for number in range(version, VERSION):
-        # before the WAL is there: so the header names the program even after a kill meanwhile
-        writer.executescript(f"""
-            BEGIN IMMEDIATE;
-            {MIGRATIONS[number]}
-            PRAGMA application_id = {APPLICATION_ID};
-            PRAGMA user_version = {number + 1};
-            COMMIT;""")
+    if version < VERSION:
+        _migrate(writer, path, version)
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("PRAGMA foreign_keys = 1")
     # makes the WAL, which has to be there after a kill from here on
     writer.execute("SELECT 1 FROM jobs LIMIT 1")
     return writer
+
+
+def _migrate(writer: sqlite3.Connection, path: str, version: int) -> None:
+    """Bring a database from this version to the last one, whole or not at all."""
+    if version:
+        log.warning("%s: has version %d of the database and is brought to version %d; a million "
+                    "jobs take some seconds", path, version, VERSION)
+    else:
+        writer.execute("PRAGMA auto_vacuum = INCREMENTAL")      # only a file without tables takes it
+    # A new file has no WAL yet: so its header names the program even after a kill meanwhile.
+    writer.executescript(f"""
+        BEGIN IMMEDIATE;
+        {"".join(MIGRATIONS[version:])}
+        PRAGMA application_id = {APPLICATION_ID};
+        PRAGMA user_version = {VERSION};
+        COMMIT;""")
+    if version:
+        log.warning("%s: is of version %d now", path, VERSION)
 
 
 def as_store_error(path: str, error: BaseException) -> BaseException:
@@ -305,6 +385,8 @@ def check(path: str) -> Iterator[str]:
         with contextlib.closing(open_observer(path)) as reader:
             for report, in reader.execute("PRAGMA integrity_check"):
                 yield from (line for line in report.splitlines() if line != "ok")
+            if reader.execute("PRAGMA user_version").fetchone()[0] >= 2:
+                yield from _wrong_counts(reader)
             if not reader.execute(f"SELECT 1 FROM jobs WHERE NOT ({sound}) LIMIT 1").fetchone():
                 return              # one scan of the table, where each of the following takes one
             for wrong, condition in INVARIANTS:
@@ -313,6 +395,16 @@ def check(path: str) -> Iterator[str]:
                     yield f"job {number}: {wrong}"
     except sqlite3.Error as error:
         raise as_store_error(path, error) from error
+
+
+def _wrong_counts(reader: sqlite3.Connection) -> Iterator[str]:
+    """Yield where the kept counts are not those of the jobs."""
+    kept = dict(reader.execute("SELECT state || ' ' || mode, jobs FROM counts"))
+    counted = dict(reader.execute(f"SELECT {STATE} || ' ' || mode, count(*) FROM jobs "
+                                  "WHERE end_time IS NULL GROUP BY 1"))
+    for name in sorted({*kept, *counted}):
+        if kept.get(name, 0) != counted.get(name, 0):
+            yield f"counts: {name}: {kept.get(name, 0)} are kept, {counted.get(name, 0)} are there"
 
 
 def _existing(path: str) -> str:

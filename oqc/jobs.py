@@ -193,6 +193,35 @@ class Outcome(NamedTuple):
     device: Optional[str] = None    # JSON: what the runtime said of itself, as the attempt began
 
 
+class Attempt(NamedTuple):
+    """One attempt at a job, as its details show it."""
+
+    attempt: int                    # 1 is the first
+    runtime: str
+    start_time: str
+    end_time: Optional[str] = None          # None: it runs, and the rest is not known yet
+    return_code: Optional[int] = None
+    runtime_error: Optional[str] = None
+    sent_sha256: Optional[str] = None       # hexadecimal
+    device: Optional[str] = None    # JSON
+
+
+class Details(NamedTuple):
+    """What the ten members of a job do not hold."""
+
+    id: int
+    submitter: str
+    tag: Optional[str]
+    note: Optional[str]             # a JSON object as text
+    priority: int
+    asked_runtime: Optional[str]
+    shots: int
+    seed: int
+    state: str                      # waiting, running or ended
+    due_time: Optional[str]         # not before this is it tried again
+    attempts: List[Attempt]         # as they were made
+
+
 class Ending(NamedTuple):
     """An attempt that is over and the event that it is for its job: "retry", "succeeded" or
     "failed"; or "release", a retry that costs no attempt."""

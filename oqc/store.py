@@ -13,16 +13,17 @@ import logging
 import os
 import sqlite3
 import threading
+import zlib
 from typing import (
-    Any, Callable, Deque, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
+    Any, Callable, Counter, Deque, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
 
 from oqc import jobs
 from oqc.database import (
-    VERSION, Damaged, as_store_error, connect_to, disk_full_error, file_gone_error, inspect,
+    STATE, VERSION, Damaged, as_store_error, connect_to, disk_full_error, file_gone_error, inspect,
     open_writer, resolve, sql_list, take_lock)
 from oqc.jobs import (
-    Addition, Batch, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome, Refused, StoreError,
-    Submission, Task, UnknownJob)
+    Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
+    Outcome, Refused, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
@@ -48,6 +49,9 @@ class Clock(Protocol):
 
     def ago(self, seconds: float) -> str:
         """Return the UTC time `seconds` before now."""
+
+    def at(self, seconds: float) -> str:
+        """Return the UTC time so many seconds since 1970."""
 
     def parse(self, text: str) -> float:
         """Return a UTC time in seconds since 1970."""
@@ -104,24 +108,67 @@ RELEASE = _update("retry", SET_WAITING + ", attempts = attempts - 1", IF_RUNNING
 SETTLE = {event: _update(event, SET_ENDED, IF_RUNNING) for event in ("succeeded", "failed")}
 CANCEL_WAITING = _update("failed", SET_ENDED, IF_WAITING)
 
-# The first five are the members of a Submission.
+# The first five are the first members of a Submission, and the last two of EXTRA the others.
 NEW = "job, mode, shots, seed, echo_code, created_time, submitter, status"
+ENDED = ", runtime, return_code, runtime_error, start_time, end_time, attempts"
+EXTRA = ", tag, note"
+PLAIN_MEMBERS = 5                   # of a Submission, before those of EXTRA
+NO_EXTRA = Submission("", "")[PLAIN_MEMBERS:]
 INSERT = _insert(NEW)
-INSERT_ENDED = _insert(
-    NEW + ", runtime, return_code, runtime_error, start_time, end_time, attempts")
+INSERT_ENDED = _insert(NEW + ENDED)
+INSERT_EXTRA = _insert(NEW + EXTRA)
+INSERT_ENDED_EXTRA = _insert(NEW + ENDED + EXTRA)
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
-TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter "
+TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter, tag, note, status "
         "FROM jobs WHERE id = ?")
 RESULT = ("SELECT coalesce(result, 'null'), coalesce(is_json, 1) "
           "FROM jobs LEFT JOIN results USING (id) WHERE id = ?")
 PRUNE = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)"
-STATUS = """
-    SELECT CASE WHEN start_time IS NOT NULL THEN 'running'
-                WHEN status = ? THEN 'retrying' ELSE 'waiting' END,
-           mode, count(*), min(created_time)
-    FROM jobs WHERE end_time IS NULL GROUP BY 1, 2
+WAITS = f"SELECT mode, {STATE} FROM jobs WHERE id = ? AND end_time IS NULL AND {IF_WAITING}"
+COUNT = "UPDATE counts SET jobs = jobs + ? WHERE state = ? AND mode = ?"
+STATUS = f"""
+    SELECT state, mode, jobs, '' FROM counts
+    UNION ALL SELECT 'oldest', '', 0, (
+        SELECT created_time FROM jobs WHERE status = '{jobs.STARTING}' AND start_time IS NULL
+        ORDER BY id LIMIT 1)
     UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time >= ?
     UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time >= ?"""
+
+# An attempt that is over, copied from its job before that becomes something else.
+ATTEMPT = """
+    INSERT INTO attempts
+    SELECT id, (SELECT coalesce(max(serial), 0) + 1 FROM attempts WHERE job = jobs.id), attempts,
+           runtime, start_time, max(start_time, ?), ?, ?, ?, ?
+    FROM jobs WHERE id = ? AND start_time IS NOT NULL AND attempts = ?"""
+LAST_ATTEMPT = "SELECT max(serial) FROM attempts WHERE job = ? AND attempt = ?"
+LOG = "INSERT OR REPLACE INTO logs (job, serial, log, dropped) VALUES (?, ?, ?, ?)"
+UNUSED_DEVICES = ("DELETE FROM devices "
+                  "WHERE NOT EXISTS (SELECT 1 FROM attempts WHERE device = devices.id)")
+DETAIL_COLUMNS = 14                 # of DETAILS, that are of the job
+# A row for each attempt that is over, after the members of its job; nulls if there is none.
+DETAILS = """
+    SELECT jobs.id, submitter, tag, note, priority, asked_runtime, shots, seed,
+           CASE WHEN jobs.end_time IS NOT NULL THEN 'ended'
+                WHEN jobs.start_time IS NULL THEN 'waiting' ELSE 'running' END,
+           due, mode, attempts, jobs.runtime, jobs.start_time,
+           attempt, done.runtime, done.start_time, done.end_time, done.return_code,
+           done.runtime_error, nullif(lower(hex(sent_sha256)), ''), text
+    FROM jobs LEFT JOIN attempts AS done ON done.job = jobs.id
+    LEFT JOIN devices ON devices.id = device
+    WHERE jobs.id = ? ORDER BY serial"""
+
+
+def _compressed(said: Log) -> bytes:
+    """Return what was said as it is stored, empty for nothing. Not while others wait for a
+    commit: a MiB takes 10 ms."""
+    return zlib.compress(said.text) if said.text else b""
+
+
+def _of_open_jobs(columns: str, condition: str) -> str:
+    """Return the SELECT of open jobs after the id `:last`, by the index of each open status."""
+    return " UNION ALL ".join(
+        f"SELECT {columns} FROM jobs WHERE status = '{status}' AND {condition} AND id > :last"
+        for status in jobs.OPEN)
 
 
 def _up_to_page_bytes(rows: sqlite3.Cursor) -> List[Any]:
@@ -167,6 +214,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         self._lead = threading.Lock()           # of the leader; over _writer and what is below
         self._closed = False
         self._commit_seconds = 0.0              # that the last commit took
+        self._counted: Counter = collections.Counter()      # {(state, mode): change} of it so far
         self._large = threading.Lock()          # held by an add that is LARGE
 
     def close(self) -> None:
@@ -225,45 +273,73 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         result, is_json = rows[0]
         return result, bool(is_json)
 
+    def details(self, number: int) -> Details:
+        """Return what the members of a job do not hold, its attempts above all; raise
+        UnknownJob."""
+        rows = self._read(DETAILS, (number,))
+        if not rows:
+            raise UnknownJob(number)
+        *members, due, mode, attempt, runtime, start_time = rows[0][:DETAIL_COLUMNS]
+        attempts = [Attempt(*row[DETAIL_COLUMNS:]) for row in rows
+                    if row[DETAIL_COLUMNS] is not None]
+        if members[-1] == "running" and mode != "echo":
+            attempts.append(Attempt(attempt, runtime, start_time))
+        due_time = None
+        if due is not None:
+            due_time = self.clock.at(due)
+        return Details(*members, due_time, attempts)
+
+    def log(self, number: int, serial: int) -> Log:
+        """Return what was said in an attempt of a job that is over, the first having the serial 1;
+        an empty Log if that is nothing."""
+        rows = self._read("SELECT log, dropped FROM logs WHERE job = ? AND serial = ?",
+                          (number, serial))
+        if not rows:
+            return Log()
+        compressed, dropped = rows[0]
+        return Log(zlib.decompress(compressed), dropped)
+
     def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
         """Yield pages of (id, mode, due) of the jobs that wait, in id order."""
-        return self._open_pages("id, mode, due", "start_time IS NULL")
+        return self._pages(_of_open_jobs("id, mode, due", IF_WAITING))
 
     def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
         """Yield pages of (id, attempt, mode, runtime) of the jobs that run; at a start: of those
         that a crash cut off."""
-        return self._open_pages("id, attempts, mode, runtime", "start_time IS NOT NULL")
+        return self._pages("SELECT id, attempts, mode, runtime FROM jobs WHERE id > :last "
+                           "AND start_time IS NOT NULL AND end_time IS NULL")
 
-    def _open_pages(self, columns: str, condition: str) -> Iterator[List[Any]]:
-        """Yield pages of these columns (the id first) of the jobs that have not ended."""
-        statement = (f"SELECT {columns} FROM jobs WHERE end_time IS NULL AND {condition} "
-                     "AND id > ? ORDER BY id LIMIT 1000")
+    def _pages(self, statement: str) -> Iterator[List[Any]]:
+        """Yield pages of what this statement selects after the id `:last`; the id is its first."""
+        statement += " ORDER BY id LIMIT 1000"
         last = 0
-        while page := self._read(statement, (last,)):
+        while page := self._read(statement, {"last": last}):
             yield page
             last = page[-1][0]
 
-    def pauses(self) -> Dict[str, Tuple[str, str]]:
-        """Return {runtime: (reason, since)} of the paused ones."""
-        rows = self._read("SELECT * FROM pauses")
-        return {name: (reason, since) for name, reason, since in rows}
+    def pauses(self) -> Dict[str, Tuple[str, str, Optional[str]]]:
+        """Return {runtime: (reason, since, by whose key)} of the paused ones."""
+        rows = self._read("SELECT runtime, reason, since, paused_by FROM pauses")
+        return {name: (reason, since, by) for name, reason, since, by in rows}
 
     def status(self) -> Dict[str, Any]:
         """Return how much waits, runs and has ended, all of one moment: one statement is one
         snapshot."""
         now = self.clock.unix()
-        rows = self._read(STATUS, (jobs.RETRYING, self.clock.ago(60), self.clock.ago(3600)))
+        rows = self._read(STATUS, (self.clock.ago(60), self.clock.ago(3600)))
         open_jobs = {state: {mode: 0 for mode in jobs.MODES}
                      for state in ("waiting", "running", "retrying")}
         ended = {}
-        for state, mode, count, _ in rows:
+        oldest = None
+        for state, mode, count, time in rows:
             if state in open_jobs:
                 open_jobs[state][mode] = count
+            elif state == "oldest":
+                oldest = time
             else:
                 ended[state] = count
         idle = not any(sum(modes.values()) for modes in open_jobs.values())
         age = None
-        oldest = min((created for state, _, _, created in rows if state == "waiting"), default="")
         if oldest:
             age = max(0.0, round(now - self.clock.parse(oldest), 3))
         files = [path for path in (self.path, self.path + "-wal") if os.path.exists(path)]
@@ -271,7 +347,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
                 "ended_last_minute": ended["minute"], "ended_last_hour": ended["hour"],
                 "database_bytes": sum(map(os.path.getsize, files))}
 
-    def _read(self, statement: str, values: Sequence[Any] = (),
+    def _read(self, statement: str, values: Union[Sequence[Any], Dict[str, Any]] = (),
               fetch: Callable[[sqlite3.Cursor], List[Any]] = sqlite3.Cursor.fetchall) -> List[Any]:
         """Return the rows of one SELECT, on a connection that nobody else uses meanwhile."""
         try:
@@ -324,6 +400,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             batch = self._change(PRUNE, cutoff, PRUNED_AT_ONCE)
             deleted += batch
             if batch < PRUNED_AT_ONCE:
+                self._change(UNUSED_DEVICES)
                 return deleted
 
     def claim(self, number: int, runtime: str) -> Optional[Task]:
@@ -331,18 +408,24 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         return self._write(self._claim, number, runtime)
 
     def settle(self, endings: Sequence[Ending]) -> None:
-        """End these attempts; raise IllegalTransition for one that does not run."""
-        self._write(self._settle, endings)
+        """End these attempts and keep what was said in them; raise IllegalTransition for one that
+        does not run."""
+        logs = [_compressed(ending.outcome.log) for ending in endings]
+        self._write(self._settle, endings, logs)
+
+    def keep_log(self, number: int, attempt: int, said: Log) -> None:
+        """Replace what was said in the last attempt that has this number and is over."""
+        self._write(self._keep_log, number, attempt, _compressed(said), said.dropped)
 
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; return False if it does not wait."""
-        now = self.clock.now()
-        return bool(self._change(CANCEL_WAITING, jobs.CANCELLED, "cancelled", now, number))
+        return bool(self._write(self._cancel, number))
 
-    def pause(self, runtime: str, reason: str) -> str:
-        """Remember that a runtime is paused, and why; return since when."""
+    def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
+        """Remember that a runtime is paused, why, and by whose key; return since when."""
         since = self.clock.now()
-        self._change("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?)", runtime, reason, since)
+        self._change("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?, ?)", runtime, reason, since,
+                     by)
         return since
 
     def resume(self, runtime: str) -> None:
@@ -371,26 +454,40 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         endings = []
         outcomes = batch.outcomes or [None] * len(batch.submissions)
         for submission, outcome in zip(batch.submissions, outcomes):
-            values = (*submission[:5], now, batch.submitter)
-            job, mode, *asked = submission[:5]      # asked: shots, seed, return_code
+            values = (*submission[:PLAIN_MEMBERS], now, batch.submitter)
+            number = self._insert(submission, values, outcome)
+            job, mode, *asked = submission      # asked: shots, seed, return_code, tag, note
             if outcome is None:
-                cursor = self._writer.execute(INSERT, (*values, jobs.STARTING))
+                self._counted["waiting", mode] += 1
             else:
                 event = "failed" if outcome.return_code else "succeeded"
-                status = jobs.TRANSITIONS[jobs.STARTING, event]
-                cursor = self._writer.execute(INSERT_ENDED, (
-                    *values, status, mode, outcome.return_code,     # an echo's runtime is "echo"
-                    outcome.runtime_error, now, now, 1))
-                task = Task(cursor.lastrowid or 0, job, mode, 1, *asked)
-                endings.append(Ending(task, event, outcome))
+                endings.append(Ending(Task(number, job, mode, 1, *asked[:3]), event, outcome))
             # Also one that has ended is answered as it was when it came in.
-            added.append(Job(cursor.lastrowid or 0, job, mode, jobs.STARTING, None, None, None,
-                             now, None, None))
+            added.append(Job(number, job, mode, jobs.STARTING, None, None, None, now, None, None))
         if batch.key:
             self._writer.execute(
                 "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
                 (batch.submitter, *batch.key, self.clock.unix(), added[0].id, added[-1].id))
         return Addition(added, endings=endings)
+
+    def _insert(self, submission: Submission, values: Tuple[Any, ...],
+                outcome: Optional[Outcome]) -> int:
+        """Insert a job with these values of NEW but the status; return its id."""
+        extra = submission[PLAIN_MEMBERS:]
+        has_extra = extra != NO_EXTRA
+        statement = INSERT_EXTRA if has_extra else INSERT
+        status = jobs.STARTING
+        ended: Tuple[Any, ...] = ()
+        if outcome is not None:
+            statement = INSERT_ENDED_EXTRA if has_extra else INSERT_ENDED
+            event = "failed" if outcome.return_code else "succeeded"
+            status = jobs.TRANSITIONS[jobs.STARTING, event]
+            now = values[PLAIN_MEMBERS]
+            # an echo's runtime is "echo"
+            ended = (submission.mode, outcome.return_code, outcome.runtime_error, now, now, 1)
+        if has_extra:
+            ended += extra
+        return self._writer.execute(statement, (*values, status, *ended)).lastrowid or 0
 
     def _replay(self, submitter: str, key: IdempotencyKey) -> Optional[Addition]:
         """Return the jobs that were added when this key came before, if it did; raise KeyReused."""
@@ -414,26 +511,80 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         values = (runtime, self.clock.now(), number)
         if not self._writer.execute(CLAIM, values).rowcount:
             return None
-        return Task(*self._writer.execute(TASK, (number,)).fetchone())
+        *members, status = self._writer.execute(TASK, (number,)).fetchone()
+        task = Task(*members)
+        before = "retrying" if status == jobs.RETRYING else "waiting"
+        self._counted[before, task.mode] -= 1
+        self._counted["running", task.mode] += 1
+        return task
 
-    def _settle(self, endings: Sequence[Ending]) -> None:
+    def _cancel(self, number: int) -> bool:
+        rows = self._writer.execute(WAITS, (number,)).fetchall()
+        if not rows:
+            return False
+        (mode, state), = rows
+        values = (jobs.CANCELLED, "cancelled", self.clock.now(), number)
+        self._writer.execute(CANCEL_WAITING, values)
+        self._counted[state, mode] -= 1
+        return True
+
+    def _settle(self, endings: Sequence[Ending], logs: Sequence[bytes]) -> None:
         now = self.clock.now()
         illegal = []
-        for task, event, outcome, delay, _ in endings:
-            if event in SETTLE:
-                statement = SETTLE[event]
-                values = (outcome.return_code, outcome.runtime_error, now)
-            else:
-                statement = RELEASE if event == "release" else RETRY
-                values = (self.clock.unix() + delay,)
-            changed = self._writer.execute(statement, (*values, task.id, task.attempt)).rowcount
-            if not changed:
-                illegal.append(f"job {task.id}, attempt {task.attempt}: {event}")
-            elif event in SETTLE and outcome.result is not None:
-                self._writer.execute("INSERT INTO results VALUES (?, ?, ?)",
-                                     (task.id, outcome.result, outcome.is_json))
+        for ending, compressed in zip(endings, logs):
+            task = ending.task
+            if not self._end(ending, now, compressed):
+                illegal.append(f"job {task.id}, attempt {task.attempt}: {ending.event}")
+                continue
+            self._counted["running", task.mode] -= 1
+            if ending.event not in SETTLE:
+                self._counted["retrying", task.mode] += 1
         if illegal:
             raise IllegalTransition("; ".join(illegal))
+
+    def _end(self, ending: Ending, now: str, compressed: bytes) -> bool:
+        """End an attempt and record it; return False, changing nothing, if it does not run."""
+        task, event, outcome, delay, _ = ending
+        if task.mode != "echo" and (event != "release" or outcome.started):
+            if not self._record(ending, now, compressed):
+                return False
+        if event in SETTLE:
+            statement = SETTLE[event]
+            values = (outcome.return_code, outcome.runtime_error, now)
+        else:
+            statement = RELEASE if event == "release" else RETRY
+            values = (self.clock.unix() + delay,)
+        changed = self._writer.execute(statement, (*values, task.id, task.attempt)).rowcount
+        if changed and event in SETTLE and outcome.result is not None:
+            self._writer.execute("INSERT INTO results VALUES (?, ?, ?)",
+                                 (task.id, outcome.result, outcome.is_json))
+        return bool(changed)
+
+    def _record(self, ending: Ending, now: str, compressed: bytes) -> bool:
+        """Record an attempt, before its job is changed; return False if it does not run."""
+        task = ending.task
+        outcome = ending.outcome
+        device = None
+        if outcome.device is not None:
+            device = self._device(outcome.device)
+        values = (now, outcome.return_code, outcome.runtime_error, outcome.sent_sha256, device)
+        recorded = self._writer.execute(ATTEMPT, (*values, task.id, task.attempt)).rowcount
+        if recorded and compressed:
+            self._keep_log(task.id, task.attempt, compressed, outcome.log.dropped)
+        return bool(recorded)
+
+    def _device(self, text: str) -> int:
+        """Return the id under which this description of a device is kept."""
+        select = "SELECT id FROM devices WHERE text = ?"
+        rows = self._writer.execute(select, (text,)).fetchall()
+        if rows:
+            return int(rows[0][0])
+        return self._writer.execute("INSERT INTO devices (text) VALUES (?)", (text,)).lastrowid or 0
+
+    def _keep_log(self, number: int, attempt: int, compressed: bytes, dropped: int) -> None:
+        serial, = self._writer.execute(LAST_ATTEMPT, (number, attempt)).fetchone()
+        if serial is not None:          # else its job was deleted meanwhile
+            self._writer.execute(LOG, (number, serial, compressed, dropped))
 
     # The line of those who write
 
@@ -486,7 +637,9 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         try:
             self._refuse_if_lost()
             self._writer.execute("BEGIN IMMEDIATE")
+            self._counted.clear()
             refusals = [self._refusal(write) for write in group]
+            self._keep_counts()
             self._writer.execute("COMMIT")
         except Exception as error:  # pylint: disable=broad-exception-caught # each write gets it
             self._undo()
@@ -516,6 +669,12 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             return None
         except Refused as error:
             return error
+
+    def _keep_counts(self) -> None:
+        """Bring the counts in the database up to what this transaction did."""
+        for (state, mode), change in self._counted.items():
+            if change:
+                self._writer.execute(COUNT, (change, state, mode))
 
     def _undo(self) -> None:
         with contextlib.suppress(sqlite3.Error):    # then the next BEGIN fails, and tries again

@@ -24,11 +24,16 @@ log = logging.getLogger("oqc")
 SET_ASIDE_AFTER = 3                 # failures to start, in a row
 FIRST_PAUSE = 1.0                   # seconds that a failing runtime is left alone, doubling
 MOST_PAUSE = 60.0
-CANCELLED = Outcome(jobs.CANCELLED, "cancelled")
-INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
-NEVER_RUN = Outcome(jobs.CANCELLED, interrupted=True)
+INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=True)
+NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
+
+
+def _as_cancelled(outcome: Outcome) -> Outcome:
+    """Return the outcome of a job that was cancelled, with what its runtime had said by then."""
+    return outcome._replace(
+        return_code=jobs.CANCELLED, runtime_error="cancelled", interrupted=True)
 
 
 class _Stopping(Exception):
@@ -50,14 +55,14 @@ class Store(Protocol):
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; return False if it does not wait."""
 
-    def pause(self, runtime: str, reason: str) -> str:
-        """Remember that a runtime is paused; return since when."""
+    def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
+        """Remember that a runtime is paused, why and by whose key; return since when."""
 
     def resume(self, runtime: str) -> None:
         """Forget that a runtime is paused."""
 
-    def pauses(self) -> Dict[str, Tuple[str, str]]:
-        """Return {runtime: (reason, since)} of the paused ones."""
+    def pauses(self) -> Dict[str, Tuple[str, str, Optional[str]]]:
+        """Return {runtime: (reason, since, by whose key)} of the paused ones."""
 
     def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
         """Yield pages of (id, attempt, mode, runtime) of the jobs that a crash cut off."""
@@ -122,6 +127,7 @@ class _Runtime:
         self.since = since              # UTC time of the last change of state
         self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # its workers wait on it
         self.paused: Optional[str] = None       # the reason
+        self.paused_by: Optional[str] = None    # the name of a key, while it is paused
         self.failed_starts = 0          # in a row
         self.aside_until = 0.0          # monotonic seconds
         self.start_error: Optional[str] = None      # the last one, once it is set aside
@@ -188,9 +194,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def start(self) -> None:
         """Take up what the database says: decide on what a crash cut off, queue what waits, start
         the threads."""
-        for name, (reason, since) in self.store.pauses().items():
+        for name, (reason, since, by) in self.store.pauses().items():
             if name in self.runtimes:
                 self.runtimes[name].paused = reason
+                self.runtimes[name].paused_by = by
                 self.runtimes[name].since = since
         for page in self.store.running():
             self.store.settle([self._cut_off(*row) for row in page])
@@ -414,15 +421,17 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         with self.lock:
             if outcome.interrupted:
                 if attempt.cancelled:
-                    return Ending(task, "failed", CANCELLED)
+                    return Ending(task, "failed", _as_cancelled(outcome))
                 failed = has_run and runtime.spec.interrupted == "fail"
-                return Ending(task, "failed" if failed else "release", INTERRUPTED)
+                outcome = outcome._replace(
+                    return_code=INTERRUPTED.return_code, runtime_error=INTERRUPTED.runtime_error)
+                return Ending(task, "failed" if failed else "release", outcome)
             self._note_start(runtime, outcome)
             event = jobs.decide(outcome, task.attempt, self.policy)
             if not outcome.started and runtime.set_aside:
                 event = "release"       # the runtime's fault: it costs the job no attempt
             if attempt.cancelled and event in ("release", "retry"):
-                return Ending(task, "failed", CANCELLED)
+                return Ending(task, "failed", _as_cancelled(outcome))
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
 
     def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
@@ -511,7 +520,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if attempt is not None:
                 while not self.clock.wait(attempt.over, STORE_AGAIN):
                     self.store.cancel(number)   # changes nothing, but raises if it could not
-                if attempt.ending is not None and attempt.ending.outcome is CANCELLED:
+                if attempt.ending is not None and attempt.ending.event == "failed" \
+                        and attempt.ending.outcome.interrupted:
                     return self.store.get(number)       # ended by this, not by itself
             elif self.store.cancel(number):
                 with self.lock:
@@ -536,14 +546,15 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     return attempt
         return None
 
-    def pause(self, name: str, reason: str) -> Dict[str, Any]:
-        """Let what runs on this runtime end and start no other; return its description. Raise
-        KeyError."""
+    def pause(self, name: str, reason: str, by: str = "oqc") -> Dict[str, Any]:
+        """Let what runs on this runtime end and start no other; return its description. `by`: the
+        name of a key. Raise KeyError."""
         runtime = self.runtimes[name]
         with self._pausing:
-            since = self.store.pause(name, reason)
+            since = self.store.pause(name, reason, by)
             with self.lock:
                 runtime.paused = reason
+                runtime.paused_by = by
                 runtime.since = since
         self.waiting.notify()
         log.warning("runtime %s is paused: %s", name, reason or "no reason given")
@@ -557,6 +568,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             with self.lock:
                 if runtime.paused is not None:
                     runtime.paused = None
+                    runtime.paused_by = None
                     runtime.since = self.clock.now()
                     log.warning("runtime %s is resumed", name)
         runtime.ring()
@@ -571,7 +583,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             return {"name": name, "modes": list(runtime.spec.modes),
                     "protocol": runtime.spec.protocol, "slots": runtime.spec.slots,
                     "state": runtime.state(), "reason": reason,
-                    "running": sorted(runtime.running), "ended": runtime.jobs_ended,
+                    "paused_by": runtime.paused_by, "running": sorted(runtime.running), "ended": runtime.jobs_ended,
                     "failures": runtime.jobs_failed, "since": runtime.since}
 
     def uptime(self) -> float:

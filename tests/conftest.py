@@ -226,6 +226,10 @@ class HandClock:
     def now(self):
         return f"2027-01-15T08:00:{self.seconds % 60:09.6f}Z"
 
+    @staticmethod
+    def at(seconds):
+        return f"at {seconds:.3f}"
+
     def unix(self):
         return self.wall
 

@@ -3,6 +3,7 @@ that is cut short, and a disk whose room is not known."""
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from conftest import ROOT, until
 
 from oqc import jobs
-from oqc.database import INVARIANTS, MIGRATIONS, check, disk_full_error, open_writer
+from oqc.database import (
+    INVARIANTS, MIGRATIONS, VERSION, backup, check, disk_full_error, open_writer)
 
 # SHA-256 of the schema that each released version made, as `schema` gives it. Never edit one.
 RELEASED = ["8bf7020b97686fd5b5f56a6ca882bc6c5ea0ce12548cfe00b35e5616996d58c1"]
@@ -100,6 +102,104 @@ def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(tmp_path):
         process.send_signal(signal.SIGINT)      # heard when SQLite has done with its step
     assert process.wait(20) == 130
     assert not copy.exists()
+
+
+# From version 1
+
+@pytest.fixture
+def version_1(tmp_path):
+    """The path of a database as the release with version 1 left it when it was killed."""
+    return shutil.copy(ROOT / "tests" / "version_1.db", str(tmp_path / "oqc.db"))
+
+
+def everything(path, columns="*"):
+    """All jobs, or these columns of them, and all results and pauses, without a writer."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return [connection.execute(f"SELECT {names} FROM {table} ORDER BY 1").fetchall()
+                for names, table in ((columns, "jobs"), ("*", "results"),
+                                     ("runtime, reason, since", "pauses"))]
+
+
+def version_of(path):
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+COLUMNS_1 = ("id, job, mode, status, runtime, return_code, runtime_error, created_time, start_time, "
+             "end_time, attempts, due, shots, seed, echo_code, submitter")
+
+
+def test_a_database_of_version_1_is_brought_to_the_last_one_with_all_that_is_in_it(
+        version_1, caplog):
+    before = everything(version_1)
+    with contextlib.closing(open_writer(version_1)) as connection:
+        assert schema(connection) == schema_of(len(MIGRATIONS))
+        counts = connection.execute(
+            "SELECT state, mode, jobs FROM counts WHERE jobs > 0 ORDER BY state").fetchall()
+        others = connection.execute("SELECT count(*) FROM counts WHERE jobs = 0").fetchone()
+    assert everything(version_1, COLUMNS_1) == before
+    assert counts == [("retrying", "verbatim", 1), ("running", "verbatim", 1),
+                      ("waiting", "verbatim", 1)]
+    assert others == (6,)
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        f"has version 1 of the database and is brought to version {VERSION}; a million jobs take "
+        "some seconds", f"is of version {VERSION} now"]
+    assert not list(check(version_1))
+
+
+def test_a_fresh_database_says_nothing_of_versions_and_can_give_room_back(tmp_path, caplog):
+    with contextlib.closing(open_writer(str(tmp_path / "oqc.db"))) as connection:
+        assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)      # incremental
+    assert not caplog.records
+
+
+def test_a_check_and_a_backup_read_version_1_and_leave_it_as_it_is(version_1, tmp_path):
+    before = everything(version_1)
+    assert not list(check(version_1))
+    backup(version_1, str(tmp_path / "copy.db"))
+    assert version_of(version_1) == version_of(tmp_path / "copy.db") == 1
+    assert everything(tmp_path / "copy.db") == before
+    with contextlib.closing(sqlite3.connect(version_1)) as connection, connection:
+        connection.execute("PRAGMA ignore_check_constraints = 1")
+        connection.execute("UPDATE jobs SET mode = 'odd' WHERE id = 4")
+    assert "job 4: its mode is none of the three" in list(check(version_1))
+
+
+MORE_JOBS = """
+    WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 100000)
+    INSERT INTO jobs (job, mode, status, runtime, return_code, created_time, start_time, end_time,
+                      attempts, shots, seed, echo_code, submitter)
+    SELECT 'X(90)', 'echo', 'Success', 'echo', 0, '2027', '2027', '2027', 1, 1, n, 0, 'bob' FROM n
+    """
+MIGRATE = "import sys; from oqc.database import open_writer; open_writer(sys.argv[1])"
+
+
+def test_a_migration_that_is_killed_has_changed_nothing_and_the_next_one_does_it(version_1):
+    with contextlib.closing(sqlite3.connect(version_1)) as connection, connection:
+        connection.execute(MORE_JOBS)
+    before = everything(version_1)
+    wal = Path(version_1 + "-wal")
+    for size in (0, 1 << 20, 4 << 20):
+        process = subprocess.Popen([sys.executable, "-c", MIGRATE, version_1], cwd=ROOT)
+        # Nothing but the migration writes so much.
+        until(lambda: wal.exists() and wal.stat().st_size >= size)      # pylint: disable=cell-var-from-loop # called at once
+        process.kill()
+        assert process.wait(20) == -signal.SIGKILL
+        assert version_of(version_1) == 1
+        assert everything(version_1) == before
+    subprocess.run([sys.executable, "-c", MIGRATE, version_1], cwd=ROOT, check=True, timeout=60)
+    assert version_of(version_1) == VERSION
+    assert everything(version_1, COLUMNS_1) == before
+    assert not list(check(version_1))
+
+
+@pytest.mark.parametrize("change", ["UPDATE counts SET jobs = 2 WHERE state = 'waiting'",
+                                    "DELETE FROM counts WHERE state = 'waiting'",
+                                    "DELETE FROM jobs WHERE id = 7"])
+def test_a_check_compares_the_kept_counts_with_the_jobs(version_1, change):
+    with contextlib.closing(open_writer(version_1)) as connection:
+        connection.execute(change)
+        assert any(line.startswith("counts: ") and "waiting" in line for line in check(version_1))
 
 
 def test_a_file_system_that_counts_no_blocks_is_never_full():

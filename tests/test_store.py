@@ -294,7 +294,7 @@ def test_the_members_of_a_job_tell_its_story(store, clock):
     assert store.get(number) == told
     clock.seconds += 1
     task = store.claim(number, "qpu")
-    assert task == jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
+    assert task == jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0, "alice")
     assert store.get(number) == told._replace(runtime="qpu", start_time=clock.now())
     clock.seconds += 1
     store.settle([ending(task, "retry", delay=9.0)])
@@ -313,7 +313,7 @@ def test_the_members_of_a_job_tell_its_story(store, clock):
 
 def test_a_release_costs_no_attempt_and_a_retry_does(store):
     number = running(store)
-    task = jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
+    task = jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0, "alice")
     store.settle([ending(task, "release")])
     assert store.claim(number, "qpu").attempt == 1
     store.settle([ending(task, "retry")])
@@ -324,7 +324,7 @@ def test_what_an_attempt_says_that_is_over_is_illegal_while_the_next_one_runs(st
     number = running_again(store)
     before = rows(tmp_path)
     with pytest.raises(IllegalTransition, match=f"job {number}, attempt 1: succeeded"):
-        store.settle([ending(jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0), "succeeded")])
+        store.settle([ending(jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0, "alice"), "succeeded")])
     assert rows(tmp_path) == before and store.result(number) == ("null", True)
 
 
@@ -341,7 +341,7 @@ def test_an_ending_that_is_illegal_leaves_the_others_of_its_call_ended(store, tm
     good = running(store)
     ended = succeeded(store)
     before = rows(tmp_path, ended)
-    tasks = [jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0) for number in (ended, good)]
+    tasks = [jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0, "alice") for number in (ended, good)]
     with pytest.raises(IllegalTransition, match=f"^job {ended}, attempt 1: failed$"):
         store.settle([ending(task, "failed") for task in tasks])
     assert store.get(good).status == "Runtime Error" and rows(tmp_path, ended) == before
@@ -373,17 +373,17 @@ def test_what_waits_and_what_runs_comes_back_in_id_order_after_the_store_is_open
 
 def test_pauses_are_kept_until_they_are_resumed(opened, clock):
     first = opened()
-    since = first.pause("qpu", "cable")
-    first.pause("other", "")
+    since = first.pause("qpu", "cable", "carol")
+    first.pause("other", "", "oqc")
     first.close()
     store = opened()
-    assert store.pauses() == {"qpu": ("cable", since), "other": ("", since)}
+    assert store.pauses() == {"qpu": ("cable", since, "carol"), "other": ("", since, "oqc")}
     assert since == clock.now()
     clock.seconds += 1
-    store.pause("qpu", "warm")
+    store.pause("qpu", "warm", "oqc")
     store.resume("other")
     store.resume("nobody")
-    assert store.pauses() == {"qpu": ("warm", clock.now())}
+    assert store.pauses() == {"qpu": ("warm", clock.now(), "oqc")}
 
 
 # Ids
@@ -419,7 +419,7 @@ def test_a_key_counts_once_for_each_name_for_a_day(store, clock, tmp_path):
     assert not store.add([ECHO], "bob", IdempotencyKey("k", "another")).replayed
     clock.wall += 86401
     assert not store.add([ECHO], "alice", IdempotencyKey("k", "another")).replayed
-    assert [row[-1] for row in rows(tmp_path)] == ["alice", "alice", "bob", "alice"]
+    assert [row[15] for row in rows(tmp_path)] == ["alice", "alice", "bob", "alice"]
 
 
 # What SQL itself refuses
@@ -584,7 +584,7 @@ def test_a_job_whose_end_is_known_is_stored_as_ended_with_one_commit(store, writ
     addition = store.add([ECHO._replace(return_code=code) for code in outcomes], "alice",
                          outcomes=list(outcomes.values()))
     assert [statement.split()[0] for statement in writer.statements] == [
-        "BEGIN", "INSERT", "INSERT", "INSERT", "COMMIT"]
+        "BEGIN", "INSERT", "INSERT", "INSERT", "UPDATE", "COMMIT"]
     now = clock.now()
     as_it_came = ("Starting", None, None, None, now, None, None)
     assert [store.get(number)[3:] for number in (1, 2, 3)] == [
@@ -763,9 +763,9 @@ READS = {
         lambda store, last: store.page(None, 10, True, status="Runtime Error"),
         "USING INDEX jobs_failed"),
     "the jobs that wait": (
-        lambda store, last: list(store.waiting()), "jobs_end_time (end_time=? AND rowid>?)"),
+        lambda store, last: list(store.waiting()), "jobs_starting (id>?)"),
     "the jobs that run": (
-        lambda store, last: list(store.running()), "jobs_end_time (end_time=? AND rowid>?)"),
+        lambda store, last: list(store.running()), "jobs_running (id>?)"),
     "one job": (lambda store, last: store.get(last), "USING INTEGER PRIMARY KEY (rowid=?)"),
 }
 

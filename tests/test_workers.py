@@ -322,7 +322,7 @@ def test_what_is_no_answer_is_tried_again_until_attempts_run_out(lab, code, erro
 
 def test_a_job_that_waits_for_its_next_attempt_says_so_and_holds_no_runtime(still):
     first_attempt = (1, "X(90)", "verbatim", 1, 1000, 1, 0)
-    qpu = still.runtime(lambda task, _: BUSY if task == first_attempt else DONE)
+    qpu = still.runtime(lambda task, _: BUSY if task[:7] == first_attempt else DONE)
     still.start()
     number = still.add()
     still.end(still.add())          # on the same runtime, after the first attempt at the other
@@ -942,7 +942,7 @@ def test_a_runtime_says_how_it_fares(lab):
     lab.runtime(attempt, slots=2)
     lab.start()
     fresh = {"name": "qpu", "modes": ["verbatim"], "protocol": "exec", "slots": 2,
-             "state": "idle", "reason": None, "since": lab.workers.runtimes["qpu"].since,
+             "state": "idle", "reason": None, "paused_by": None, "since": lab.workers.runtimes["qpu"].since,
              "running": [], "ended": 0, "failures": 0}
     assert lab.workers.describe("qpu") == fresh
     lab.add()
