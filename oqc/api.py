@@ -7,20 +7,23 @@ import base64
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import pkgutil
 import re
 import threading
 from typing import (
-    Any, Callable, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
+    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
 
 from oqc import __version__, bloch, jobs, manual
 from oqc.jobs import (
-    Addition, Batch, IdempotencyKey, Job, Malformed, Outcome, StoreError, Submission, UnknownJob)
+    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, StoreError,
+    Submission, UnknownJob)
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
     json_response, number, parameters, problem_response, text_response, wants_text)
-from oqc.text import job_rows, metrics_text, result_text, table, whole_lines
+from oqc.text import (
+    LogText, details_text, job_rows, metrics_text, result_text, table, whole_lines)
 
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
@@ -28,11 +31,15 @@ HEAVY = 4                           # reads of many rows at once: more only keep
 MOST_JOBS = 10_000                  # in one array
 SMALL_BODY = 1 << 13                # bytes of a body that costs other clients no time
 MOST_WAIT = 300                     # seconds
+FOLLOW_EVERY = 0.25                 # seconds between looks at a log that is followed
 MOST_REASON = 1000                  # bytes of the reason of a pause
 AGE_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}        # in seconds
 KEY_HEADERS = ("api_key", "x-api-key")
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
+DETAILS = (                         # the members of a job's details, in their order
+    "id", "submitter", "tag", "note", "priority", "asked_runtime", "shots", "seed", "sha256",
+    "state", "due_time", "ahead", "waits_for", "attempts")
 WANTS_HTML = re.compile(rb"\s*text/html\b")
 
 Headers = Tuple[Tuple[str, str], ...]
@@ -53,6 +60,12 @@ class Store(Protocol):
     def page(self, after: Optional[int], limit: int, descending: bool = False,
              **equal: Optional[str]) -> List[Job]:
         """Return a page of jobs, as plain tuples of Job's members: a listing makes no Job."""
+
+    def details(self, number: int) -> Details:
+        """Return what the members of a job do not hold."""
+
+    def log(self, number: int, serial: int) -> Log:
+        """Return what was said in an attempt that is over; the first has the serial 1."""
 
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON)."""
@@ -85,6 +98,12 @@ class Workers(Protocol):
     def cancel(self, number: int) -> Job:
         """End a job and return it; raise Ended, UnknownJob."""
 
+    def outlook(self, job: Job, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
+        """Return (how many jobs are before one that waits, what it waits for)."""
+
+    def log(self, number: int) -> Optional[Log]:
+        """Return what was said so far in the attempt that runs; None if none does."""
+
     def pause(self, name: str, reason: str, by: str = "oqc") -> Dict[str, Any]:
         """Pause a runtime; return its description, raise KeyError."""
 
@@ -109,11 +128,17 @@ class Waiting(Protocol):
 
     changes: int                    # how much has happened so far
 
-    def until_ended(self, numbers: Sequence[int], seconds: float) -> List[Job]:
+    def until_ended(self, numbers: Sequence[int], seconds: float, name: str) -> List[Job]:
         """Return jobs when they have ended; none if there is no room to wait."""
 
-    def for_change(self, since: int, seconds: float) -> None:
+    def for_change(self, since: int, seconds: float, name: str) -> None:
         """Return as soon as `changes` is not `since`."""
+
+    def place(self, name: str) -> ContextManager[bool]:
+        """Hold a place for one that waits; gives whether there was one."""
+
+    def for_more(self, number: int, seconds: float) -> bool:
+        """Wait for a job to end; return whether to go on with it."""
 
 
 def _data(name: str) -> bytes:
@@ -279,7 +304,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             # Whatever became of them since: they were added, and that is what the answer says.
             with contextlib.suppress(UnknownJob, StoreError):
-                added, headers = self._wait_for_ends(added, seconds)
+                added, headers = self._wait_for_ends(added, seconds, request.key_name)
         return _created(added, many, addition.replayed, headers)
 
     def _parse_add(self, request: Request) -> Union[Batch, Exception]:
@@ -414,6 +439,78 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             return text_response(result_text(result))
         return Response(200, result.encode() + b"\n")
 
+    def details(self, request: Request, job_number: str) -> Response:
+        """GET /jobs/{id}/details/: what its ten members do not hold, its attempts above all."""
+        known_id = job_id(job_number)
+        parameters(request.query, ())
+        details = self._details(self.store.get(known_id))
+        if wants_text(request):
+            return text_response(details_text(details))
+        return json_response(details)
+
+    def _details(self, job: Job) -> Dict[str, Any]:
+        """Return a job's details, as JSON has them."""
+        stored = self.store.details(job.id)
+        ahead = waits_for = None
+        if stored.state == "waiting":
+            ahead, waits_for = self.workers.outlook(job, stored.due_time)
+        details = stored._asdict()
+        details["note"] = _parsed(stored.note)
+        # The receipts of the attempts are to be compared with it.
+        details["sha256"] = hashlib.sha256(job.job.encode()).hexdigest()
+        details["ahead"] = ahead
+        details["waits_for"] = waits_for
+        details["attempts"] = [
+            {**attempt._asdict(), "device": _parsed(attempt.device)} for attempt in stored.attempts]
+        return {name: details[name] for name in DETAILS}
+
+    def log(self, request: Request, job_number: str) -> Response:
+        """GET /jobs/{id}/log/: what its runtimes wrote on standard error, attempt by attempt.
+        `?follow=1` goes on until the job has ended."""
+        known_id = job_id(job_number)
+        follow = choice(parameters(request.query, ("follow",)), "follow", ("1",))
+        self.store.get(known_id)
+        pieces = self._log_pieces(known_id, request.key_name if follow else None)
+        # Now, so that what is wrong is found before the response begins.
+        first = next(pieces, b"")
+        if not follow:
+            return Response(200, first + b"".join(pieces), PLAIN)
+        return Response(200, itertools.chain([first], pieces), PLAIN)
+
+    def _log_pieces(self, number: int, follower: Optional[str]) -> Iterator[bytes]:
+        """Yield a job's log, and with the name of a follower what is new, until it has ended."""
+        if follower is None:
+            yield from self._new_log(LogText(), number, [])
+            return
+        with self.waiting.place(follower) as has_room:
+            if not has_room:
+                raise Problem(503, "too many requests wait or follow already; ask without follow, "
+                              "or again later", ("Retry-After", "10"))
+            yield b""                       # the head of the response need not wait
+            text = LogText()
+            over: List[Attempt] = []        # that were shown to their end
+            goes_on = True
+            while goes_on:
+                ended = self.store.get(number).end_time is not None     # first: then all is there
+                yield from self._new_log(text, number, over)
+                goes_on = not ended and self.waiting.for_more(number, FOLLOW_EVERY)
+
+    def _new_log(self, text: LogText, number: int, over: List[Attempt]) -> Iterator[bytes]:
+        """Yield what is new in a job's log, and add to `over` the attempts that are."""
+        for serial, attempt in enumerate(self.store.details(number).attempts, 1):
+            if serial <= len(over):
+                continue
+            if attempt.end_time is None:
+                said = self.workers.log(number)
+                if said is None:        # it is over by now, or has not begun yet
+                    return
+            else:
+                said = self.store.log(number, serial)
+                over.append(attempt)
+            piece = text.of(attempt, said)
+            if piece:
+                yield piece.encode()
+
     def picture(self, _: Request, job_number: str) -> Response:
         """GET /jobs/{id}/bloch.svg: the path of a simulation on the Bloch sphere."""
         job = self.store.get(job_id(job_number))
@@ -431,13 +528,14 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         job = self.store.get(known_id)
         if not seconds or job.end_time is not None:
             return job, ()
-        (job,), headers = self._wait_for_ends([job], seconds)
+        (job,), headers = self._wait_for_ends([job], seconds, request.key_name)
         return job, headers
 
-    def _wait_for_ends(self, waited_for: List[Job], seconds: float) -> Tuple[List[Job], Headers]:
+    def _wait_for_ends(self, waited_for: List[Job], seconds: float,
+                       name: str) -> Tuple[List[Job], Headers]:
         """Return these jobs as soon as all have ended, or as they are after so many seconds; and
         as they are now, with a Retry-After, when there is no room for another that waits."""
-        ended = self.waiting.until_ended([job.id for job in waited_for], seconds)
+        ended = self.waiting.until_ended([job.id for job in waited_for], seconds, name)
         if not ended:
             return waited_for, (("Retry-After", "1"),)
         return ended, ()
@@ -488,7 +586,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             if since is None:
                 since = self.waiting.changes
-            self.waiting.for_change(since, seconds)
+            self.waiting.for_change(since, seconds, request.key_name)
         change = self.waiting.changes   # before the store is read: nothing after it goes unnoticed
         with self._heavy:
             stored = self.store.status()
@@ -553,6 +651,11 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             raise Problem(404, "no runtime has this name; GET /runtimes/ lists them") from None
 
 
+def _parsed(text: Optional[str]) -> Any:
+    """Return the value of a JSON text that is stored, None for none."""
+    return None if text is None else json.loads(text)
+
+
 def _created(added: List[Job], many: bool, replayed: bool, headers: Headers = ()) -> Response:
     """Return the 201 for jobs that are on disk: an array if they came so."""
     if replayed:
@@ -592,6 +695,8 @@ ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/jobs/list/?", {"GET": Api.list, "DELETE": Api.prune}),
     (r"/jobs/([^/]+)/?", {"GET": Api.get, "DELETE": Api.cancel}),
     (r"/jobs/([^/]+)/result/?", {"GET": Api.result}),
+    (r"/jobs/([^/]+)/details/?", {"GET": Api.details}),
+    (r"/jobs/([^/]+)/log/?", {"GET": Api.log}),
     (r"/jobs/([^/]+)/bloch\.svg", {"GET": Api.picture}),
     (r"/", {"GET": Api.root}),
     (r"/help/?", {"GET": Api.help}),

@@ -12,10 +12,10 @@ import sys
 from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
 from urllib.parse import quote, urlencode
 
-from oqc.client import LOCAL, Client, Failed, connect, decoded
+from oqc.client import ANSWER_TIMEOUT, LOCAL, Client, Failed, connect, decoded
 from oqc.config import Command, decimal, whole
 
-EX_FAILED, EX_TEMPFAIL = 1, 75      # sysexits.h
+EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 2, 75         # sysexits.h, and what argparse ends with
 NOT_ENDED = 124                     # timeout(1)
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 128 + 2, 128 + 13, 128 + 15      # the shell
 CANCEL_TIMEOUT = 1.0                    # seconds for a cancel after TERM: KILL may come after two
@@ -43,13 +43,25 @@ def progress(text: str) -> None:
             print(ERASE + text, end="", file=sys.stderr, flush=True)
 
 
+def visible(text: str, kept: str = "\t") -> str:
+    """Return a text with what would move a cursor, but for these characters, as `\\x1b`."""
+    return "".join(char if char.isprintable() or char in kept else repr(char)[1:-1]
+                   for char in text)
+
+
+def visible_lines(data: bytes) -> bytes:
+    """Return the same of lines of UTF-8, also of a piece that begins or ends in a character."""
+    text = data.decode("utf-8", "surrogateescape")
+    shown = "".join(char if "\udc80" <= char <= "\udcff" else visible(char, "\t\n")
+                    for char in text)
+    return shown.encode("utf-8", "surrogateescape")
+
+
 def say(line: str) -> None:
-    """Write a line on standard error, if it can be written; what would move the cursor, as text."""
+    """Write a line on standard error, if it can be written."""
     progress("")
-    shown = "".join(char if char.isprintable() or char == "\t" else repr(char)[1:-1]
-                    for char in line)
     with contextlib.suppress(OSError):
-        print(shown, file=sys.stderr, flush=True)
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def write(data: bytes) -> int:
@@ -67,10 +79,12 @@ def write(data: bytes) -> int:
     return 0
 
 
-def show(client: Client, path: str) -> int:
-    """Write what the server has at a path, for a terminal as a table; return 0."""
-    for piece in client.stream("GET", path, text=sys.stdout.isatty()):
-        write(piece)
+def show(client: Client, path: str, seconds: float = ANSWER_TIMEOUT) -> int:
+    """Write what the server has at a path, for a terminal as a table in which nothing moves the
+    cursor; return 0. `seconds`: until the answer comes, and between two pieces of it."""
+    terminal = sys.stdout.isatty()
+    for piece in client.stream("GET", path, text=terminal, seconds=seconds):
+        write(visible_lines(piece) if terminal else piece)
     return 0
 
 
@@ -121,7 +135,8 @@ def show_ended(client: Client, deadline: float, number: int, part: str = "",
         return NOT_ENDED
     path = f"/jobs/{number}/{part}"
     text = sys.stdout.isatty()
-    write(client.patiently(lambda _: client.ask("GET", path, text=text), deadline))
+    answer = client.patiently(lambda _: client.ask("GET", path, text=text), deadline)
+    write(visible_lines(answer) if text else answer)
     if part and job["runtime_error"]:
         say(label + job["runtime_error"])
     return int(job["return_code"])
@@ -251,6 +266,13 @@ def job_members(options: argparse.Namespace) -> Dict[str, Any]:
         if text:
             is_number = re.fullmatch("[0-9]{1,19}", text)
             members[name] = int(text) if is_number else text    # the server refuses other text
+    if options.tag is not None:
+        members["tag"] = options.tag
+    if options.note is not None:
+        try:
+            members["note"] = json.loads(options.note)
+        except ValueError:
+            raise CommandFailed("--note: expected a JSON object", EX_USAGE) from None
     return members
 
 
@@ -280,6 +302,14 @@ def batches() -> Iterator[List[Line]]:
 def show_jobs(part: str, client: Client, options: argparse.Namespace) -> int:
     """Show jobs, or a part of each."""
     return for_each(lambda number: show(client, f"/jobs/{number}/{part}"), options.ids)
+
+
+def show_logs(client: Client, options: argparse.Namespace) -> int:
+    """Show what was said in the attempts at jobs; with --follow while they run."""
+    if not options.follow:
+        return show_jobs("log/", client, options)
+    return for_each(lambda number: show(client, f"/jobs/{number}/log/?follow=1", math.inf),
+                    options.ids)
 
 
 def wait(client: Client, options: argparse.Namespace) -> int:
@@ -349,7 +379,7 @@ command asks again.
 COMMANDS = {
     "add": Command(
         "JOB", "add a job, or with - each line of standard input; with --wait show results",
-        add, "job --mode --shots --seed --return-code --wait", ADD),
+        add, "job --mode --shots --seed --return-code --tag --note --wait", ADD),
     "get": Command("ID", "show jobs", functools.partial(show_jobs, ""), "ids"),
     "list": Command("", "show all jobs, or a page of them",
                     list_jobs, "--status --mode --limit --after --order"),
@@ -358,6 +388,10 @@ COMMANDS = {
     "cancel": Command("ID", "cancel jobs", cancel, "ids"),
     "result": Command("ID", "show the results of jobs: what their runtimes wrote",
                       functools.partial(show_jobs, "result/"), "ids"),
+    "details": Command("ID", "show the attempts at jobs, their tags and notes, what they wait for",
+                       functools.partial(show_jobs, "details/"), "ids"),
+    "log": Command("ID", "show what the runtimes of jobs wrote on standard error",
+                   show_logs, "ids --follow"),
     "prune": Command("--older-than AGE", "delete the jobs that ended longer ago than AGE",
                      prune, "--older-than"),
     "runtimes": Command("", "show the runtimes: their states, modes and jobs",
@@ -395,6 +429,11 @@ ARGUMENTS: Dict[str, Dict[str, Any]] = {
         "help": "wait until the job has ended, with =SECONDS at most so long"},
     "--seconds": {"type": duration, "default": math.inf,
                   "help": "wait at most so long [default: without end]"},
+    "--follow": {"action": "store_true",
+                 "help": "go on with what is written, until the job has ended"},
+    "--tag": {"help": "a name for what they belong to, such as a sweep: letters, digits, ., _, -"},
+    "--note": {"metavar": "JSON",
+               "help": "an object that is kept with them, such as '{\"sample\": \"A\"}'"},
     "--status": {"help": "only jobs with this status: Starting, Retrying, Success, Runtime Error"},
     "--limit": {"help": "show at most so many jobs, 1 to 10000"},
     "--after": {"help": "only jobs that follow this id in the list"},

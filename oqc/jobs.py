@@ -46,6 +46,8 @@ DEFAULT_SHOTS = 1000
 MOST_SHOTS = 1_000_000
 MOST_SEED = 2 ** 63 - 1
 WHOLE_NUMBER = "expected a whole number from {} to {}"
+TAG = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MOST_NOTE = 1024                    # bytes of JSON
 DIGITS = re.compile("[0-9]{1,19}")  # ASCII digits; 19 hold 2**63 - 1
 
 # Bounds of the histogram of durations, in seconds.
@@ -303,7 +305,7 @@ def parse(value: Any) -> Submission:
     seed = _whole(value, "seed", MOST_SEED) if "seed" in value else None
     shots = _whole(value, "shots", MOST_SHOTS, DEFAULT_SHOTS)
     return_code = _whole(value, "return_code", 255, 0)
-    return Submission(job, mode, shots, seed, return_code)
+    return Submission(job, mode, shots, seed, return_code, _tag(value), _note(value))
 
 
 def explain(job: str) -> str:
@@ -334,6 +336,37 @@ def _text(value: Dict[str, Any], name: str) -> str:
     if name not in value:
         raise Malformed(f"{name}: missing; a job has the members job and mode")
     raise Malformed(f"{name}: expected text, found {KINDS[type(text)]}")
+
+
+def _tag(value: Dict[str, Any]) -> Optional[str]:
+    """Return the member tag, None without it; raise Malformed."""
+    if "tag" not in value:
+        return None
+    tag = value["tag"]
+    if not isinstance(tag, str) or not TAG.fullmatch(tag):
+        found = json.dumps(tag)[:80] if isinstance(tag, str) else KINDS[type(tag)]
+        raise Malformed("tag: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a "
+                        f"letter or digit, found {found}")
+    return tag
+
+
+def _note(value: Dict[str, Any]) -> Optional[str]:
+    """Return the member note, a JSON object, as text, None without it; raise Malformed."""
+    if "note" not in value:
+        return None
+    note = value["note"]
+    if not isinstance(note, dict):
+        raise Malformed(f"note: expected an object, found {KINDS[type(note)]}")
+    try:
+        text = json.dumps(note, ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise Malformed("note: half of a surrogate pair is no text") from None
+    except (ValueError, RecursionError):        # 1e999 is read as infinity
+        raise Malformed("note: a number is too large, or it is nested too deeply") from None
+    if size > MOST_NOTE:
+        raise Malformed(f"note: expected {MOST_NOTE} bytes of JSON at most, found {size}")
+    return text
 
 
 def _whole(value: Dict[str, Any], name: str, most: int, default: int = 0) -> int:

@@ -3,8 +3,8 @@ import pkgutil
 from typing import Dict, Iterator
 
 # In the order in which somebody who is new reads them. The first line of each is "# NAME: LINE".
-TOPICS = ("start", "jobs", "commands", "http", "runtimes", "configuration", "keys", "operations",
-          "sweeps", "growing", "limits", "changes")
+TOPICS = ("start", "jobs", "commands", "http", "runtimes", "debugging", "configuration", "keys",
+          "operations", "sweeps", "growing", "limits", "changes")
 
 
 def read() -> Dict[str, str]:

@@ -93,9 +93,9 @@ class Handler(socketserver.BaseRequestHandler):
         chunked = connection.head.minor > 0
         data = connection.response_head(self.server.date, self.server.stopping)
         for piece in connection.response.body:
-            if chunked:
+            if chunked and piece:       # an empty chunk would be the last one
                 data += b"%x\r\n%b\r\n" % (len(piece), piece)
-            else:
+            elif piece:
                 data += piece
             connection.sock.settimeout(limits.head_seconds + len(piece) / limits.pace)
             connection.sock.sendall(data)

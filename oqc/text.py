@@ -1,12 +1,22 @@
-"""Tables and Prometheus's format: what a person or a scraper reads, as text."""
+"""Tables, logs and Prometheus's format: what a person or a scraper reads, as text."""
+import codecs
 import json
 import re
-from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {}\n"
-MOST_OF_A_JOB = 60                  # characters of a job string in a table
+from oqc.jobs import Attempt, Log
+
+JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {:40}  {}"
+MOST_OF_A_JOB = 40                  # characters of a job string in a table of jobs
+MOST_OF_AN_ERROR = 200              # characters of a runtime_error there
 BAR = 20                            # characters of a bar from 0 to 1
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")          # what a terminal obeys
+CONTROL_IN_LINES = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")        # without tab and line feed
+
+
+def escaped(text: str, control: "re.Pattern[str]" = CONTROL_IN_LINES) -> str:
+    """Return a text with each control character but tab and line feed as `\\x1b`."""
+    return control.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 # Tables
@@ -20,7 +30,7 @@ def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else CONTROL.sub("?", str(value))
+    return "" if value is None else escaped(str(value), CONTROL)
 
 
 def job_rows(chunks: Iterable[Sequence[Sequence[Any]]]) -> Iterator[bytes]:
@@ -28,13 +38,15 @@ def job_rows(chunks: Iterable[Sequence[Sequence[Any]]]) -> Iterator[bytes]:
 
     The table may be long, so that it is not read twice: the widths of its columns are fixed.
     """
-    yield JOB_ROW.format("ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED (UTC)", "JOB").encode()
+    header = JOB_ROW.format(
+        "ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED (UTC)", "JOB", "ERROR")
+    yield header.encode() + b"\n"
     for chunk in chunks:
         yield "".join(map(_job_row, chunk)).encode()
 
 
 def _job_row(row: Sequence[Any]) -> str:
-    number, job, mode, status, runtime, code, _, created, start, end = row
+    number, job, mode, status, runtime, code, error, created, start, end = row
     if start and not end:
         status = "(running)"
     if code is None:
@@ -42,7 +54,9 @@ def _job_row(row: Sequence[Any]) -> str:
     if len(job) > MOST_OF_A_JOB:
         job = job[:MOST_OF_A_JOB - 4] + " ..."
     created = created[:19].replace("T", " ")
-    return JOB_ROW.format(number, status, code, mode, runtime or "", created, job)
+    error = escaped((error or "")[:MOST_OF_AN_ERROR], CONTROL)
+    line = JOB_ROW.format(number, status, code, mode, runtime or "", created, job, error)
+    return line.rstrip() + "\n"
 
 
 # Results
@@ -74,6 +88,54 @@ def _simulation_text(result: Any) -> str:
 def whole_lines(text: str) -> str:
     """Return a text with a line feed at its end."""
     return text if text.endswith("\n") else text + "\n"
+
+
+# The record of a job
+
+def details_text(details: Dict[str, Any]) -> str:
+    """Return a job's details, as GET /jobs/{id}/details/ has them, as a table, and another of its
+    attempts."""
+    members = dict(details)
+    attempts = members.pop("attempts")
+    if members["note"] is not None:
+        members["note"] = json.dumps(members["note"], ensure_ascii=False)
+    text = table(list(members.items()), ("WHAT", "VALUE"))
+    if not attempts:
+        return text
+    rows = [[json.dumps(value) if isinstance(value, dict) else value for value in row.values()]
+            for row in attempts]
+    header = [name.upper() for name in attempts[0]]
+    return text + "\n" + table(rows, header)
+
+
+class LogText:
+    """What was said in the attempts at a job, as text: each call gives what is new."""
+
+    def __init__(self) -> None:
+        self._start_time: Optional[str] = None  # of the attempt that is shown
+        self._shown = 0                 # bytes of what was said in it
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._in_line = False           # the text ends in the middle of a line
+
+    def of(self, attempt: Attempt, said: Log) -> str:
+        """Return what is new in this attempt's log; its heading first, if it is another one."""
+        text = ""
+        if attempt.start_time != self._start_time:
+            self._start_time = attempt.start_time
+            self._shown = 0
+            if self._in_line:
+                text = "\n"
+            text += f"== attempt {attempt.attempt} on {attempt.runtime}, {attempt.start_time}\n"
+        lost = said.dropped - self._shown
+        if lost > 0:
+            text += f"({lost} bytes are not kept)\n"
+            self._shown = said.dropped
+        new = said.text[self._shown - said.dropped:]
+        self._shown += len(new)
+        text += escaped(self._decoder.decode(new, final=attempt.end_time is not None))
+        if text:
+            self._in_line = not text.endswith("\n")
+        return text
 
 
 # Metrics

@@ -1,9 +1,11 @@
 """Who waits for a job to end, or for anything to change, and how many may.
 
-Each that waits holds a thread of the server, so that there is room for only so many.
+Each that waits holds a thread of the server, so that there is room for only so many, and of one
+name for only half of them.
 """
+import contextlib
 import threading
-from typing import Dict, Iterable, List, Optional, Protocol, Sequence
+from typing import Counter, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence
 
 from oqc.jobs import Job
 
@@ -35,7 +37,7 @@ class Waiting:
         self.most = most
         self.changes = 0                # how much has happened so far
         self._stopped = False
-        self._waits = 0                 # how many wait now
+        self._waits: Counter[str] = Counter()   # how many wait now, by their names
         self._waiters: Dict[int, List[threading.Event]] = {}    # {job: set when it has ended}
         self._changed = threading.Condition()   # its lock is over what is above
 
@@ -57,16 +59,31 @@ class Waiting:
                 for event in events:
                     event.set()
 
-    def until_ended(self, numbers: Sequence[int], seconds: float) -> List[Job]:
-        """Return these jobs as soon as all have ended, or as they are after `seconds`; none at
-        all, and at once, when as many wait already as may. Raise UnknownJob."""
-        if not self._enter():
-            return []
+    @contextlib.contextmanager
+    def place(self, name: str) -> Iterator[bool]:
+        """Hold a place for one that waits, by the name of its key; gives whether there was one."""
+        with self._changed:
+            has_room = (sum(self._waits.values()) < self.most
+                        and self._waits[name] < (self.most + 1) // 2)
+            if has_room:
+                self._waits[name] += 1
         try:
+            yield has_room
+        finally:
+            with self._changed:
+                if has_room:
+                    self._waits[name] -= 1
+                if not self._waits[name]:
+                    del self._waits[name]
+
+    def until_ended(self, numbers: Sequence[int], seconds: float, name: str = "") -> List[Job]:
+        """Return these jobs as soon as all have ended, or as they are after `seconds`; none at
+        all, and at once, when there is no place for another that waits. Raise UnknownJob."""
+        with self.place(name) as has_room:
+            if not has_room:
+                return []
             deadline = self.clock.monotonic() + seconds
             return [self._until_ended(number, deadline) for number in numbers]
-        finally:
-            self._leave()
 
     def _until_ended(self, number: int, deadline: float) -> Job:
         ended = threading.Event()
@@ -86,25 +103,15 @@ class Waiting:
                 if not self._waiters[number]:
                     del self._waiters[number]
 
-    def for_change(self, since: int, seconds: float) -> None:
+    def for_change(self, since: int, seconds: float, name: str = "") -> None:
         """Return as soon as `changes` is not `since`, or after `seconds` of real time; at once
-        when as many wait already as may."""
-        if not self._enter():
-            return
-        try:
-            with self._changed:
+        when there is no place for another that waits."""
+        with self.place(name) as has_room, self._changed:
+            if has_room:
                 self._changed.wait_for(lambda: self.changes != since or self._stopped, seconds)
-        finally:
-            self._leave()
 
-    def _enter(self) -> bool:
-        """Take a place, if there is one."""
-        with self._changed:
-            if self._waits >= self.most:
-                return False
-            self._waits += 1
-            return True
-
-    def _leave(self) -> None:
-        with self._changed:
-            self._waits -= 1
+    def for_more(self, number: int, seconds: float) -> bool:
+        """Wait for a job to end, `seconds` at most, in a place that is held; return whether there
+        may be more of it: False when everybody is to stop waiting. Raise UnknownJob."""
+        self._until_ended(number, self.clock.monotonic() + seconds)
+        return not self._stopped

@@ -16,7 +16,8 @@ from typing import (
 
 from oqc import jobs
 from oqc.jobs import (
-    Addition, Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, Task)
+    Addition, Ended, Ending, Job, Log, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission,
+    Task)
 from oqc.waiting import Waiting
 
 log = logging.getLogger("oqc")
@@ -76,6 +77,9 @@ class Slot(Protocol):
 
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
+
+    def log(self) -> Log:
+        """Return what the attempt that runs has written on standard error. For any thread."""
 
     def wake(self) -> None:
         """Have a running attempt ask `interrupted()` again. For any thread."""
@@ -149,6 +153,14 @@ class _Runtime:
         if len(self.running) >= self.spec.slots:
             return "busy"
         return "idle"
+
+    def obstacle(self) -> Optional[str]:
+        """Return why it starts no job, or None."""
+        if self.paused is not None:
+            return f"{self.spec.name} is paused: {self.paused or 'no reason given'}"
+        if self.set_aside:
+            return f"{self.spec.name} cannot be started: {self.start_error}"
+        return None
 
     def ring(self, times: int = 0) -> None:
         """Have so many workers that wait look at the queues, or all. If the bell is full, each has
@@ -585,6 +597,34 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     "state": runtime.state(), "reason": reason,
                     "paused_by": runtime.paused_by, "running": sorted(runtime.running), "ended": runtime.jobs_ended,
                     "failures": runtime.jobs_failed, "since": runtime.since}
+
+    def log(self, number: int) -> Optional[Log]:
+        """Return what was said so far in the attempt that runs at a job; None if none does."""
+        with self.lock:
+            for runtime in self.runtimes.values():
+                attempt = runtime.running.get(number)
+                if attempt is not None:
+                    return attempt.slot.log()
+        return None
+
+    def outlook(self, job: Job, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
+        """Return (how many jobs would be started before one that waits, what it waits for); no
+        number before its `due_time`."""
+        if due_time is not None:
+            return None, f"tried again at {due_time}"
+        with self.lock:
+            its_own = [runtime for runtime in self.runtimes.values()
+                       if job.mode in runtime.spec.modes]
+            obstacles = [runtime.obstacle() for runtime in its_own]
+        modes = {mode for runtime in its_own for mode in runtime.spec.modes}
+        ahead = sum(number < job.id for mode in modes for number in list(self._queues[mode].queue))
+        if None not in obstacles:
+            return ahead, "; ".join(filter(None, obstacles))
+        if ahead == 1:
+            return ahead, "1 job is before it"
+        if ahead:
+            return ahead, f"{ahead} jobs are before it"
+        return ahead, "a free slot"
 
     def uptime(self) -> float:
         """Return the seconds since the server began."""

@@ -115,6 +115,10 @@ def test_a_whole_number_in_text_is_ascii_digits_within_its_bounds(text, number):
         assert jobs.whole_number(text, 1, 9) == number
 
 
+TAG_EXPECTED = ("tag: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or "
+                "digit, found ")
+
+
 @pytest.mark.parametrize("value, reason", [
     ("X(90)", "expected an object with job and mode, found text"),
     (7, "expected an object with job and mode, found a number"),
@@ -135,7 +139,24 @@ def test_a_whole_number_in_text_is_ascii_digits_within_its_bounds(text, number):
     ({"job": "X(0)", "mode": "echo\n"},
      r'mode: expected verbatim, simulation or echo, found "echo\n"'),
     ({"job": "X(0)", "mode": "echo", "color": 1},
-     'unknown member "color": allowed are job, mode, shots, seed, return_code'),
+     'unknown member "color": allowed are job, mode, shots, seed, return_code, tag, note'),
+    ({"job": "X(0)", "mode": "echo", "tag": None}, TAG_EXPECTED + "null"),
+    ({"job": "X(0)", "mode": "echo", "tag": 7}, TAG_EXPECTED + "a number"),
+    ({"job": "X(0)", "mode": "echo", "tag": ""}, TAG_EXPECTED + '""'),
+    ({"job": "X(0)", "mode": "echo", "tag": "-a"}, TAG_EXPECTED + '"-a"'),
+    ({"job": "X(0)", "mode": "echo", "tag": "a b"}, TAG_EXPECTED + '"a b"'),
+    ({"job": "X(0)", "mode": "echo", "tag": "a\n"}, TAG_EXPECTED + r'"a\n"'),
+    ({"job": "X(0)", "mode": "echo", "tag": "\u00e9"}, TAG_EXPECTED + r'"\u00e9"'),
+    ({"job": "X(0)", "mode": "echo", "tag": "a" * 65}, TAG_EXPECTED + f'"{"a" * 65}"'),
+    ({"job": "X(0)", "mode": "echo", "note": None}, "note: expected an object, found null"),
+    ({"job": "X(0)", "mode": "echo", "note": "A"}, "note: expected an object, found text"),
+    ({"job": "X(0)", "mode": "echo", "note": [1]}, "note: expected an object, found an array"),
+    ({"job": "X(0)", "mode": "echo", "note": {"a": "b" * 1020}},
+     "note: expected 1024 bytes of JSON at most, found 1029"),
+    ({"job": "X(0)", "mode": "echo", "note": {"a": "\ud800"}},
+     "note: half of a surrogate pair is no text"),
+    ({"job": "X(0)", "mode": "echo", "note": {"a": float("inf")}},
+     "note: a number is too large, or it is nested too deeply"),
     ({"job": "X(0)", "mode": "verbatim", "return_code": 1},
      "return_code: allowed only with the mode echo"),
     ({"job": "X(0)", "mode": "simulation", "return_code": 0},
@@ -145,6 +166,15 @@ def test_what_is_not_a_job_is_refused_with_its_reason(value, reason):
     with pytest.raises(Malformed) as refused:
         jobs.parse(value)
     assert str(refused.value) == reason
+
+
+def test_a_tag_and_a_note_are_kept_as_they_are():
+    longest = {"a": "\u00e9" * 507 + "b"}       # 1024 bytes of UTF-8
+    for tag, note in (("a" * 64, longest), ("7", {}), ("rabi-7_a.b", {"angle": 30, "b": [None]})):
+        submission = jobs.parse({"job": "X(0)", "mode": "echo", "tag": tag, "note": note})
+        assert submission.tag == tag
+        assert json.loads(submission.note) == note
+    assert jobs.parse({"job": "X(0)", "mode": "echo"})[5:] == (None, None)
 
 
 def test_a_reason_stays_short_and_on_one_line_whatever_was_sent():

@@ -12,8 +12,8 @@ from oqc import jobs
 from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check, connect_to, open_writer
 from oqc.jobs import (
-    Addition, Batch, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome,
-    StoreError, Submission, UnknownJob)
+    Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
+    Outcome, StoreError, Submission, UnknownJob)
 from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store
 
 ECHO = Submission("X(90)", "echo", seed=7)
@@ -309,6 +309,119 @@ def test_the_members_of_a_job_tell_its_story(store, clock):
     assert store.get(number) == Job(number, "X(90)", "echo", "Runtime Error", "other", 3, "cold",
                                     created, began, clock.now())
     assert not list(store.waiting()) and not list(store.running())
+
+
+# The record
+
+VERBATIM = ECHO._replace(mode="verbatim")
+SAID = Log(b"step 1\nstep 2\n" * 50, 7)
+
+
+def attempted(store, event="succeeded", submission=VERBATIM, **outcome):
+    """The task of a job whose attempt ended so."""
+    number, = added(store, submission)
+    task = store.claim(number, "qpu")
+    store.settle([ending(task, event, OUTCOMES[event]._replace(**outcome))])
+    return task
+
+
+def test_an_attempt_is_recorded_as_it_ends_with_what_was_said_in_it(store, clock):
+    digest = bytes(range(32))
+    began = clock.now()
+    number, = added(store, VERBATIM._replace(tag="rabi", note='{"a": 1}'))
+    task = store.claim(number, "qpu")
+    assert (task.submitter, task.tag, task.note) == ("alice", "rabi", '{"a": 1}')
+    running = store.details(number)
+    assert running.attempts == [Attempt(1, "qpu", began)]
+    clock.seconds += 1
+    outcome = BUSY._replace(log=SAID, sent_sha256=digest, device='{"name": "q"}')
+    store.settle([ending(task, "retry", outcome, 30.0)])
+    details = store.details(number)
+    first = Attempt(1, "qpu", began, clock.now(), 75, "busy", digest.hex(), '{"name": "q"}')
+    assert details == Details(number, "alice", "rabi", '{"a": 1}', 0, None, 1000, 7, "waiting",
+                              clock.at(clock.wall + 30), [first])
+    assert (store.log(number, 1), store.log(number, 2)) == (SAID, Log())
+    store.settle([ending(store.claim(number, "other"), "failed")])
+    details = store.details(number)
+    assert (details.state, details.due_time) == ("ended", None)
+    assert details.attempts == [first, Attempt(2, "other", clock.now(), clock.now(), 3, "cold")]
+
+
+def test_an_echo_leaves_no_record_and_neither_does_what_could_not_be_started(store):
+    echo = attempted(store, submission=ECHO, log=SAID)
+    unstartable = attempted(store, "release", started=False, log=SAID)
+    for task in (echo, unstartable):
+        assert store.details(task.id).attempts == []
+        assert store.log(task.id, 1) == Log()
+
+
+def test_of_an_attempt_that_was_given_back_and_the_next_one_both_are_recorded(store):
+    task = attempted(store, "release", log=SAID)
+    again = store.claim(task.id, "qpu")
+    assert again.attempt == task.attempt
+    store.settle([ending(again, "failed")])
+    assert [one.attempt for one in store.details(task.id).attempts] == [1, 1]
+    assert (store.log(task.id, 1), store.log(task.id, 2)) == (SAID, Log())
+
+
+def test_late_words_replace_the_log_of_the_last_attempt_with_this_number(store):
+    task = attempted(store, "retry")
+    store.keep_log(task.id, 1, SAID)
+    assert store.log(task.id, 1) == SAID
+    longer = Log(SAID.text + b"late\n", 9)
+    store.keep_log(task.id, 1, longer)
+    store.keep_log(task.id, 2, SAID)        # which there is not
+    assert (store.log(task.id, 1), store.log(task.id, 2)) == (longer, Log())
+
+
+def test_a_description_of_a_device_is_stored_once_and_goes_with_the_last_attempt_that_has_it(
+        store, clock, tmp_path):
+    for device in ('{"t1": 30}', '{"t1": 30}', '{"t1": 31}', None):
+        attempted(store, log=SAID, device=device)
+
+    def stored():
+        with raw(tmp_path) as connection:
+            return [connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+                    for table in ("devices", "attempts", "logs")]
+
+    assert stored() == [2, 4, 4]
+    clock.wall += 100
+    clock.ago = lambda _: "2026"
+    store.prune(50)
+    assert stored() == [2, 4, 4]
+    clock.ago = lambda _: "2028"
+    assert store.prune(50) == 4
+    assert stored() == [0, 0, 0]
+
+
+def test_the_counts_that_are_kept_are_those_of_the_jobs_whatever_happens(store, writer, tmp_path):
+    def broken(statement):
+        if statement.startswith("INSERT INTO results"):
+            raise sqlite3.OperationalError("disk I/O error")
+
+    def counted():
+        with raw(tmp_path) as connection:
+            return {(state, mode): jobs for state, mode, jobs in connection.execute(
+                "SELECT * FROM counts WHERE jobs")}
+
+    first, second, third, _ = added(store, *[VERBATIM] * 4)
+    task = store.claim(first, "qpu")
+    assert counted() == {("waiting", "verbatim"): 3, ("running", "verbatim"): 1}
+    store.settle([ending(task, "retry")])
+    store.settle([ending(store.claim(second, "qpu"), "release")])
+    assert counted() == {("waiting", "verbatim"): 2, ("retrying", "verbatim"): 2}
+    assert store.cancel(third) and store.cancel(second) and not store.cancel(second)
+    task = store.claim(first, "qpu")
+    assert counted() == {("waiting", "verbatim"): 1, ("running", "verbatim"): 1}
+    writer.before = broken
+    with pytest.raises(StoreError):
+        store.settle([ending(task, "succeeded")])
+    writer.before = lambda statement: None
+    assert counted() == {("waiting", "verbatim"): 1, ("running", "verbatim"): 1}
+    with pytest.raises(IllegalTransition):
+        store.settle([ending(task, "succeeded")] * 2)
+    assert counted() == {("waiting", "verbatim"): 1}
+    assert not list(check(store.path))
 
 
 def test_a_release_costs_no_attempt_and_a_retry_does(store):
