@@ -13,7 +13,8 @@ import pkgutil
 import re
 import threading
 from typing import (
-    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
+    Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence,
+    Tuple, Union)
 
 from oqc import __version__, bloch, jobs, manual
 from oqc.jobs import (

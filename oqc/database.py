@@ -290,7 +290,7 @@ def _migrate(writer: sqlite3.Connection, path: str, version: int) -> None:
         log.warning("%s: has version %d of the database and is brought to version %d; a million "
                     "jobs take some seconds", path, version, VERSION)
     else:
-        writer.execute("PRAGMA auto_vacuum = INCREMENTAL")      # only a file without tables takes it
+        writer.execute("PRAGMA auto_vacuum = INCREMENTAL")      # while there are no tables yet
     # A new file has no WAL yet: so its header names the program even after a kill meanwhile.
     writer.executescript(f"""
         BEGIN IMMEDIATE;

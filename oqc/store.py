@@ -184,7 +184,8 @@ def _up_to_page_bytes(rows: sqlite3.Cursor) -> List[Any]:
     return page
 
 
-class Store:                        # pylint: disable=too-many-instance-attributes # each says why
+# pylint: disable-next=too-many-instance-attributes, too-many-public-methods # each says why
+class Store:
     """The jobs on disk. All methods are for any thread; one that writes returns when it is on disk.
 
     Every method raises StoreError when the database cannot be used, DiskFull when there is no room.

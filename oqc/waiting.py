@@ -106,8 +106,10 @@ class Waiting:
     def for_change(self, since: int, seconds: float, name: str = "") -> None:
         """Return as soon as `changes` is not `since`, or after `seconds` of real time; at once
         when there is no place for another that waits."""
-        with self.place(name) as has_room, self._changed:
-            if has_room:
+        with self.place(name) as has_room:
+            if not has_room:
+                return
+            with self._changed:
                 self._changed.wait_for(lambda: self.changes != since or self._stopped, seconds)
 
     def for_more(self, number: int, seconds: float) -> bool:

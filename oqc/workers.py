@@ -595,8 +595,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             return {"name": name, "modes": list(runtime.spec.modes),
                     "protocol": runtime.spec.protocol, "slots": runtime.spec.slots,
                     "state": runtime.state(), "reason": reason,
-                    "paused_by": runtime.paused_by, "running": sorted(runtime.running), "ended": runtime.jobs_ended,
-                    "failures": runtime.jobs_failed, "since": runtime.since}
+                    "paused_by": runtime.paused_by, "running": sorted(runtime.running),
+                    "ended": runtime.jobs_ended, "failures": runtime.jobs_failed,
+                    "since": runtime.since}
 
     def log(self, number: int) -> Optional[Log]:
         """Return what was said so far in the attempt that runs at a job; None if none does."""

@@ -120,13 +120,21 @@ def everything(path, columns="*"):
                                      ("runtime, reason, since", "pauses"))]
 
 
+@contextlib.contextmanager
+def writing(path):
+    """Another program's connection, which commits what it did."""
+    connection = sqlite3.connect(path)
+    with contextlib.closing(connection), connection:
+        yield connection
+
+
 def version_of(path):
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         return connection.execute("PRAGMA user_version").fetchone()[0]
 
 
-COLUMNS_1 = ("id, job, mode, status, runtime, return_code, runtime_error, created_time, start_time, "
-             "end_time, attempts, due, shots, seed, echo_code, submitter")
+COLUMNS_1 = ("id, job, mode, status, runtime, return_code, runtime_error, created_time, "
+             "start_time, end_time, attempts, due, shots, seed, echo_code, submitter")
 
 
 def test_a_database_of_version_1_is_brought_to_the_last_one_with_all_that_is_in_it(
@@ -159,7 +167,7 @@ def test_a_check_and_a_backup_read_version_1_and_leave_it_as_it_is(version_1, tm
     backup(version_1, str(tmp_path / "copy.db"))
     assert version_of(version_1) == version_of(tmp_path / "copy.db") == 1
     assert everything(tmp_path / "copy.db") == before
-    with contextlib.closing(sqlite3.connect(version_1)) as connection, connection:
+    with writing(version_1) as connection:
         connection.execute("PRAGMA ignore_check_constraints = 1")
         connection.execute("UPDATE jobs SET mode = 'odd' WHERE id = 4")
     assert "job 4: its mode is none of the three" in list(check(version_1))
@@ -175,7 +183,7 @@ MIGRATE = "import sys; from oqc.database import open_writer; open_writer(sys.arg
 
 
 def test_a_migration_that_is_killed_has_changed_nothing_and_the_next_one_does_it(version_1):
-    with contextlib.closing(sqlite3.connect(version_1)) as connection, connection:
+    with writing(version_1) as connection:
         connection.execute(MORE_JOBS)
     before = everything(version_1)
     wal = Path(version_1 + "-wal")

@@ -115,8 +115,8 @@ def test_a_whole_number_in_text_is_ascii_digits_within_its_bounds(text, number):
         assert jobs.whole_number(text, 1, 9) == number
 
 
-TAG_EXPECTED = ("tag: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or "
-                "digit, found ")
+TAG_EXPECTED = ("tag: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a "
+                "letter or digit, found ")
 
 
 @pytest.mark.parametrize("value, reason", [

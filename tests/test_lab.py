@@ -171,7 +171,8 @@ def test_a_listing_as_text_is_an_aligned_table(server):
     place = header.index("STATUS")
     assert row[place:].startswith("Runtime Error") and row[header.index("CODE"):].split()[0] == "3"
     assert row.startswith(f"{failed['id']} ")
-    assert row[header.index("JOB"):] == "X(90), X(90), X(90), X(90), X(90), X ...  echo of return code 3"
+    assert row[header.index("JOB"):] == (
+        "X(90), X(90), X(90), X(90), X(90), X ...  echo of return code 3")
     assert header.index("ERROR") == row.index("echo of")
 
 

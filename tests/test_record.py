@@ -33,12 +33,14 @@ BUSY_ONCE = '[ "$OQC_ATTEMPT" = 2 ] || exit 75'
 
 
 def details(server, job):
+    """What GET /jobs/{id}/details/ says of a job."""
     answer = server.request("GET", f"/jobs/{job['id']}/details/")
     assert answer.status == 200, answer.body
     return answer.json
 
 
 def log(server, job):
+    """What GET /jobs/{id}/log/ says of a job."""
     answer = server.request("GET", f"/jobs/{job['id']}/log/")
     assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
     return answer.body.decode()

@@ -437,7 +437,8 @@ def test_what_an_attempt_says_that_is_over_is_illegal_while_the_next_one_runs(st
     number = running_again(store)
     before = rows(tmp_path)
     with pytest.raises(IllegalTransition, match=f"job {number}, attempt 1: succeeded"):
-        store.settle([ending(jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0, "alice"), "succeeded")])
+        task = jobs.Task(number, "X(90)", "echo", 1, 1000, 7, 0)
+        store.settle([ending(task, "succeeded")])
     assert rows(tmp_path) == before and store.result(number) == ("null", True)
 
 

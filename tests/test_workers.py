@@ -942,7 +942,8 @@ def test_a_runtime_says_how_it_fares(lab):
     lab.runtime(attempt, slots=2)
     lab.start()
     fresh = {"name": "qpu", "modes": ["verbatim"], "protocol": "exec", "slots": 2,
-             "state": "idle", "reason": None, "paused_by": None, "since": lab.workers.runtimes["qpu"].since,
+             "state": "idle", "reason": None, "paused_by": None,
+             "since": lab.workers.runtimes["qpu"].since,
              "running": [], "ended": 0, "failures": 0}
     assert lab.workers.describe("qpu") == fresh
     lab.add()
