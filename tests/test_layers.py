@@ -29,6 +29,7 @@ ROOMS = {
     "text": {"jobs"},           # what a person or a scraper reads
     "workers": {"waiting", "jobs"},
     "waiting": {"jobs"},
+    "turns": set(),             # the queue, tested alone
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},
