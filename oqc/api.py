@@ -18,8 +18,8 @@ from typing import (
 
 from oqc import __version__, bloch, jobs, manual
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, StoreError,
-    Submission, UnknownJob)
+    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
+    StoreError, Submission, UnknownJob)
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
     json_response, number, parameters, problem_response, text_response, wants_text)
@@ -99,7 +99,7 @@ class Workers(Protocol):
     def cancel(self, number: int) -> Job:
         """End a job and return it; raise Ended, UnknownJob."""
 
-    def outlook(self, job: Job, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
+    def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs are before one that waits, what it waits for)."""
 
     def log(self, number: int) -> Optional[Log]:
@@ -454,7 +454,9 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         stored = self.store.details(job.id)
         ahead = waits_for = None
         if stored.state == "waiting":
-            ahead, waits_for = self.workers.outlook(job, stored.due_time)
+            queued = Queued(
+                job.id, job.mode, stored.priority, stored.submitter, stored.asked_runtime)
+            ahead, waits_for = self.workers.outlook(queued, stored.due_time)
         details = stored._asdict()
         details["note"] = _parsed(stored.note)
         # The receipts of the attempts are to be compared with it.

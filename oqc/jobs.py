@@ -136,6 +136,7 @@ class Addition(NamedTuple):
     jobs: List[Job]
     replayed: bool = False          # they were added before
     endings: Sequence["Ending"] = ()        # of those that ended with it
+    queued: Sequence["Queued"] = ()         # those that wait
 
 
 class IdempotencyKey(NamedTuple):
@@ -158,6 +159,18 @@ class Task(NamedTuple):
     submitter: str = ""             # the name of the key that the job came with
     tag: Optional[str] = None
     note: Optional[str] = None      # a JSON object as text
+    priority: int = 0
+    asked_runtime: Optional[str] = None     # only on that one
+
+
+class Queued(NamedTuple):
+    """A job that waits, as the queue knows it."""
+
+    id: int
+    mode: str
+    priority: int = 0               # the highest is started first
+    submitter: str = ""
+    runtime: Optional[str] = None   # only on that one
 
 
 class RuntimeSpec(NamedTuple):

@@ -23,7 +23,7 @@ from oqc.database import (
     open_writer, resolve, sql_list, take_lock)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
-    Outcome, Refused, StoreError, Submission, Task, UnknownJob)
+    Outcome, Queued, Refused, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
@@ -119,12 +119,13 @@ INSERT_ENDED = _insert(NEW + ENDED)
 INSERT_EXTRA = _insert(NEW + EXTRA)
 INSERT_ENDED_EXTRA = _insert(NEW + ENDED + EXTRA)
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
-TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter, tag, note, status "
-        "FROM jobs WHERE id = ?")
+TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter, tag, note, priority, "
+        "asked_runtime, status FROM jobs WHERE id = ?")
+QUEUED = "id, mode, priority, submitter, asked_runtime"     # the members of a Queued
 RESULT = ("SELECT coalesce(result, 'null'), coalesce(is_json, 1) "
           "FROM jobs LEFT JOIN results USING (id) WHERE id = ?")
 PRUNE = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)"
-WAITS = f"SELECT mode, {STATE} FROM jobs WHERE id = ? AND end_time IS NULL AND {IF_WAITING}"
+WAITS = f"SELECT {QUEUED}, {STATE} FROM jobs WHERE id = ? AND end_time IS NULL AND {IF_WAITING}"
 COUNT = "UPDATE counts SET jobs = jobs + ? WHERE state = ? AND mode = ?"
 STATUS = f"""
     SELECT state, mode, jobs, '' FROM counts
@@ -300,9 +301,10 @@ class Store:
         compressed, dropped = rows[0]
         return Log(zlib.decompress(compressed), dropped)
 
-    def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
-        """Yield pages of (id, mode, due) of the jobs that wait, in id order."""
-        return self._pages(_of_open_jobs("id, mode, due", IF_WAITING))
+    def waiting(self) -> Iterator[List[Tuple[Queued, Optional[float]]]]:
+        """Yield pages of (job, when it is due) of the jobs that wait, in id order."""
+        for page in self._pages(_of_open_jobs(f"{QUEUED}, due", IF_WAITING)):
+            yield [(Queued(*row[:-1]), row[-1]) for row in page]
 
     def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
         """Yield pages of (id, attempt, mode, runtime) of the jobs that run; at a start: of those
@@ -418,9 +420,9 @@ class Store:
         """Replace what was said in the last attempt that has this number and is over."""
         self._write(self._keep_log, number, attempt, _compressed(said), said.dropped)
 
-    def cancel(self, number: int) -> bool:
-        """End a job that waits as cancelled; return False if it does not wait."""
-        return bool(self._write(self._cancel, number))
+    def cancel(self, number: int) -> Optional[Queued]:
+        """End a job that waits as cancelled, and return it; None if it does not wait."""
+        return self._write(self._cancel, number)
 
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
         """Remember that a runtime is paused, why, and by whose key; return since when."""
@@ -453,6 +455,7 @@ class Store:
         now = self.clock.now()
         added = []
         endings = []
+        queued = []
         outcomes = batch.outcomes or [None] * len(batch.submissions)
         for submission, outcome in zip(batch.submissions, outcomes):
             values = (*submission[:PLAIN_MEMBERS], now, batch.submitter)
@@ -460,6 +463,7 @@ class Store:
             job, mode, *asked = submission      # asked: shots, seed, return_code, tag, note
             if outcome is None:
                 self._counted["waiting", mode] += 1
+                queued.append(Queued(number, mode, 0, batch.submitter, None))
             else:
                 event = "failed" if outcome.return_code else "succeeded"
                 endings.append(Ending(Task(number, job, mode, 1, *asked[:3]), event, outcome))
@@ -469,7 +473,7 @@ class Store:
             self._writer.execute(
                 "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
                 (batch.submitter, *batch.key, self.clock.unix(), added[0].id, added[-1].id))
-        return Addition(added, endings=endings)
+        return Addition(added, endings=endings, queued=queued)
 
     def _insert(self, submission: Submission, values: Tuple[Any, ...],
                 outcome: Optional[Outcome]) -> int:
@@ -519,15 +523,16 @@ class Store:
         self._counted["running", task.mode] += 1
         return task
 
-    def _cancel(self, number: int) -> bool:
-        rows = self._writer.execute(WAITS, (number,)).fetchall()
-        if not rows:
-            return False
-        (mode, state), = rows
+    def _cancel(self, number: int) -> Optional[Queued]:
+        row = self._writer.execute(WAITS, (number,)).fetchone()
+        if row is None:
+            return None
+        *members, state = row
+        queued = Queued(*members)
         values = (jobs.CANCELLED, "cancelled", self.clock.now(), number)
         self._writer.execute(CANCEL_WAITING, values)
-        self._counted[state, mode] -= 1
-        return True
+        self._counted[state, queued.mode] -= 1
+        return queued
 
     def _settle(self, endings: Sequence[Ending], logs: Sequence[bytes]) -> None:
         now = self.clock.now()

@@ -8,20 +8,12 @@ import collections
 import heapq
 import queue
 from array import array
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, List, Optional, Sequence, Set, Tuple
+
+from oqc.jobs import Queued
 
 TIDY = 1000                         # taken places at the beginning of a lane that it forgets
 Kind = Tuple[str, Optional[str]]    # a mode, and the runtime that was asked for
-
-
-class Entry(NamedTuple):
-    """A job that waits, as the queue knows it."""
-
-    id: int
-    mode: str
-    priority: int
-    submitter: str
-    runtime: Optional[str]          # only on that one
 
 
 class Lane:
@@ -134,7 +126,7 @@ class TurnQueue(queue.Queue):       # type: ignore[type-arg,unused-ignore]
     def _qsize(self) -> int:
         return sum(self._counts.values())
 
-    def _put(self, item: Entry) -> None:
+    def _put(self, item: Queued) -> None:
         submitter = item.submitter
         kind = (item.mode, item.runtime)
         lanes = self._lanes.setdefault((submitter, item.priority), {})
@@ -169,36 +161,36 @@ class TurnQueue(queue.Queue):       # type: ignore[type-arg,unused-ignore]
         with self.mutex:
             return self._take(self._runtimes[runtime])
 
-    def remove(self, entry: Entry) -> bool:
+    def remove(self, job: Queued) -> bool:
         """Take a job out; return False if it is not in the queue."""
         with self.mutex:
-            lanes = self._lanes.get((entry.submitter, entry.priority), {})
-            lane = lanes.get((entry.mode, entry.runtime))
-            if lane is None or not lane.remove(entry.id):
+            lanes = self._lanes.get((job.submitter, job.priority), {})
+            lane = lanes.get((job.mode, job.runtime))
+            if lane is None or not lane.remove(job.id):
                 return False
-            self._counts[entry.mode] -= 1
+            self._counts[job.mode] -= 1
             return True
 
     def count(self, mode: str) -> int:
         """Return how many jobs of this mode are in the queue."""
         return self._counts[mode]
 
-    def ahead(self, entry: Entry, runtime: str) -> int:
+    def ahead(self, job: Queued, runtime: str) -> int:
         """Return how many jobs this runtime would take before one in the queue, if no other came
         and no other runtime took any."""
         with self.mutex:
             server = self._runtimes[runtime]
-            own = sum(lane.before(entry.id)
-                      for lane in self._lanes_for(server, entry.submitter, entry.priority))
-            turn = self._turn(server, entry.submitter, entry.priority)
+            own = sum(lane.before(job.id)
+                      for lane in self._lanes_for(server, job.submitter, job.priority))
+            turn = self._turn(server, job.submitter, job.priority)
             ahead = own
             for submitter, priority in self._lanes:
                 count = sum(map(len, self._lanes_for(server, submitter, priority)))
-                if priority == entry.priority and submitter != entry.submitter:
+                if priority == job.priority and submitter != job.submitter:
                     # As many turns as it has before that one, and one more if it is the first.
                     goes_first = self._turn(server, submitter, priority) < turn
                     ahead += min(count, own + goes_first)
-                elif priority > entry.priority:
+                elif priority > job.priority:
                     ahead += count
             return ahead
 

@@ -1,5 +1,4 @@
-"""Who runs what, when: a queue of ids for each mode, a worker thread for each slot, retries,
-cancelling, pausing.
+"""Who runs what, when: the queue, a worker thread for each slot, retries, cancelling, pausing.
 
 The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after
 it.
@@ -7,17 +6,19 @@ it.
 import bisect
 import contextlib
 import heapq
+import itertools
 import logging
 import queue
 import threading
 from collections import Counter
 from typing import (
-    Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple)
+    Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
 
 from oqc import jobs
 from oqc.jobs import (
-    Addition, Ended, Ending, Job, Log, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission,
-    Task)
+    Addition, Ended, Ending, Job, Log, Outcome, Queued, RetryPolicy, RuntimeSpec, StoreError,
+    Submission, Task)
+from oqc.turns import TurnQueue
 from oqc.waiting import Waiting
 
 log = logging.getLogger("oqc")
@@ -53,8 +54,8 @@ class Store(Protocol):
     def settle(self, endings: Sequence[Ending]) -> None:
         """End these attempts."""
 
-    def cancel(self, number: int) -> bool:
-        """End a job that waits as cancelled; return False if it does not wait."""
+    def cancel(self, number: int) -> Optional[Queued]:
+        """End a job that waits as cancelled, and return it; None if it does not wait."""
 
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
         """Remember that a runtime is paused, why and by whose key; return since when."""
@@ -68,8 +69,8 @@ class Store(Protocol):
     def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
         """Yield pages of (id, attempt, mode, runtime) of the jobs that a crash cut off."""
 
-    def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
-        """Yield pages of (id, mode, due) of the jobs that wait."""
+    def waiting(self) -> Iterator[List[Tuple[Queued, Optional[float]]]]:
+        """Yield pages of (job, when it is due) of the jobs that wait."""
 
 
 class Slot(Protocol):
@@ -154,6 +155,10 @@ class _Runtime:
             return "busy"
         return "idle"
 
+    def may_run(self, mode: str, asked_runtime: Optional[str]) -> bool:
+        """Return whether it runs jobs of this mode that ask for that runtime, or for any."""
+        return mode in self.spec.modes and asked_runtime in (None, self.spec.name)
+
     def obstacle(self) -> Optional[str]:
         """Return why it starts no job, or None."""
         if self.paused is not None:
@@ -185,8 +190,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self.waiting = waiting
         self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
         self._echo = self.runtimes.get("echo")
-        self._queues: Dict[str, "queue.PriorityQueue[int]"] = {
-            mode: queue.PriorityQueue() for mode in jobs.MODES}
+        self._queue = TurnQueue({spec.name: spec.modes for spec, _ in runtimes})
+        self._loading = True            # what waits in the database is not all in the queue yet
+        self._arrived: List[Queued] = []        # what came meanwhile
         self._began = clock.monotonic()
         self.draining = threading.Event()       # no more jobs are started
         self._stopped = threading.Event()
@@ -194,12 +200,11 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self._threads: List[threading.Thread] = []
         self._pausing = threading.Lock()        # held while a pause comes or goes, on disk and here
         self.lock = threading.Lock()            # over every _Runtime and _Attempt, and what follows
-        # A heap of (monotonic seconds, mode, id): then the job is queued; with the id 0 the mode's
-        # workers look again.
-        self._alarms: List[Tuple[float, str, int]] = []
+        # A heap of (monotonic seconds, serial, what then: a job to queue, a runtime to ring).
+        self._alarms: List[Tuple[float, int, Union[Queued, _Runtime]]] = []
+        self._alarm_serial = itertools.count()
         self._alarm_set = threading.Event()
         self._durations: Dict[Tuple[str, str], List[float]] = {}
-        self._cancelled_in_queue = 0            # cancelled jobs that are on a queue, or will be
 
     # Life
 
@@ -213,15 +218,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 self.runtimes[name].since = since
         for page in self.store.running():
             self.store.settle([self._cut_off(*row) for row in page])
-        for page in self.store.waiting():
-            for number, mode, due in page:
-                delay = 0.0
-                if due is not None:
-                    # A wall clock that jumped must hold no job back for longer than a delay can.
-                    delay = min(due - self.clock.unix(), self.policy.most)
-                self._enqueue_in(delay, mode, number)
-        self._threads.append(
-            threading.Thread(target=self._ring_alarms, name="alarms", daemon=True))
+        for target, name in ((self._load, "loader"), (self._ring_alarms, "alarms")):
+            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         for name, runtime in self.runtimes.items():
             for number in range(runtime.spec.slots):
                 self._threads.append(threading.Thread(
@@ -229,6 +227,31 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     args=(runtime, runtime.make_slot()), daemon=True))
         for thread in self._threads:
             thread.start()
+
+    def _load(self) -> None:
+        """The loader thread: queue what waits in the database, the oldest first, and then what came
+        meanwhile. Until then no job is started."""
+        last = 0
+        for page in self.store.waiting():
+            if self._stopped.is_set():
+                return
+            for job, due in page:
+                last = job.id
+                if due is None:
+                    self._queue.put(job)
+                else:
+                    # A wall clock that jumped must hold no job back for longer than a delay can.
+                    delay = min(due - self.clock.unix(), self.policy.most)
+                    with self.lock:
+                        self._set_alarm(self.clock.monotonic() + delay, job)
+        with self.lock:
+            for job in self._arrived:
+                if job.id > last:       # else the database had it already
+                    self._queue.put(job)
+            self._arrived.clear()
+            self._loading = False
+        for runtime in self.runtimes.values():
+            runtime.ring()
 
     def _cut_off(self, number: int, attempt: int, mode: str, name: str) -> Ending:
         """Return the end of an attempt that ran when the server was killed."""
@@ -279,7 +302,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         echo = self._echo
         if submission.mode != "echo" or echo is None or echo.paused is not None:
             return None
-        if not self._queues["echo"].empty():
+        if self._loading or self._queue.count("echo"):
             return None
         outcome = jobs.echo(submission.return_code, echo.spec.retry_codes)
         return None if outcome.transient else outcome
@@ -287,42 +310,43 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def take_up(self, additions: Sequence[Addition]) -> None:
         """Have new jobs run, once the store has them; count and announce those that ended."""
         endings = []
-        numbers: Dict[str, List[int]] = {}
+        queued: List[Queued] = []
         for addition in additions:
-            if addition.replayed:
-                continue
             endings += addition.endings
-            ended = {ending.task.id for ending in addition.endings}
-            for job in addition.jobs:
-                if job.id not in ended:
-                    numbers.setdefault(job.mode, []).append(job.id)
+            queued += addition.queued
         if endings and self._echo:
             self._announce(self._echo, endings)
-        for mode, numbers_of_mode in numbers.items():
-            self.enqueue(mode, numbers_of_mode)
+        if queued and not self._have_to_wait(queued):
+            self._enqueue(queued)
 
-    def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
-        """Have these jobs run, oldest first, once the store has them."""
-        for number in numbers:
-            self._queues[mode].put(number)
-        self._ring(mode, len(numbers))
+    def _have_to_wait(self, queued: Sequence[Queued]) -> bool:
+        """Return whether new jobs have to wait until older ones are loaded; keep them for then."""
+        if self._loading:
+            with self.lock:             # the loader ends under it
+                if self._loading:
+                    self._arrived += queued
+                    return True
+        return False
+
+    def _enqueue(self, queued: Sequence[Queued]) -> None:
+        """Put these jobs on the queue and wake the workers of their runtimes."""
+        for job in queued:
+            self._queue.put(job)
+        kinds = Counter((job.mode, job.runtime) for job in queued)
+        for runtime in self.runtimes.values():
+            rings = sum(count for kind, count in kinds.items() if runtime.may_run(*kind))
+            if rings:
+                runtime.ring(rings)
         self.waiting.notify()
 
     def queued(self) -> int:
         """Return how many jobs wait to be run now."""
-        queued = sum(one.qsize() for one in self._queues.values())
-        return max(0, queued - self._cancelled_in_queue)
+        return self._queue.qsize() + len(self._arrived)
 
-    def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
-        """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
-        if delay <= 0:
-            self.enqueue(mode, [number])
-            return
-        with self.lock:
-            self._set_alarm(self.clock.monotonic() + delay, mode, number)
-
-    def _set_alarm(self, at: float, mode: str, number: int = 0) -> None:
-        heapq.heappush(self._alarms, (at, mode, number))
+    def _set_alarm(self, at: float, then: Union[Queued, _Runtime]) -> None:
+        """Have a job queued at that time, until when it holds no thread and no runtime; or have a
+        runtime's workers look again. Under the lock."""
+        heapq.heappush(self._alarms, (at, next(self._alarm_serial), then))
         self._alarm_set.set()
 
     def _ring_alarms(self) -> None:
@@ -337,17 +361,12 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     due.append(heapq.heappop(self._alarms))
                 if self._alarms:
                     pause = self._alarms[0][0] - now
-            for _, mode, number in due:
-                if number:
-                    self.enqueue(mode, [number])
+            for _, _, then in due:
+                if isinstance(then, _Runtime):
+                    then.ring()
                 else:
-                    self._ring(mode)
+                    self._enqueue([then])
             self.clock.wait(self._alarm_set, pause)
-
-    def _ring(self, mode: str, times: int = 0) -> None:
-        for runtime in self.runtimes.values():
-            if mode in runtime.spec.modes:
-                runtime.ring(times)
 
     # Work
 
@@ -374,26 +393,20 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Return the id to run next on this slot, already entered as running; None if there is
         nothing or it may not run."""
         with self.lock:             # whoever takes from a queue holds it
-            if self.draining.is_set() or runtime.paused is not None:
+            if self.draining.is_set() or self._loading or runtime.paused is not None:
                 return None
             if runtime.set_aside:
                 if runtime.aside_until > self.clock.monotonic() or runtime.running:
                     return None     # set aside, or one job is trying it out already
-            queues = [self._queues[mode] for mode in runtime.spec.modes
-                      if not self._queues[mode].empty()]
-            if not queues:
-                return None
-            oldest = min(queues, key=lambda one: one.queue[0])
-            number = oldest.get_nowait()
-            runtime.running[number] = _Attempt(slot)
+            number = self._queue.take(runtime.spec.name)
+            if number is not None:
+                runtime.running[number] = _Attempt(slot)
             return number
 
     def _run(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
         """Claim a job, make an attempt at it and store how it ended."""
         task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
         if not task:                # it was cancelled meanwhile
-            with self.lock:
-                self._cancelled_in_queue -= 1
             return
         self.waiting.notify()
         began = self.clock.monotonic()
@@ -460,8 +473,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             doublings = min(30, runtime.failed_starts - SET_ASIDE_AFTER)
             pause = min(MOST_PAUSE, FIRST_PAUSE * 2 ** doublings)
             runtime.aside_until = self.clock.monotonic() + pause
-            for mode in runtime.spec.modes:
-                self._set_alarm(runtime.aside_until, mode)
+            self._set_alarm(runtime.aside_until, runtime)
         if runtime.set_aside == was_set_aside:
             return
         runtime.since = self.clock.now()
@@ -481,7 +493,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             task = ending.task
             outcome = ending.outcome
             if ending.event in ("retry", "release"):
-                self._enqueue_in(ending.delay, task.mode, task.id)
+                with self.lock:
+                    self._set_alarm(self.clock.monotonic() + ending.delay, Queued(
+                        task.id, task.mode, task.priority, task.submitter, task.asked_runtime))
                 if ending.event == "retry":
                     log.info("job %d, attempt %d on %s: return code %d, %s; tried again in %.1f s",
                              task.id, task.attempt, runtime.spec.name, outcome.return_code,
@@ -535,9 +549,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 if attempt.ending is not None and attempt.ending.event == "failed" \
                         and attempt.ending.outcome.interrupted:
                     return self.store.get(number)       # ended by this, not by itself
-            elif self.store.cancel(number):
-                with self.lock:
-                    self._cancelled_in_queue += 1
+            elif queued := self.store.cancel(number):
+                self._queue.remove(queued)
                 self.waiting.notify([number])
                 return self.store.get(number)
             job = self.store.get(number)
@@ -608,17 +621,18 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     return attempt.slot.log()
         return None
 
-    def outlook(self, job: Job, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
+    def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs would be started before one that waits, what it waits for); no
         number before its `due_time`."""
         if due_time is not None:
             return None, f"tried again at {due_time}"
         with self.lock:
             its_own = [runtime for runtime in self.runtimes.values()
-                       if job.mode in runtime.spec.modes]
+                       if runtime.may_run(job.mode, job.runtime)]
+            if not its_own:
+                return None, f"{job.runtime}, which is not configured for this mode"
             obstacles = [runtime.obstacle() for runtime in its_own]
-        modes = {mode for runtime in its_own for mode in runtime.spec.modes}
-        ahead = sum(number < job.id for mode in modes for number in list(self._queues[mode].queue))
+        ahead = min(self._queue.ahead(job, runtime.spec.name) for runtime in its_own)
         if None not in obstacles:
             return ahead, "; ".join(filter(None, obstacles))
         if ahead == 1:

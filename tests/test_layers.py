@@ -27,9 +27,9 @@ ROOMS = {
     "api": {"messages", "text", "manual", "bloch", "jobs"},
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
-    "workers": {"waiting", "jobs"},
+    "workers": {"waiting", "turns", "jobs"},
     "waiting": {"jobs"},
-    "turns": set(),             # the queue, tested alone
+    "turns": {"jobs"},          # the queue, tested alone
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},

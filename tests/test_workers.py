@@ -320,6 +320,56 @@ def test_what_is_no_answer_is_tried_again_until_attempts_run_out(lab, code, erro
     assert len(qpu.ran) == 5
 
 
+def test_no_job_starts_before_all_that_wait_are_loaded_and_new_ones_come_behind_them(lab):
+    """Nor is an echo ended at once meanwhile. What the loader had read already is queued once."""
+    qpu = lab.runtime()
+    echo = lab.runtime(name="echo", modes=("echo",), protocol="echo")
+    old = lab.add(count=3)
+    first_page, go = threading.Event(), threading.Event()
+
+    def waiting():
+        yield [row for page in lab.store.waiting() for row in page][:1]
+        first_page.set()
+        assert go.wait(20)
+        yield [row for page in lab.store.waiting() for row in page][1:]
+
+    lab.start(waiting=waiting)
+    assert first_page.wait(20)
+    new, echoed = lab.add(), lab.add("echo")
+    assert lab.workers.queued() == 3        # one of the old ones and these
+    assert not qpu.ran and not echo.ran
+    go.set()
+    for number in (*old, new, echoed):
+        assert lab.end(number).status == "Success"
+    assert (qpu.order, echo.order) == ([*old, new], [echoed])
+    until(lambda: lab.workers.queued() == 0)
+
+
+def test_a_stop_does_not_wait_for_all_that_wait_to_be_loaded(lab):
+    lab.runtime()
+    lab.add(count=2)
+    first_page, go = threading.Event(), threading.Event()
+
+    def waiting():
+        rows = [row for page in lab.store.waiting() for row in page]
+        yield rows[:1]
+        first_page.set()
+        assert go.wait(20)
+        yield rows[1:]
+        raise AssertionError("it goes on")
+
+    lab.start(waiting=waiting)
+    assert first_page.wait(20)
+    lab.workers.drain(threading.Event())
+    stopping = threading.Thread(target=lab.workers.stop)
+    stopping.start()
+    until(lab.workers._stopped.is_set)      # pylint: disable=protected-access # nothing else tells
+    go.set()
+    stopping.join(20)
+    assert not stopping.is_alive()
+    lab.workers = None
+
+
 def test_a_job_that_waits_for_its_next_attempt_says_so_and_holds_no_runtime(still):
     first_attempt = (1, "X(90)", "verbatim", 1, 1000, 1, 0)
     qpu = still.runtime(lambda task, _: BUSY if task[:7] == first_attempt else DONE)
