@@ -19,7 +19,7 @@ from typing import (
 from oqc import jobs
 from oqc.database import (
     VERSION, Damaged, as_store_error, connect_to, disk_full_error, file_gone_error, inspect,
-    open_writer, resolve, sql_list, take_lock)
+    mark_in_use, open_writer, resolve, sql_list, take_lock)
 from oqc.jobs import (
     Addition, Batch, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Outcome, Refused, StoreError,
     Submission, Task, UnknownJob)
@@ -156,7 +156,7 @@ class Store:                        # pylint: disable=too-many-instance-attribut
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
             self._writer = prepare(path)
             self._file = os.stat(path)
-            os.pwrite(self._lock_file, b"in use\n", 0)
+            self.instance, self.run = mark_in_use(self._lock_file)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
             raise as_store_error(path, error) from None

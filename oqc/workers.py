@@ -28,6 +28,11 @@ CANCELLED = Outcome(jobs.CANCELLED, "cancelled")
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
+HELD_AGAIN = 0.1                    # seconds between looks at what a crash has left of an attempt
+
+
+def _nothing_left(_number: int, _runtime: str) -> bool:
+    return False
 
 
 class _Stopping(Exception):
@@ -67,6 +72,8 @@ class Store(Protocol):
 
 class Slot(Protocol):
     """Room for one attempt at a time on a runtime."""
+
+    survivors: str                  # what of its last attempt could not be ended, as a line
 
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Optional[Outcome]:
         """Run one attempt to its end; return None if it was ended because of `interrupted()`."""
@@ -156,14 +163,18 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def __init__(self, store: Store, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]],
                  policy: RetryPolicy, clock: Clock, dice: Callable[[], float],
-                 waiting: Waiting) -> None:
+                 waiting: Waiting,
+                 left_over: Callable[[int, str], bool] = _nothing_left) -> None:
         """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the
-        delays. `waiting` is told of every change, after it is on disk."""
+        delays. `waiting` is told of every change, after it is on disk. `left_over`: whether
+        processes are left of an attempt at a job on a runtime, which a crash cut off."""
         self.store = store
         self.policy = policy
         self.clock = clock
         self.dice = dice
         self.waiting = waiting
+        self.left_over = left_over
+        self._cut_off_on: Dict[int, str] = {}   # jobs that a crash cut off, and their runtimes
         self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
         self._echo = self.runtimes.get("echo")
         self._queues: Dict[str, "queue.PriorityQueue[int]"] = {
@@ -199,6 +210,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 if due is not None:
                     # A wall clock that jumped must hold no job back for longer than a delay can.
                     delay = min(due - self.clock.unix(), self.policy.most)
+                if self._is_held(number):
+                    log.warning("job %d waits until its attempt on %s has ended, which goes on "
+                                "since the server was killed", number, self._cut_off_on[number])
                 self._enqueue_in(delay, mode, number)
         self._threads.append(
             threading.Thread(target=self._ring_alarms, name="alarms", daemon=True))
@@ -216,6 +230,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         again = runtime is None or runtime.spec.interrupted == "retry"
         outcome = INTERRUPTED._replace(transient=again)
         event = jobs.decide(outcome, attempt, self.policy)
+        self._cut_off_on[number] = name
         fate = "it is tried again" if event == "retry" else "ended as interrupted"
         log.warning("job %d was running on %s when the server was killed: %s", number, name, fate)
         return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
@@ -294,12 +309,25 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         return max(0, queued - self._cancelled_in_queue)
 
     def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
-        """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
+        """Have a job run after `delay` seconds, or later if it is held; it holds no thread and no
+        runtime until then."""
+        if self._is_held(number):
+            delay = max(delay, HELD_AGAIN)
         if delay <= 0:
             self.enqueue(mode, [number])
             return
         with self.lock:
             self._set_alarm(self.clock.monotonic() + delay, mode, number)
+
+    def _is_held(self, number: int) -> bool:
+        """Return whether something is left of a job's attempt that a crash cut off."""
+        name = self._cut_off_on.get(number)
+        if name is None:
+            return False
+        if self.left_over(number, name):
+            return True
+        del self._cut_off_on[number]
+        return False
 
     def _set_alarm(self, at: float, mode: str, number: int = 0) -> None:
         heapq.heappush(self._alarms, (at, mode, number))
@@ -319,7 +347,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     pause = self._alarms[0][0] - now
             for _, mode, number in due:
                 if number:
-                    self.enqueue(mode, [number])
+                    self._enqueue_in(0.0, mode, number)
                 else:
                     self._ring(mode)
             self.clock.wait(self._alarm_set, pause)
@@ -411,12 +439,17 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Return what becomes of a job after this outcome; after None it was cancelled, or the
         server stops. Exactly one of an answer and a cancel wins."""
         with self.lock:
+            survivors = attempt.slot.survivors
+            if survivors:           # the device may still be driven by what nobody can end
+                failure = Outcome(jobs.NOT_EXECUTABLE, survivors, started=False)
+                self._note_start(runtime, failure, SET_ASIDE_AFTER)
             if outcome is None:
                 if attempt.cancelled:
                     return Ending(task, "failed", CANCELLED)
                 failed = has_run and runtime.spec.interrupted == "fail"
                 return Ending(task, "failed" if failed else "release", INTERRUPTED)
-            self._note_start(runtime, outcome)
+            if not survivors:
+                self._note_start(runtime, outcome)
             event = jobs.decide(outcome, task.attempt, self.policy)
             if not outcome.started and runtime.set_aside:
                 event = "release"       # the runtime's fault: it costs the job no attempt
@@ -424,15 +457,15 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 return Ending(task, "failed", CANCELLED)
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
 
-    def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
+    def _note_start(self, runtime: _Runtime, outcome: Outcome, failures: int = 1) -> None:
         """Set a runtime aside that fails to start again and again, and take it back when it starts;
-        say so once."""
+        say so once. `failures`: for how many a failure counts."""
         was_set_aside = runtime.set_aside
         if outcome.started:
             runtime.failed_starts = 0
             runtime.start_error = None
         else:
-            runtime.failed_starts += 1
+            runtime.failed_starts += failures
         if runtime.set_aside:
             runtime.start_error = outcome.runtime_error
             doublings = min(30, runtime.failed_starts - SET_ASIDE_AFTER)

@@ -895,7 +895,7 @@ def test_close_leaves_one_file_with_everything_in_it_and_an_empty_lock(
     store = opened()
     number = succeeded(store)
     assert sorted(os.listdir(tmp_path)) == ["oqc.db", "oqc.db-shm", "oqc.db-wal", "oqc.db.lock"]
-    assert (tmp_path / "oqc.db.lock").read_bytes() == b"in use\n"
+    assert (tmp_path / "oqc.db.lock").read_bytes().startswith(b"in use\n")
     held = Held(store, connections.writer)
     held.ask("last", added, store)
     held.start("close", store.close)

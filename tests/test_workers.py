@@ -34,6 +34,8 @@ class StillClock(HandClock):
 class Script:
     """A runtime: each attempt is noted in `ran`, `play(task, interrupted)` gives its outcome."""
 
+    survivors = ""
+
     def __init__(self, clock, play):
         self.clock = clock
         self.play = play                # a function, or the outcome itself
