@@ -12,7 +12,7 @@ import signal
 import threading
 from typing import Callable, Set
 
-from oqc.tree import INSTANCE, ReapersClock, all_processes, mark_of, send, session_of
+from oqc.tree import INSTANCE, ReapersClock, all_processes, mark_of, send, session_of, stat_of
 
 GRACE = 2.0                         # seconds from TERM to KILL
 GIVE_UP = 10.0                      # seconds in all; what does not end of KILL never will
@@ -99,8 +99,4 @@ def _is_ours(prefix: str, leaders: Set[int], pid: int) -> bool:
 
 def _is_zombie(pid: int) -> bool:
     """Return whether a process has ended, and whoever adopted it does not reap it."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return file.read().rpartition(b") ")[2][:1] in (b"Z", b"X")
-    except OSError:
-        return True
+    return stat_of(pid)[:1] in ([], [b"Z"], [b"X"])

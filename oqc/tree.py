@@ -36,6 +36,8 @@ KILL_WAIT = 2.0                     # seconds that a killed process has to be go
 REAP_EVERY = 1.0                    # seconds between looks at what has ended unexpectedly
 LEFT_OVER_WAIT = 4.0                # seconds that a killed server's keeper has to end its processes
 POLL_EVERY = 0.05                   # seconds between looks at a process that no descriptor watches
+EXEC_LOOKS = 100                    # at a process in execve(2), a millisecond apart
+WITHOUT_MEMORY = 0x00200000 | 0x4   # PF_KTHREAD, PF_EXITING
 MOST_LEADERS = 4096                 # that a keeper is told of; any more have only their mark
 EXITED = os.WEXITED | os.WNOHANG | os.WNOWAIT   # waitid(2): look for an end, and leave it there
 PR_SET_CHILD_SUBREAPER = 36                     # prctl(2)
@@ -367,12 +369,35 @@ class Tree:
 
 def mark_of(pid: int) -> str:
     """Return the mark of a process; nothing if it has none, has ended, or may not be looked at."""
-    try:
-        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-            mark = MARK_IN_ENVIRON.search(file.read())
-    except OSError:
-        return ""
+    environment = b""
+    for _ in range(EXEC_LOOKS):
+        try:
+            with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+                environment = file.read()
+        except OSError:
+            return ""
+        if environment or not _is_in_exec(pid):
+            break
+        select.poll().poll(1)
+    mark = MARK_IN_ENVIRON.search(environment)
     return os.fsdecode(mark[1]) if mark else ""
+
+
+def _is_in_exec(pid: int) -> bool:
+    """Return whether a process has no environment because it is just becoming another program."""
+    fields = stat_of(pid)
+    if len(fields) < 49 or int(fields[6]) & WITHOUT_MEMORY:
+        return False
+    return fields[0] != b"Z" and fields[48] == b"0"     # env_end
+
+
+def stat_of(pid: int) -> List[bytes]:
+    """Return what proc_pid_stat(5) says of a process, from its state on; nothing if it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            return file.read().rpartition(b") ")[2].split()
+    except OSError:
+        return []
 
 
 def _bears(mark: str, pid: int) -> bool:

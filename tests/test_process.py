@@ -78,8 +78,9 @@ ENDS = {            # how a script goes on that has left a daemon, and how its j
 @pytest.mark.parametrize("end, code", ENDS.values(), ids=ENDS)
 def test_children_that_leave_their_session_end_with_their_attempt(
         lab, script, tmp_path, end, code):
-    command = script("setsid sleep 300 >/dev/null 2>&1 &\n"
-                     "setsid sh -c 'trap \"\" TERM; sleep 300 & wait' >/dev/null 2>&1 &\n" + end)
+    command = script("mkfifo $0.$$\n"
+                     "setsid sh -c 'echo $$ >$0; sleep 300 & wait' $0.$$ >/dev/null 2>&1 &\n"
+                     "read -r pid <$0.$$\n" + end)
     server = lab("--kill-grace", "0.1", "--config", ini(
         tmp_path, f"[runtime qpu]\ncommand = {command}\ntimeout = 0.3\nslots = 2\n"))
     for job in [server.add(mode="verbatim") for _ in range(5)]:
@@ -198,7 +199,7 @@ def test_no_zombie_stays_beside_a_lines_process_that_has_nothing_to_do(lab, scri
 
 def test_signals_that_were_ignored_for_the_server_count_again_in_it_and_in_its_runtimes(
         lab, script):
-    server = lab("--runtime", f"qpu={script('grep Sig /proc/$$/status')}", command=IGNORING)
+    server = lab("--runtime", f"qpu={script('exec grep Sig /proc/self/status')}", command=IGNORING)
     job = server.add(mode="verbatim")
     assert server.wait(job)["return_code"] == 0
     lines = server.result(job).body.decode().splitlines()
