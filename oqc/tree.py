@@ -277,10 +277,11 @@ class Tree:
         stdin, stdout, stderr = standard
         try:
             # No preexec_fn: it may deadlock where there are threads. The signals that Python
-            # ignores are reset by Popen, all others in this process (app.Signals).
+            # ignores are reset by Popen, all others in this process (app.reset_signals). No
+            # descriptor of ours can be inherited (PEP 446), so that none has to be closed.
             self._popen = subprocess.Popen(     # pylint: disable=consider-using-with # see end
                 command, env={**environment, MARK: self.mark}, cwd=cwd, stdin=stdin, stdout=stdout,
-                stderr=stderr, start_new_session=True)
+                stderr=stderr, close_fds=False, start_new_session=True)
         except OSError as error:
             raise _explained(error, command[0]) from error
         self.pid = self._popen.pid
@@ -483,10 +484,13 @@ def _adopted() -> List[int]:
     """Return the children of the main thread: the orphans that became ours, and its own."""
     pid = os.getpid()
     try:
-        with open(f"/proc/{pid}/task/{pid}/children", "rb", buffering=0) as file:
-            return [int(child) for child in file.read().split()]
+        children = os.open(f"/proc/{pid}/task/{pid}/children", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return []
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, children)
+        text = os.read(children, 1 << 16)       # the rest is there when these are gone
+        return [int(child) for child in text.rpartition(b" ")[0].split()]
 
 
 def session_of(pid: int) -> int:

@@ -178,7 +178,7 @@ def test_two_servers_with_the_same_runtime_do_not_end_each_others_processes(
     assert other.wait(1)["runtime"] == "quick"
     assert other.wait(other.add(mode="verbatim"))["status"] == "Success"
     assert other.stop() == 0
-    assert bearers(f"LAB={tmp_path}") == left
+    assert set(left) <= set(bearers(f"LAB={tmp_path}"))
 
 
 # Zombies, signals
