@@ -28,7 +28,8 @@ Store.add_together commit them and Workers.take_up put them on their queue, and 
 Responses; Server.shutdown_request gives each Connection back; Server._respond sends the response.
 Any other request goes from Server.process_request to a thread of the pool, where
 Server.finish_request makes a Handler that asks Api.handle, and comes back the same way. Then a
-worker thread takes the job: Workers._take, Store.claim, Slot.run, Store.settle, Waiting.notify.
+worker thread takes the job: Workers._take, Store.claim, Slot.run, Store.settle (or, with the next
+job, settle_and_claim), Waiting.notify.
 """
 import contextlib
 import functools

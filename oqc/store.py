@@ -333,6 +333,11 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         """End these attempts; raise IllegalTransition for one that does not run."""
         self._write(self._settle, endings)
 
+    def settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
+        """End an attempt and start the one that follows it, in one transaction; as `settle` and
+        `claim`."""
+        return self._write(self._settle_and_claim, ending, number, runtime)
+
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; return False if it does not wait."""
         now = self.clock.now()
@@ -414,6 +419,10 @@ class Store:                        # pylint: disable=too-many-instance-attribut
         if not self._writer.execute(CLAIM, values).rowcount:
             return None
         return Task._make(self._writer.execute(TASK, (number,)).fetchone())
+
+    def _settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
+        self._settle([ending])
+        return self._claim(number, runtime)
 
     def _settle(self, endings: Sequence[Ending]) -> None:
         now = self.clock.now()

@@ -51,6 +51,9 @@ class Store(Protocol):
     def settle(self, endings: Sequence[Ending]) -> None:
         """End these attempts."""
 
+    def settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
+        """End an attempt, and start one at another job, as `settle` and `claim` do."""
+
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; return False if it does not wait."""
 
@@ -361,15 +364,18 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def _work(self, runtime: _Runtime, slot: Slot) -> None:
         """A worker thread: take the oldest job that is due, run it, settle it."""
-        while not self.draining.is_set():
-            number = self._take(runtime, slot)
+        claimed: Optional[Task] = None      # when the end of the one before was stored
+        while claimed or not self.draining.is_set():
+            number = claimed.id if claimed else self._take(runtime, slot)
             if not number:
                 runtime.bell.get()
                 continue
             attempt = runtime.running[number]
+            task = claimed
+            claimed = None
             try:
                 try:
-                    self._run(runtime, attempt, number)
+                    claimed = self._run(runtime, attempt, number, task)
                 finally:
                     self._finish(runtime, attempt, number)
             except _Stopping:       # the next start decides on the job
@@ -396,13 +402,16 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             runtime.running[number] = _Attempt(slot)
             return number
 
-    def _run(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
-        """Claim a job, make an attempt at it and store how it ended."""
-        task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
+    def _run(self, runtime: _Runtime, attempt: _Attempt, number: int,
+             task: Optional[Task]) -> Optional[Task]:
+        """Claim a job unless that is done, make an attempt at it and store how it ended; return the
+        task that was claimed with that, if any."""
+        if not task:
+            task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
         if not task:                # it was cancelled meanwhile
             with self.lock:
                 self._cancelled_in_queue -= 1
-            return
+            return None
         self.waiting.notify()
         began = self.clock.monotonic()
         outcome = None
@@ -411,8 +420,31 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             outcome = self._outcome(runtime, attempt, task)
         ending = self._decide(runtime, task, attempt, outcome, has_run)
         ending = ending._replace(seconds=self.clock.monotonic() - began)
-        self._write_until_stored(self.store.settle, [ending])
+        following = self._store_end(runtime, attempt.slot, ending)
         attempt.ending = ending
+        return following
+
+    def _store_end(self, runtime: _Runtime, slot: Slot, ending: Ending) -> Optional[Task]:
+        """Store how an attempt ended. After a success, which never keeps a runtime from its next
+        job, claim that in the same transaction and return its task: a commit takes as long as a
+        short job."""
+        number = None
+        if ending.event == "succeeded":
+            number = self._take(runtime, slot)
+        if not number:
+            self._write_until_stored(self.store.settle, [ending])
+            return None
+        following: Optional[Task] = None
+        try:
+            following = self._write_until_stored(
+                self.store.settle_and_claim, ending, number, runtime.spec.name)
+        finally:
+            if not following:
+                self._finish(runtime, runtime.running[number], number)
+        if not following:           # it was cancelled meanwhile
+            with self.lock:
+                self._cancelled_in_queue -= 1
+        return following
 
     def _finish(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
         """Enter an attempt as over, and tell those who wait."""
