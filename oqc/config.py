@@ -279,8 +279,9 @@ def _read_section(section: Section, texts: Dict[str, str],
         for key in texts:
             if key not in READERS:
                 raise ValueError(f"unknown key; known are {', '.join(READERS)}")
+        readers = _readers_beside(section.path)
         for key, text in {"command": "", **texts}.items():
-            values[key] = READERS[key](text)
+            values[key] = readers[key](text)
     except ValueError as error:
         raise section.error(error, key) from None
     return RuntimeSpec(name.strip(), **values)
@@ -297,13 +298,25 @@ def _check_name(name: str, others: Sequence[RuntimeSpec]) -> None:
 
 # The values of a section's keys: each reader takes a text and raises ValueError.
 
-def _command(text: str) -> Tuple[str, ...]:
+def _command(text: str, folder: str = "") -> Tuple[str, ...]:
+    """Return a command, its program looked for in a folder and, a mere name, on PATH."""
     words = tuple(shlex.split(text))        # raises ValueError: No closing quotation
     if not words:
         raise ValueError("expected a program and its arguments")
-    if not shutil.which(words[0]):
-        raise ValueError(f"{words[0]}: no such program, or it is not executable")
+    program, *arguments = words
+    beside = os.path.abspath(os.path.join(folder, program))
+    if (folder or "/" in program) and shutil.which(beside):
+        return (beside, *arguments)
+    if "/" in program or not shutil.which(program):
+        raise ValueError(f"{program}: no such program, or it is not executable")
     return words
+
+
+def _directory(text: str, folder: str = "") -> str:
+    path = os.path.abspath(os.path.join(folder, text))
+    if not os.path.isdir(path):
+        raise ValueError(f"{path}: no such directory")
+    return path
 
 
 def _one_of(allowed: Sequence[str], text: str) -> str:
@@ -342,7 +355,18 @@ READERS: Dict[str, Callable[[str], Any]] = {
     "timeout": _seconds,
     "retry_codes": _return_codes,
     "interrupted": functools.partial(_one_of, ("retry", "fail")),
+    "cwd": _directory,
 }
+
+
+def _readers_beside(path: str) -> Dict[str, Callable[[str], Any]]:
+    """Return the readers of an INI file, by whose folder its relative paths go."""
+    folder = os.path.dirname(os.path.abspath(path))
+    return {
+        **READERS,
+        "command": functools.partial(_command, folder=folder),
+        "cwd": functools.partial(_directory, folder=folder),
+    }
 
 
 # Keys

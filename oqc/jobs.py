@@ -184,6 +184,7 @@ class RuntimeSpec(NamedTuple):
     timeout: float = 60.0           # seconds an attempt may take
     retry_codes: Tuple[int, ...] = (TEMPFAIL,)
     interrupted: str = "retry"      # or "fail": a job that a crash of the server cut off
+    cwd: Optional[str] = None       # its current directory; None: the server's
 
 
 class Log(NamedTuple):

@@ -1,52 +1,25 @@
 """A child process: start it, feed it, listen to it, and end it with all that it has started.
 
-The only room that starts processes. Each child leads a process group of its own. `Process.end` ends
-that group; if the server dies before it could, however it dies, GUARD does.
+What it starts, and how all of that ends, is tree.py's concern.
 """
 import contextlib
 import fcntl
-import functools
 import os
 import select
-import signal
 import struct
 import termios
-import threading
-from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
+
+from oqc.tree import INSTANCE, POLL_EVERY, Clock, Tree
 
 MOST_OUTPUT = 1 << 20               # bytes of standard output that are kept, from its beginning
 MOST_ERROR = 2048                   # bytes of standard error that are kept, from its end
 PIPE_READ = 1 << 16                 # bytes that one read asks for
-POLL_EVERY = 0.05                   # seconds between looks at a child that no descriptor watches
 LONGEST_POLL = 3600.0               # seconds; poll(2) takes no more than 24 days
-
-# A tiny shell in the child's process group holds the read end of a pipe whose write end only the
-# server has. When the server dies, the read ends and the shell ends the group. (PR_SET_PDEATHSIG
-# would fire when the thread that started the child ends, and would not reach grandchildren.) It is
-# started from a subshell that is gone at once, so that the command is not handed a child that it
-# did not start; the descriptor is closed before the command begins.
-GUARD = """( ( trap '' HUP INT TERM; exec >/dev/null 2>&1; read -r line <&3
-kill -TERM 0; sleep 2; kill -KILL 0 ) & )
-exec 3<&-; exec "$@" """
-
-EXITED = os.WEXITED | os.WNOHANG | os.WNOWAIT   # waitid(2): look for an end, and leave it there
-PR_SET_CHILD_SUBREAPER = 36                     # prctl(2)
-
-# The children that are not reaped yet. The lock is held while one is started and entered here, and
-# while orphans are reaped: a child that is not entered yet would be taken for an orphan.
-CHILDREN: List[int] = []
-CHILDREN_LOCK = threading.Lock()
-
-
-class Clock(Protocol):
-    """The clock of deadlines."""
-
-    def monotonic(self) -> float:
-        """Return seconds that never jump."""
 
 
 class Process:
-    """A child that leads a process group of its own, and the pipes to it.
+    """A child that leads a session of its own, and the pipes to it.
 
     It belongs to one thread, which does all reading and writing while it listens. Output beyond
     what is kept is read and dropped.
@@ -59,8 +32,9 @@ class Process:
         feed: Optional[int],
         wake: int,
         clock: Clock,
+        cwd: Optional[str] = None,
     ) -> None:
-        """Start `command` with this environment; raise OSError if there is no room for it.
+        """Start `command` with this environment; raise OSError, with a text, if that fails.
 
         `feed` is the open file that becomes its standard input; None stands for a pipe, which
         `send` writes to. As soon as the descriptor `wake` can be read, `listen` and `send` read it
@@ -79,7 +53,8 @@ class Process:
             if feed is None:
                 feed, self._input = _pipe(after_start, at_end)
                 os.set_blocking(self._input, False)
-            self.pid = _spawn(command, environment, (feed, childs_output, childs_error))
+            standard = (feed, childs_output, childs_error)
+            self._tree = Tree(command, environment, cwd, standard, clock)
             self._descriptors = at_end.pop_all()
         self._sinks = {output: self.output, error: self.error}
         self._poll = select.poll()
@@ -95,11 +70,8 @@ class Process:
             self._longest_poll = LONGEST_POLL
 
     def exited(self) -> bool:
-        """Return whether the process itself has ended; its children may go on.
-
-        It is not reaped yet, so that its id and its group's stay taken.
-        """
-        return os.waitid(os.P_PID, self.pid, EXITED) is not None
+        """Return whether the process itself has ended; its children may go on."""
+        return self._tree.exited()
 
     def listen(self, deadline: float, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Read what it writes until it has ended or `is_over`; return False at the deadline.
@@ -141,27 +113,31 @@ class Process:
                 if not self._read(descriptor):
                     break
 
-    def end(self, grace: float) -> int:
-        """End the whole process group; return the exit code, or -n after signal n.
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        return self._tree.pid
 
-        It gets TERM, and KILL as soon as the process has ended, or after `grace` seconds. This is
+    @property
+    def survivors(self) -> str:
+        """What of it could not be ended, as a line; known when `end` has returned."""
+        if not self._tree.survivors:
+            return ""
+        return INSTANCE.survivors(self._tree.runtime)
+
+    def end(self, grace: float) -> int:
+        """End it with all that it started; return the exit code, or -n after signal n.
+
+        All get TERM, and KILL as soon as the process has ended, or after `grace` seconds. This is
         the last call to a process.
         """
         if not self.exited():
-            self._signal_group(signal.SIGTERM)
+            self._tree.terminate()
             self.listen(self._clock.monotonic() + grace)
         self.read_on()
-        # Before the process is reaped: until then nobody else can get the number of its group.
-        self._signal_group(signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
-        with contextlib.suppress(ChildProcessError):
-            while True:         # orphans of the group are our children: it has ended with the last
-                os.waitpid(-self.pid, 0)
-        with CHILDREN_LOCK:
-            CHILDREN.remove(self.pid)
-        _reap_orphans()
+        code = self._tree.end()
         self._descriptors.close()
-        return os.waitstatus_to_exitcode(status)
+        return code
 
     def _wait_for_event(self, seconds: float) -> None:
         """Wait until something can be read or written, or for so long; read and write it."""
@@ -209,10 +185,6 @@ class Process:
         self._unsent = memoryview(b"")
         self._poll.unregister(self._input)
 
-    def _signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
     """Return the two ends of a new pipe, (to read, to write), closed with these stacks."""
@@ -220,52 +192,3 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[i
     reader.callback(os.close, ends[0])
     writer.callback(os.close, ends[1])
     return ends
-
-
-def _spawn(
-    command: Sequence[str],
-    environment: Dict[str, str],
-    standard: Tuple[int, int, int],
-) -> int:
-    """Start a command under its guard and return its id; it has `standard` as its 0, 1 and 2."""
-    with CHILDREN_LOCK:
-        pid = os.posix_spawn(
-            "/bin/sh",
-            ["/bin/sh", "-c", GUARD, "oqc", *command],
-            environment,
-            file_actions=[
-                *((os.POSIX_SPAWN_DUP2, ours, number) for number, ours in enumerate(standard)),
-                (os.POSIX_SPAWN_DUP2, _lifeline(), 3),
-            ],
-            setpgroup=0,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],     # Python ignores these
-            setsigmask=[],
-        )
-        CHILDREN.append(pid)
-    return pid
-
-
-@functools.lru_cache(maxsize=None)
-def _lifeline() -> int:
-    """Return the read end of the pipe whose closing tells every guard that the server is gone.
-
-    It is made at the first child. Its write end is never closed: the kernel does that when we die.
-    """
-    read_end, _write_end = os.pipe()
-    lifeline = fcntl.fcntl(read_end, fcntl.F_DUPFD_CLOEXEC, 10)     # 3 is what guards see
-    os.close(read_end)
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import ctypes       # pylint: disable=import-outside-toplevel # a server at rest spares it
-        # Linux: orphans of a group become our children, so that all of it can be waited for
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    return lifeline
-
-
-def _reap_orphans() -> None:
-    """Reap what left its process group and has ended: as orphans they became our children."""
-    with CHILDREN_LOCK, contextlib.suppress(ChildProcessError):     # there is no child at all
-        while True:
-            ended = os.waitid(os.P_ALL, 0, EXITED)
-            if ended is None or ended.si_pid in CHILDREN:   # whose own thread reaps it
-                return
-            os.waitpid(ended.si_pid, 0)

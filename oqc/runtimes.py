@@ -4,11 +4,12 @@ A runtime is a program from outside. Whatever it does, an attempt ends when it s
 of the attempt is left. How its process is started and ended is process.py's concern.
 """
 import contextlib
+import errno
 import json
 import os
 import signal
 import tempfile
-from typing import Callable, Dict, Optional, Protocol, Sequence, Tuple
+from typing import IO, Callable, Dict, Optional, Protocol, Sequence, Tuple
 
 from oqc import jobs
 from oqc.jobs import Log, Outcome, RuntimeSpec, Task
@@ -24,6 +25,10 @@ class Child(Protocol):
 
     output: bytearray
     error: bytearray
+
+    @property
+    def survivors(self) -> str:
+        """What of it could not be ended, as a line."""
 
     def exited(self) -> bool:
         """Return whether it has ended."""
@@ -44,8 +49,9 @@ class Child(Protocol):
         """End it with all its children; return its exit code, or -n after signal n."""
 
 
-# What starts one, as Process(command, environment, feed, wake, clock) does; raises OSError.
-Start = Callable[[Sequence[str], Dict[str, str], Optional[int], int, Clock], Child]
+# What starts one, as Process(command, environment, feed, wake, clock, cwd) does; raises OSError.
+Start = Callable[
+    [Sequence[str], Dict[str, str], Optional[int], int, Clock, Optional[str]], Child]
 
 
 class Slot:
@@ -64,8 +70,17 @@ class Slot:
         self._clock = clock
         self._kill_grace = kill_grace
         self._start = start
+        self.survivors = ""         # of the last process: what could not be ended
         self._wake, self._wake_write_end = os.pipe()
         os.set_blocking(self._wake_write_end, False)
+        inherited = {
+            variable: value
+            for variable, value in os.environ.items()
+            if not variable.startswith("OQC_") and variable not in SECRETS
+        }
+        # QRMI, the quantum resource management interface, reads the name of its resource there.
+        name = {"OQC_RUNTIME": spec.name, "QRMI_JOB_QPU_RESOURCES": spec.name}
+        self._environment = {**inherited, **name}
 
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
@@ -88,15 +103,10 @@ class Slot:
     def _start_command(self, environment: Dict[str, str], feed: Optional[int]) -> Child:
         """Start the runtime's command with these variables besides; raise OSError."""
         assert self.spec.command is not None, "builtin.command has that of a bundled runtime"
-        inherited = {
-            variable: value
-            for variable, value in os.environ.items()
-            if not variable.startswith("OQC_") and variable not in SECRETS
-        }
-        # QRMI, the quantum resource management interface, reads the name of its resource there.
-        name = {"OQC_RUNTIME": self.spec.name, "QRMI_JOB_QPU_RESOURCES": self.spec.name}
-        environment = {**inherited, **name, **environment}
-        return self._start(self.spec.command, environment, feed, self._wake, self._clock)
+        self.survivors = ""
+        environment = {**self._environment, **environment}
+        return self._start(
+            self.spec.command, environment, feed, self._wake, self._clock, self.spec.cwd)
 
     def _timed_out(self) -> Outcome:
         """Return the outcome of an attempt that was not over in time."""
@@ -134,6 +144,7 @@ class ExecSlot(Slot):
         in_time = process.listen(deadline, interrupted)
         exited = process.exited()       # by itself: asked before it is made to
         code = process.end(self._kill_grace)
+        self.survivors = process.survivors
         if exited:
             outcome = self._outcome_of_exit(code, process)
         elif in_time:
@@ -152,7 +163,7 @@ class ExecSlot(Slot):
             "OQC_SHOTS": str(task.shots),
             "OQC_SEED": str(task.seed),
         }
-        with tempfile.TemporaryFile() as feed:      # a pipe would block at 64 KiB until it is read
+        with _memory_file() as feed:    # a pipe would block at 64 KiB until it is read
             feed.write(task.job.encode() + b"\n")
             feed.seek(0)
             return self._start_command(environment, feed.fileno())
@@ -232,7 +243,9 @@ class LinesSlot(Slot):
     def _end(self, process: Child) -> int:
         """End the process, so that the next attempt starts another; return its exit code."""
         self._process = None
-        return process.end(self._kill_grace)
+        code = process.end(self._kill_grace)
+        self.survivors = process.survivors
+        return code
 
 
 class EchoSlot(Slot):
@@ -253,10 +266,18 @@ def slot(spec: RuntimeSpec, clock: Clock, kill_grace: float, start: Start = Proc
     return SLOTS[spec.protocol](spec, clock, kill_grace, start)
 
 
+def _memory_file() -> IO[bytes]:
+    """Return a new file without a name: in memory (Linux), where it costs less than on a disk."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("job"), "w+b")
+    return tempfile.TemporaryFile()     # pylint: disable=consider-using-with # the caller does
+
+
 def _unstartable(error: OSError) -> Outcome:
-    """Return the outcome if there was no room for a process."""
+    """Return the outcome if no process could be started; the error says why."""
+    code = jobs.NOT_FOUND if error.errno == errno.ENOENT else jobs.NOT_EXECUTABLE
     text = f"could not be started: {error.strerror}"
-    return Outcome(jobs.NOT_EXECUTABLE, text, transient=True, started=False)
+    return Outcome(code, text, transient=True, started=False)
 
 
 def _last_words(process: Child) -> Optional[str]:

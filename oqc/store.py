@@ -20,7 +20,7 @@ from typing import (
 from oqc import jobs
 from oqc.database import (
     STATE, VERSION, Damaged, as_store_error, connect_to, disk_full_error, file_gone_error, inspect,
-    open_writer, resolve, sql_list, take_lock)
+    mark_in_use, open_writer, resolve, sql_list, take_lock)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
     Outcome, Queued, Refused, StoreError, Submission, Task, UnknownJob)
@@ -206,7 +206,7 @@ class Store:
             inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
             self._writer = prepare(path)
             self._file = os.stat(path)
-            os.pwrite(self._lock_file, b"in use\n", 0)
+            self.instance, self.run = mark_in_use(self._lock_file)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
             raise as_store_error(path, error) from None
@@ -420,6 +420,12 @@ class Store:
         """Replace what was said in the last attempt that has this number and is over."""
         self._write(self._keep_log, number, attempt, _compressed(said), said.dropped)
 
+    def settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
+        """End an attempt and start the one that follows it, in one transaction; as `settle` and
+        `claim`."""
+        compressed = _compressed(ending.outcome.log)
+        return self._write(self._settle_and_claim, ending, compressed, number, runtime)
+
     def cancel(self, number: int) -> Optional[Queued]:
         """End a job that waits as cancelled, and return it; None if it does not wait."""
         return self._write(self._cancel, number)
@@ -533,6 +539,11 @@ class Store:
         self._writer.execute(CANCEL_WAITING, values)
         self._counted[state, queued.mode] -= 1
         return queued
+
+    def _settle_and_claim(self, ending: Ending, compressed: bytes, number: int,
+                          runtime: str) -> Optional[Task]:
+        self._settle([ending], [compressed])
+        return self._claim(number, runtime)
 
     def _settle(self, endings: Sequence[Ending], logs: Sequence[bytes]) -> None:
         now = self.clock.now()

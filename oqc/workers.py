@@ -30,6 +30,11 @@ INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=T
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
+HELD_AGAIN = 0.1                    # seconds between looks at what a crash has left of an attempt
+
+
+def _nothing_left(_number: int, _runtime: str) -> bool:
+    return False
 
 
 def _as_cancelled(outcome: Outcome) -> Outcome:
@@ -54,6 +59,9 @@ class Store(Protocol):
     def settle(self, endings: Sequence[Ending]) -> None:
         """End these attempts."""
 
+    def settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
+        """End an attempt, and start one at another job, as `settle` and `claim` do."""
+
     def cancel(self, number: int) -> Optional[Queued]:
         """End a job that waits as cancelled, and return it; None if it does not wait."""
 
@@ -75,6 +83,8 @@ class Store(Protocol):
 
 class Slot(Protocol):
     """Room for one attempt at a time on a runtime."""
+
+    survivors: str                  # what of its last attempt could not be ended, as a line
 
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
@@ -180,14 +190,18 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def __init__(self, store: Store, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]],
                  policy: RetryPolicy, clock: Clock, dice: Callable[[], float],
-                 waiting: Waiting) -> None:
+                 waiting: Waiting,
+                 left_over: Callable[[int, str], bool] = _nothing_left) -> None:
         """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the
-        delays. `waiting` is told of every change, after it is on disk."""
+        delays. `waiting` is told of every change, after it is on disk. `left_over`: whether
+        processes are left of an attempt at a job on a runtime, which a crash cut off."""
         self.store = store
         self.policy = policy
         self.clock = clock
         self.dice = dice
         self.waiting = waiting
+        self.left_over = left_over
+        self._cut_off_on: Dict[int, str] = {}   # jobs that a crash cut off, and their runtimes
         self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
         self._echo = self.runtimes.get("echo")
         self._queue = TurnQueue({spec.name: spec.modes for spec, _ in runtimes})
@@ -237,13 +251,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 return
             for job, due in page:
                 last = job.id
-                if due is None:
-                    self._queue.put(job)
-                else:
-                    # A wall clock that jumped must hold no job back for longer than a delay can.
-                    delay = min(due - self.clock.unix(), self.policy.most)
-                    with self.lock:
-                        self._set_alarm(self.clock.monotonic() + delay, job)
+                self._load_job(job, due)
         with self.lock:
             for job in self._arrived:
                 if job.id > last:       # else the database had it already
@@ -253,12 +261,29 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         for runtime in self.runtimes.values():
             runtime.ring()
 
+    def _load_job(self, job: Queued, due: Optional[float]) -> None:
+        """Queue a job, at once or when it is due."""
+        delay = 0.0
+        if due is not None:
+            # A wall clock that jumped must hold no job back for longer than a delay can.
+            delay = min(due - self.clock.unix(), self.policy.most)
+        if self._is_held(job.id):
+            log.warning("job %d waits until its attempt on %s has ended, which goes on since the "
+                        "server was killed", job.id, self._cut_off_on[job.id])
+            delay = max(delay, HELD_AGAIN)
+        if delay <= 0:
+            self._queue.put(job)
+            return
+        with self.lock:
+            self._set_alarm(self.clock.monotonic() + delay, job)
+
     def _cut_off(self, number: int, attempt: int, mode: str, name: str) -> Ending:
         """Return the end of an attempt that ran when the server was killed."""
         runtime = self.runtimes.get(name)
         again = runtime is None or runtime.spec.interrupted == "retry"
         outcome = INTERRUPTED._replace(transient=again)
         event = jobs.decide(outcome, attempt, self.policy)
+        self._cut_off_on[number] = name
         fate = "it is tried again" if event == "retry" else "ended as interrupted"
         log.warning("job %d was running on %s when the server was killed: %s", number, name, fate)
         return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
@@ -343,6 +368,16 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Return how many jobs wait to be run now."""
         return self._queue.qsize() + len(self._arrived)
 
+    def _is_held(self, number: int) -> bool:
+        """Return whether something is left of a job's attempt that a crash cut off."""
+        name = self._cut_off_on.get(number)
+        if name is None:
+            return False
+        if self.left_over(number, name):
+            return True
+        del self._cut_off_on[number]
+        return False
+
     def _set_alarm(self, at: float, then: Union[Queued, _Runtime]) -> None:
         """Have a job queued at that time, until when it holds no thread and no runtime; or have a
         runtime's workers look again. Under the lock."""
@@ -364,6 +399,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             for _, _, then in due:
                 if isinstance(then, _Runtime):
                     then.ring()
+                elif self._is_held(then.id):
+                    with self.lock:
+                        self._set_alarm(self.clock.monotonic() + HELD_AGAIN, then)
                 else:
                     self._enqueue([then])
             self.clock.wait(self._alarm_set, pause)
@@ -372,15 +410,18 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def _work(self, runtime: _Runtime, slot: Slot) -> None:
         """A worker thread: take the oldest job that is due, run it, settle it."""
-        while not self.draining.is_set():
-            number = self._take(runtime, slot)
+        claimed: Optional[Task] = None      # when the end of the one before was stored
+        while claimed or not self.draining.is_set():
+            number = claimed.id if claimed else self._take(runtime, slot)
             if not number:
                 runtime.bell.get()
                 continue
             attempt = runtime.running[number]
+            task = claimed
+            claimed = None
             try:
                 try:
-                    self._run(runtime, attempt, number)
+                    claimed = self._run(runtime, attempt, number, task)
                 finally:
                     self._finish(runtime, attempt, number)
             except _Stopping:       # the next start decides on the job
@@ -403,11 +444,14 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 runtime.running[number] = _Attempt(slot)
             return number
 
-    def _run(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
-        """Claim a job, make an attempt at it and store how it ended."""
-        task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
+    def _run(self, runtime: _Runtime, attempt: _Attempt, number: int,
+             task: Optional[Task]) -> Optional[Task]:
+        """Claim a job unless that is done, make an attempt at it and store how it ended; return the
+        task that was claimed with that, if any."""
+        if not task:
+            task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
         if not task:                # it was cancelled meanwhile
-            return
+            return None
         self.waiting.notify()
         began = self.clock.monotonic()
         outcome = NEVER_RUN
@@ -416,8 +460,28 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             outcome = self._outcome(runtime, attempt, task)
         ending = self._decide(runtime, task, attempt, outcome, has_run)
         ending = ending._replace(seconds=self.clock.monotonic() - began)
-        self._write_until_stored(self.store.settle, [ending])
+        following = self._store_end(runtime, attempt.slot, ending)
         attempt.ending = ending
+        return following
+
+    def _store_end(self, runtime: _Runtime, slot: Slot, ending: Ending) -> Optional[Task]:
+        """Store how an attempt ended. After a success, which never keeps a runtime from its next
+        job, claim that in the same transaction and return its task: a commit takes as long as a
+        short job."""
+        number = None
+        if ending.event == "succeeded":
+            number = self._take(runtime, slot)
+        if not number:
+            self._write_until_stored(self.store.settle, [ending])
+            return None
+        following: Optional[Task] = None
+        try:
+            following = self._write_until_stored(
+                self.store.settle_and_claim, ending, number, runtime.spec.name)
+        finally:
+            if not following:
+                self._finish(runtime, runtime.running[number], number)
+        return following            # none if it was cancelled meanwhile
 
     def _finish(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
         """Enter an attempt as over, and tell those who wait."""
@@ -444,6 +508,10 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """Return what becomes of a job after this outcome; if it was interrupted, it was cancelled
         or the server stops. Exactly one of an answer and a cancel wins."""
         with self.lock:
+            survivors = attempt.slot.survivors
+            if survivors:           # the device may still be driven by what nobody can end
+                failure = Outcome(jobs.NOT_EXECUTABLE, survivors, started=False)
+                self._note_start(runtime, failure, SET_ASIDE_AFTER)
             if outcome.interrupted:
                 if attempt.cancelled:
                     return Ending(task, "failed", _as_cancelled(outcome))
@@ -451,7 +519,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 outcome = outcome._replace(
                     return_code=INTERRUPTED.return_code, runtime_error=INTERRUPTED.runtime_error)
                 return Ending(task, "failed" if failed else "release", outcome)
-            self._note_start(runtime, outcome)
+            if not survivors:
+                self._note_start(runtime, outcome)
             event = jobs.decide(outcome, task.attempt, self.policy)
             if not outcome.started and runtime.set_aside:
                 event = "release"       # the runtime's fault: it costs the job no attempt
@@ -459,15 +528,15 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 return Ending(task, "failed", _as_cancelled(outcome))
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
 
-    def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
+    def _note_start(self, runtime: _Runtime, outcome: Outcome, failures: int = 1) -> None:
         """Set a runtime aside that fails to start again and again, and take it back when it starts;
-        say so once."""
+        say so once. `failures`: for how many a failure counts."""
         was_set_aside = runtime.set_aside
         if outcome.started:
             runtime.failed_starts = 0
             runtime.start_error = None
         else:
-            runtime.failed_starts += 1
+            runtime.failed_starts += failures
         if runtime.set_aside:
             runtime.start_error = outcome.runtime_error
             doublings = min(30, runtime.failed_starts - SET_ASIDE_AFTER)

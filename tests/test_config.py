@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import KEY, ROOT
@@ -146,7 +147,7 @@ def test_runtimes_on_the_command_line_serve_verbatim_and_the_built_in_ones_the_r
     assert made.runtimes[:2] == (
         RuntimeSpec("qpu-1", (program, "--flag", "two words", 'a"b', "c=d")),
         RuntimeSpec("B.2_x", ("true",)))
-    assert made.runtimes[:2][0][2:] == (("verbatim",), "exec", 1, 60.0, (75,), "retry")
+    assert made.runtimes[:2][0][2:] == (("verbatim",), "exec", 1, 60.0, (75,), "retry", None)
     assert [spec.name for spec in made.runtimes[2:]] == ["simulator", "echo"]
 
 
@@ -225,13 +226,14 @@ slots = 1000
 timeout = 0.25
 retry_codes = 75, 3,255 ; busy
 interrupted = fail
+cwd = /
 
 [runtime qpu-2]
 Command: {program}
 """))
     assert made.runtimes == (
         RuntimeSpec("qpu-1", (program, "--device", "1", "two words"), ("verbatim", "simulation"),
-                    "lines", 1000, 0.25, (75, 3, 255), "fail"),
+                    "lines", 1000, 0.25, (75, 3, 255), "fail", "/"),
         RuntimeSpec("qpu-2", (program,)),
         RuntimeSpec("echo", None, ("echo",), "echo"))
 
@@ -239,6 +241,38 @@ Command: {program}
 def test_what_a_section_leaves_out_has_the_documented_default(ini):
     assert settings("--config", ini("[runtime q]\ncommand = true")).runtimes[0] == RuntimeSpec(
         "q", ("true",), ("verbatim",), "exec", 1, 60.0, (75,), "retry")
+
+
+def test_a_relative_program_is_looked_for_beside_the_file_then_on_path(ini, tmp_path, monkeypatch):
+    other = tmp_path / "elsewhere"
+    path = Path(ini(""))
+    for program in (path.parent / "true", path.parent / "sub" / "drive", other / "mine"):
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\n", encoding="ascii")
+        program.chmod(0o755)
+    monkeypatch.chdir(other)
+
+    def command(text):
+        path.write_text(f"[runtime q]\ncommand = {text}\n", encoding="ascii")
+        return settings("--config", os.path.relpath(path)).runtimes[0].command
+    for text in ("true", "./true", "../$HERE/true", str(path.parent / "true")):
+        assert command(text.replace("$HERE", path.parent.name)) == (str(path.parent / "true"),)
+    assert command("sub/drive -x") == (str(path.parent / "sub" / "drive"), "-x")
+    assert command("false ./true") == ("false", "./true")
+    for text in ("mine", "./mine", "sub"):
+        with pytest.raises(ConfigError, match="no such program"):
+            command(text)
+    assert settings("--runtime", "q=./mine").runtimes[0].command == (str(other / "mine"),)
+
+
+def test_a_relative_working_directory_goes_from_the_folder_of_the_file(ini, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = Path(ini("[runtime q]\ncommand = true\ncwd = data\n"))
+    with pytest.raises(ConfigError, match=f"line 3: .*cwd: {path.parent}/data: no such directory"):
+        settings("--config", str(path))
+    (path.parent / "data").mkdir()
+    assert settings("--config", str(path)).runtimes[0].cwd == str(path.parent / "data")
 
 
 def test_a_percent_sign_and_a_number_sign_are_nothing_special(ini):

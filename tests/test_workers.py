@@ -34,6 +34,8 @@ class StillClock(HandClock):
 class Script:
     """A runtime: each attempt is noted in `ran`, `play(task, interrupted)` gives its outcome."""
 
+    survivors = ""
+
     def __init__(self, clock, play):
         self.clock = clock
         self.play = play                # a function, or the outcome itself
@@ -829,6 +831,47 @@ def test_a_job_that_is_cancelled_between_its_turn_and_its_claim_is_counted_once(
     lab.workers.pause("qpu", "")
     lab.add()
     assert lab.workers.queued() == 1
+
+
+def test_the_end_of_a_success_and_the_start_of_the_next_job_are_one_commit(lab):
+    calls = []
+
+    def noted(name):
+        def call(*arguments):
+            calls.append(name)
+            return getattr(lab.store, name)(*arguments)
+        return call
+    lab.runtime(lambda task, _: Outcome(3, "too warm") if task.id == 2 else DONE)
+    lab.start(**{name: noted(name) for name in ("claim", "settle", "settle_and_claim")})
+    ends = [lab.end(number).return_code for number in lab.add(count=4)]
+    until(lambda: not lab.workers.busy())
+    assert ends == [0, 3, 0, 0]
+    assert calls == ["claim", "settle_and_claim", "settle", "claim", "settle_and_claim", "settle"]
+
+
+def test_a_job_that_is_cancelled_before_it_is_claimed_with_the_end_of_another_never_runs(lab):
+    """It waits when the cancel looks, and has its turn before the store hears of the cancel."""
+    first, taken, cancelled = Blocked(), threading.Event(), threading.Event()
+
+    def settle_late(*arguments):
+        taken.set()
+        assert cancelled.wait(20)
+        return lab.store.settle_and_claim(*arguments)
+
+    def cancel_late(number):
+        first.give(DONE)
+        assert taken.wait(20)
+        ended = lab.store.cancel(number)
+        cancelled.set()
+        return ended
+    qpu = lab.runtime(lambda task, asked: first(task, asked) if task.id == 1 else DONE)
+    lab.start(settle_and_claim=settle_late, cancel=cancel_late)
+    lab.add(count=3)
+    first.wait()
+    assert told(lab.workers.cancel(2)) == CANCELLED
+    assert lab.end(3).status == "Success"
+    until(lambda: not lab.workers.busy())
+    assert (qpu.order, lab.workers.queued()) == ([1, 3], 0)
 
 
 def test_a_job_that_has_ended_and_one_that_is_unknown_cannot_be_cancelled(lab):
