@@ -9,7 +9,7 @@ The table of threads, with the locks that each takes:
 | log | LogLines._write | standard error | none |
 | listener | Server.serve_forever | select; a commit, see below | Store, Api, Workers, Waiting |
 | pool | Server.process_request_thread | its client; a commit; Waiting | all |
-| loader | Workers._load | no event: it ends when all that waits is queued | Workers |
+| loader | Workers.load | no event: it ends when all that waits is queued | Workers |
 | alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
 | reaper | Instance._reap_always | its event | Instance |
 | NAME-n | Workers._work, one a slot | a bell; a runtime; a commit | Store, Workers, Waiting |

@@ -14,6 +14,7 @@ from typing import IO, Callable, Dict, Optional, Protocol, Sequence, Tuple
 from oqc import jobs
 from oqc.jobs import Log, Outcome, RuntimeSpec, Task
 from oqc.process import MOST_ERROR, MOST_OUTPUT, Clock, Process
+from oqc.tree import script_fault
 
 SECRETS = ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")    # of the environment, and all of OQC_*
 QUESTION = ("id", "job", "mode", "attempt", "shots", "seed")    # of a Task, what `lines` is asked
@@ -124,6 +125,9 @@ class Slot:
         if code == 0:
             return Outcome(0)
         error = error or f"exit status {code}"
+        if code in (jobs.NOT_EXECUTABLE, jobs.NOT_FOUND) and self.spec.command:
+            # as `env` says it of #!/usr/bin/env python3 and a CR
+            error = script_fault(self.spec.command[0]) or error
         if code in (jobs.NOT_EXECUTABLE, jobs.NOT_FOUND):
             return Outcome(code, error, transient=True, started=False)
         return Outcome(code, error, transient=code in self.spec.retry_codes)

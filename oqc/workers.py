@@ -12,7 +12,8 @@ import queue
 import threading
 from collections import Counter
 from typing import (
-    Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
+    Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Set, Tuple,
+    Union)
 
 from oqc import jobs
 from oqc.jobs import (
@@ -121,8 +122,12 @@ class _Attempt:
     A cancel counts if it is set before `_decide` reads it: both hold Workers.lock.
     """
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, runtime: "_Runtime", number: int, slot: Slot) -> None:
+        self.runtime = runtime
+        self.number = number            # of its job
         self.slot = slot
+        self.task: Optional[Task] = None            # once the job is claimed
+        self.began = 0.0                # monotonic seconds
         self.cancelled = False          # somebody wants the job ended
         self.stopped = False            # the server stops
         self.ending: Optional[Ending] = None        # how it ended, once that is on disk
@@ -207,6 +212,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self._queue = TurnQueue({spec.name: spec.modes for spec, _ in runtimes})
         self._loading = True            # what waits in the database is not all in the queue yet
         self._arrived: List[Queued] = []        # what came meanwhile
+        self._cancelled: Set[int] = set()       # while they waited, but not in the queue
         self._began = clock.monotonic()
         self.draining = threading.Event()       # no more jobs are started
         self._stopped = threading.Event()
@@ -223,16 +229,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     # Life
 
     def start(self) -> None:
-        """Take up what the database says: decide on what a crash cut off, queue what waits, start
-        the threads."""
-        for name, (reason, since, by) in self.store.pauses().items():
-            if name in self.runtimes:
-                self.runtimes[name].paused = reason
-                self.runtimes[name].paused_by = by
-                self.runtimes[name].since = since
-        for page in self.store.running():
-            self.store.settle([self._cut_off(*row) for row in page])
-        for target, name in ((self._load, "loader"), (self._ring_alarms, "alarms")):
+        """Take over what the database says, and start the threads."""
+        self.take_over()
+        for target, name in ((self.load, "loader"), (self._ring_alarms, "alarms")):
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         for name, runtime in self.runtimes.items():
             for number in range(runtime.spec.slots):
@@ -242,7 +241,17 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         for thread in self._threads:
             thread.start()
 
-    def _load(self) -> None:
+    def take_over(self) -> None:
+        """Take over the pauses, and decide on what a crash cut off."""
+        for name, (reason, since, by) in self.store.pauses().items():
+            if name in self.runtimes:
+                self.runtimes[name].paused = reason
+                self.runtimes[name].paused_by = by
+                self.runtimes[name].since = since
+        for page in self.store.running():
+            self.store.settle([self._cut_off(*row) for row in page])
+
+    def load(self) -> None:
         """The loader thread: queue what waits in the database, the oldest first, and then what came
         meanwhile. Until then no job is started."""
         last = 0
@@ -255,7 +264,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         with self.lock:
             for job in self._arrived:
                 if job.id > last:       # else the database had it already
-                    self._queue.put(job)
+                    self._put(job)
             self._arrived.clear()
             self._loading = False
         for runtime in self.runtimes.values():
@@ -272,7 +281,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                         "server was killed", job.id, self._cut_off_on[job.id])
             delay = max(delay, HELD_AGAIN)
         if delay <= 0:
-            self._queue.put(job)
+            self._put(job)
             return
         with self.lock:
             self._set_alarm(self.clock.monotonic() + delay, job)
@@ -356,13 +365,20 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def _enqueue(self, queued: Sequence[Queued]) -> None:
         """Put these jobs on the queue and wake the workers of their runtimes."""
         for job in queued:
-            self._queue.put(job)
+            self._put(job)
         kinds = Counter((job.mode, job.runtime) for job in queued)
         for runtime in self.runtimes.values():
             rings = sum(count for kind, count in kinds.items() if runtime.may_run(*kind))
             if rings:
                 runtime.ring(rings)
         self.waiting.notify()
+
+    def _put(self, job: Queued) -> None:
+        """Put a job on the queue, unless it was cancelled on its way."""
+        if self._cancelled and job.id in self._cancelled:
+            self._cancelled.discard(job.id)
+        else:
+            self._queue.put(job)
 
     def queued(self) -> int:
         """Return how many jobs wait to be run now."""
@@ -385,54 +401,107 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self._alarm_set.set()
 
     def _ring_alarms(self) -> None:
-        """The alarm thread: put on its queue what has become due."""
+        """The alarm thread: ring what is due, and wait for the next alarm."""
         while not self._stopped.is_set():
             self._alarm_set.clear()
-            due = []
+            self.ring_due()
             pause = None
             with self.lock:
-                now = self.clock.monotonic()
-                while self._alarms and self._alarms[0][0] <= now:
-                    due.append(heapq.heappop(self._alarms))
                 if self._alarms:
-                    pause = self._alarms[0][0] - now
-            for _, _, then in due:
-                if isinstance(then, _Runtime):
-                    then.ring()
-                elif self._is_held(then.id):
-                    with self.lock:
-                        self._set_alarm(self.clock.monotonic() + HELD_AGAIN, then)
-                else:
-                    self._enqueue([then])
+                    pause = self._alarms[0][0] - self.clock.monotonic()
             self.clock.wait(self._alarm_set, pause)
+
+    def ring_due(self) -> List[int]:
+        """Do what has become due; return the ids of the jobs that were queued."""
+        due = []
+        with self.lock:
+            now = self.clock.monotonic()
+            while self._alarms and self._alarms[0][0] <= now:
+                due.append(heapq.heappop(self._alarms)[2])
+        queued = []
+        for then in due:
+            if isinstance(then, _Runtime):
+                then.ring()
+            elif self._is_held(then.id):
+                with self.lock:
+                    self._set_alarm(self.clock.monotonic() + HELD_AGAIN, then)
+            else:
+                self._enqueue([then])
+                queued.append(then.id)
+        return queued
 
     # Work
 
     def _work(self, runtime: _Runtime, slot: Slot) -> None:
-        """A worker thread: take the oldest job that is due, run it, settle it."""
-        claimed: Optional[Task] = None      # when the end of the one before was stored
-        while claimed or not self.draining.is_set():
-            number = claimed.id if claimed else self._take(runtime, slot)
-            if not number:
-                runtime.bell.get()
-                continue
-            attempt = runtime.running[number]
-            task = claimed
-            claimed = None
+        """A worker thread: a turn after the other, and a rest when there is nothing to run."""
+        attempt: Optional[_Attempt] = None
+        while attempt or not self.draining.is_set():
             try:
-                try:
-                    claimed = self._run(runtime, attempt, number, task)
-                finally:
-                    self._finish(runtime, attempt, number)
+                attempt = attempt or self.begin(runtime, slot)
+                if attempt is None:
+                    runtime.bell.get()
+                else:
+                    attempt = self.end(attempt, self._outcome(attempt))
             except _Stopping:       # the next start decides on the job
-                pass
+                attempt = None
             except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
-                log.exception("worker of %s: job %d", runtime.spec.name, number)
+                log.exception("worker of %s", runtime.spec.name)
+                attempt = None
         slot.close()
 
-    def _take(self, runtime: _Runtime, slot: Slot) -> Optional[int]:
-        """Return the id to run next on this slot, already entered as running; None if there is
-        nothing or it may not run."""
+    def begin(self, runtime: _Runtime, slot: Slot) -> Optional[_Attempt]:
+        """Start an attempt at the next job for this slot; return None if there is none for it, or
+        it may not run."""
+        while attempt := self._take(runtime, slot):
+            try:
+                attempt.task = self._write_until_stored(
+                    self.store.claim, attempt.number, runtime.spec.name)
+            finally:
+                if attempt.task is None:    # it was cancelled meanwhile, or cannot be stored
+                    self._cancelled.discard(attempt.number)
+                    self._finish(attempt)
+            if attempt.task is not None:
+                attempt.began = self.clock.monotonic()
+                self.waiting.notify()
+                return attempt
+        return None
+
+    def end(self, attempt: _Attempt, outcome: Outcome) -> Optional[_Attempt]:
+        """End an attempt with this outcome. After a success return the next one of its slot, begun
+        with the same commit, if there is one."""
+        following = None
+        try:
+            ending = self._decide(attempt, outcome)
+            ending = ending._replace(seconds=self.clock.monotonic() - attempt.began)
+            if ending.event == "succeeded":     # which never keeps a runtime from its next job
+                following = self._take(attempt.runtime, attempt.slot)
+            if following is None:
+                self._write_until_stored(self.store.settle, [ending])
+            else:
+                self._settle_and_claim(ending, following)
+            attempt.ending = ending
+        finally:
+            self._finish(attempt)
+        if following is None or following.task is None:
+            return None
+        return following
+
+    def _settle_and_claim(self, ending: Ending, following: _Attempt) -> None:
+        """Store how an attempt ended and that another begins, in one transaction: a commit takes as
+        long as a short job."""
+        try:
+            following.task = self._write_until_stored(
+                self.store.settle_and_claim, ending, following.number,
+                following.runtime.spec.name)
+            following.began = self.clock.monotonic()
+        finally:
+            if following.task is None:      # it was cancelled meanwhile
+                self._cancelled.discard(following.number)
+                self._finish(following)
+
+    def _take(self, runtime: _Runtime, slot: Slot) -> Optional[_Attempt]:
+        """Return an attempt at the job to run next on this slot, already entered as running; None
+        if there is nothing or it may not run."""
         with self.lock:             # whoever takes from a queue holds it
             if self.draining.is_set() or self._loading or runtime.paused is not None:
                 return None
@@ -440,73 +509,41 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 if runtime.aside_until > self.clock.monotonic() or runtime.running:
                     return None     # set aside, or one job is trying it out already
             number = self._queue.take(runtime.spec.name)
-            if number is not None:
-                runtime.running[number] = _Attempt(slot)
-            return number
+            if number is None:
+                return None
+            attempt = _Attempt(runtime, number, slot)
+            runtime.running[number] = attempt
+            return attempt
 
-    def _run(self, runtime: _Runtime, attempt: _Attempt, number: int,
-             task: Optional[Task]) -> Optional[Task]:
-        """Claim a job unless that is done, make an attempt at it and store how it ended; return the
-        task that was claimed with that, if any."""
-        if not task:
-            task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
-        if not task:                # it was cancelled meanwhile
-            return None
-        self.waiting.notify()
-        began = self.clock.monotonic()
-        outcome = NEVER_RUN
-        has_run = not attempt.must_end()
-        if has_run:
-            outcome = self._outcome(runtime, attempt, task)
-        ending = self._decide(runtime, task, attempt, outcome, has_run)
-        ending = ending._replace(seconds=self.clock.monotonic() - began)
-        following = self._store_end(runtime, attempt.slot, ending)
-        attempt.ending = ending
-        return following
-
-    def _store_end(self, runtime: _Runtime, slot: Slot, ending: Ending) -> Optional[Task]:
-        """Store how an attempt ended. After a success, which never keeps a runtime from its next
-        job, claim that in the same transaction and return its task: a commit takes as long as a
-        short job."""
-        number = None
-        if ending.event == "succeeded":
-            number = self._take(runtime, slot)
-        if not number:
-            self._write_until_stored(self.store.settle, [ending])
-            return None
-        following: Optional[Task] = None
-        try:
-            following = self._write_until_stored(
-                self.store.settle_and_claim, ending, number, runtime.spec.name)
-        finally:
-            if not following:
-                self._finish(runtime, runtime.running[number], number)
-        return following            # none if it was cancelled meanwhile
-
-    def _finish(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
+    def _finish(self, attempt: _Attempt) -> None:
         """Enter an attempt as over, and tell those who wait."""
         with self.lock:         # first: what they read when they are told shows it as over
-            del runtime.running[number]
+            del attempt.runtime.running[attempt.number]
         try:
             if attempt.ending is not None:
-                self._announce(runtime, [attempt.ending])
+                self._announce(attempt.runtime, [attempt.ending])
         finally:
             attempt.over.set()
             if self.draining.is_set() and not self.busy():
                 self._idle.set()
 
-    def _outcome(self, runtime: _Runtime, attempt: _Attempt, task: Task) -> Outcome:
+    def _outcome(self, attempt: _Attempt) -> Outcome:
         """Run a job on its slot."""
+        assert attempt.task is not None, "it is claimed"
+        if attempt.must_end():
+            return NEVER_RUN
         try:
-            return attempt.slot.run(task, attempt.must_end)
+            return attempt.slot.run(attempt.task, attempt.must_end)
         except Exception:           # pylint: disable=broad-exception-caught # the job has to end
-            log.exception("%s: job %d", runtime.spec.name, task.id)
+            log.exception("%s: job %d", attempt.runtime.spec.name, attempt.number)
             return Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
 
-    def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt,
-                outcome: Outcome, has_run: bool) -> Ending:
+    def _decide(self, attempt: _Attempt, outcome: Outcome) -> Ending:
         """Return what becomes of a job after this outcome; if it was interrupted, it was cancelled
         or the server stops. Exactly one of an answer and a cancel wins."""
+        runtime = attempt.runtime
+        task = attempt.task
+        assert task is not None, "it is claimed"
         with self.lock:
             survivors = attempt.slot.survivors
             if survivors:           # the device may still be driven by what nobody can end
@@ -515,7 +552,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if outcome.interrupted:
                 if attempt.cancelled:
                     return Ending(task, "failed", _as_cancelled(outcome))
-                failed = has_run and runtime.spec.interrupted == "fail"
+                failed = outcome.started and runtime.spec.interrupted == "fail"
                 outcome = outcome._replace(
                     return_code=INTERRUPTED.return_code, runtime_error=INTERRUPTED.runtime_error)
                 return Ending(task, "failed" if failed else "release", outcome)
@@ -611,7 +648,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         Return the ended job; raise Ended if it had ended (or did so by itself meanwhile),
         UnknownJob, and StoreError if its end cannot be stored now: then it comes later."""
         while True:
-            attempt = self._interrupt(number)
+            attempt = self.interrupt(number)
             if attempt is not None:
                 while not self.clock.wait(attempt.over, STORE_AGAIN):
                     self.store.cancel(number)   # changes nothing, but raises if it could not
@@ -619,7 +656,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                         and attempt.ending.outcome.interrupted:
                     return self.store.get(number)       # ended by this, not by itself
             elif queued := self.store.cancel(number):
-                self._queue.remove(queued)
+                if not self._queue.remove(queued):      # it is on its way there, or taken
+                    with self.lock:
+                        self._cancelled.add(number)
                 self.waiting.notify([number])
                 return self.store.get(number)
             job = self.store.get(number)
@@ -629,7 +668,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if self.clock.wait(self._stopped, CANCEL_AGAIN):
                 raise StoreError("the server is stopping")
 
-    def _interrupt(self, number: int) -> Optional[_Attempt]:
+    def interrupt(self, number: int) -> Optional[_Attempt]:
         """Return the attempt that runs at a job, asked to end; None if none does."""
         with self.lock:
             for runtime in self.runtimes.values():

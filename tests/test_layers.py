@@ -33,7 +33,7 @@ ROOMS = {
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},
-    "runtimes": {"process", "jobs"},
+    "runtimes": {"process", "tree", "jobs"},
     "process": {"tree"},
     "keeper": {"tree"},         # the process that ends what is left when the server dies
     "tree": set(),              # whose is a process

@@ -338,20 +338,22 @@ def test_a_server_stops_though_a_child_may_not_be_killed(lab, script, tmp_path):
 
 # What cannot be started
 
-def test_a_program_that_cannot_be_started_says_why(lab, tmp_path):
+@pytest.mark.parametrize("content, reason", [
+    (b"#!/bin/sh\r\nexit 0\r\n",
+     "could not be started: {}: its lines end with CR LF; write them with LF alone"),
+    (b"#!/usr/bin/env sh\r\nexit 0\r\n", "code 127, {}: its lines end with CR LF"),
+    (b"#!/no/such/python\n",
+     "could not be started: {}: its first line names /no/such/python, which is not there"),
+    (b"\x7fELF, but not of this machine",
+     "could not be started: {}: neither a program of this machine nor a script with a #! line"),
+], ids=["CR LF", "CR LF and env", "no interpreter", "no program"])
+def test_a_program_that_cannot_be_started_says_why(lab, tmp_path, content, reason):
     program = tmp_path / "drive"
-    program.write_bytes(b"#!/bin/true\n")
+    program.write_bytes(content)
     program.chmod(0o755)
     server = lab("--runtime", f"qpu={program}")
-    for number, (content, reason) in enumerate((
-            (b"#!/bin/sh\r\nexit 0\r\n", "its lines end with CR LF; write them with LF alone"),
-            (b"#!/no/such/python\n", "its first line names /no/such/python, which is not there"),
-            (b"\x7fELF, but not of this machine",
-             "neither a program of this machine nor a script with a #! line"))):
-        program.write_bytes(content)
-        server.add(mode="verbatim")
-        server.line(f"could not be started: {program}: {reason}")
-        server.request("DELETE", f"/jobs/{number + 1}/")
+    server.add(mode="verbatim")
+    server.line(reason.format(program))
 
 
 def test_a_working_directory_is_the_sections_and_a_program_stands_beside_the_ini_file(
