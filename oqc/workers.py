@@ -7,6 +7,7 @@ it.
 import bisect
 import contextlib
 import heapq
+import json
 import logging
 import queue
 import threading
@@ -16,7 +17,8 @@ from typing import (
 
 from oqc import jobs
 from oqc.jobs import (
-    Addition, Ended, Ending, Job, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, Task)
+    Addition, Ended, Ending, Job, Log, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission,
+    Task)
 from oqc.waiting import Waiting
 
 log = logging.getLogger("oqc")
@@ -24,7 +26,7 @@ log = logging.getLogger("oqc")
 SET_ASIDE_AFTER = 3                 # failures to start, in a row
 FIRST_PAUSE = 1.0                   # seconds that a failing runtime is left alone, doubling
 MOST_PAUSE = 60.0
-CANCELLED = Outcome(jobs.CANCELLED, "cancelled")
+CANCELLED = Outcome(jobs.CANCELLED, "cancelled", interrupted=True)
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown")
 NEVER_RUN = Outcome(jobs.CANCELLED, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
@@ -46,6 +48,9 @@ class Store(Protocol):
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """End these attempts."""
+
+    def keep_log(self, number: int, attempt: int, said: Log) -> None:
+        """Replace the log of a job's last attempt that has this number and is over."""
 
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; return False if it does not wait."""
@@ -72,8 +77,18 @@ class Slot(Protocol):
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
 
+    device: Optional[str]           # JSON: what its runtime says of itself
+
+    def rest(self, is_over: Callable[[], bool], may_start: bool) -> Optional[Outcome]:
+        """Wait between attempts until `is_over()`, or sooner; return an outcome if a process has
+        started without a job, or failed to, which only happens if it `may_start`."""
+
+    def late_logs(self) -> List[Tuple[int, int, Log]]:
+        """Return (job, attempt, log) of attempts whose log has grown since they were over."""
+
     def wake(self) -> None:
-        """Have a running attempt ask `interrupted()` again. For any thread."""
+        """Have a running attempt ask `interrupted()` again, or a rest its `is_over()`. For any
+        thread."""
 
     def close(self) -> None:
         """End what is left between attempts."""
@@ -113,18 +128,35 @@ class _Attempt:
         return self.cancelled or self.stopped
 
 
-class _Runtime:
+class _Worker:
+    """What a worker thread has of its own. `is_rung` is changed under its runtime's lock of the
+    bell."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.is_rung = True             # it looks at the queues before it rests
+
+
+class _Runtime:                     # pylint: disable=too-many-instance-attributes # each says why
     """A runtime and its state. Changed under Workers.lock."""
 
-    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Slot], since: str) -> None:
+    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Slot], since: str,
+                 policy: RetryPolicy) -> None:
+        if spec.attempts == 1:          # no job runs twice, whatever cut it off
+            spec = spec._replace(interrupted="fail")
         self.spec = spec
+        self.policy = policy._replace(attempts=spec.attempts)
         self.make_slot = make_slot
         self.since = since              # UTC time of the last change of state
-        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # its workers wait on it
+        self.workers: List[_Worker] = []
+        self._bell = threading.Lock()   # held while a worker goes to rest, or is rung
+        self._resting: List[_Worker] = []
         self.paused: Optional[str] = None       # the reason
         self.failed_starts = 0          # in a row
         self.aside_until = 0.0          # monotonic seconds
         self.start_error: Optional[str] = None      # the last one, once it is set aside
+        self.failed_by = 0              # the job that it failed to start with last
+        self.failed_jobs = 0            # in a row
         self.running: Dict[int, _Attempt] = {}
         self.jobs_ended = 0
         self.jobs_failed = 0
@@ -144,12 +176,37 @@ class _Runtime:
             return "busy"
         return "idle"
 
+    @property
+    def device(self) -> Optional[str]:
+        """What it says of itself, as JSON."""
+        devices = [worker.slot.device for worker in self.workers if worker.slot.device]
+        return devices[-1] if devices else None
+
+    def lie_down(self, worker: _Worker) -> None:
+        """Have a worker rung from now on. It looks at the queues once more before it rests, or a
+        ring between the two would be lost."""
+        with self._bell:
+            worker.is_rung = False
+            self._resting.append(worker)
+
+    def rise(self, worker: _Worker) -> bool:
+        """Have a worker rung no more; return whether it was."""
+        with self._bell:
+            was_rung = worker.is_rung
+            if not was_rung:
+                self._resting.remove(worker)
+                worker.is_rung = True
+            return was_rung
+
     def ring(self, times: int = 0) -> None:
-        """Have so many workers that wait look at the queues, or all. If the bell is full, each has
-        a ring before it already."""
-        with contextlib.suppress(queue.Full):
-            for _ in range(times or self.spec.slots):
-                self.bell.put_nowait(None)
+        """Have so many workers that rest look at the queues, or all."""
+        with self._bell:
+            rung = self._resting[-times:]       # who has worked last
+            del self._resting[-times:]
+            for worker in rung:
+                worker.is_rung = True
+        for worker in rung:
+            worker.slot.wake()
 
 
 class Workers:                      # pylint: disable=too-many-instance-attributes # each says why
@@ -165,7 +222,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self.clock = clock
         self.dice = dice
         self.waiting = waiting
-        self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
+        self.runtimes = {spec.name: _Runtime(spec, make, clock.now(), policy)
+                         for spec, make in runtimes}
         self._echo = self.runtimes.get("echo")
         self._queues: Dict[str, "queue.PriorityQueue[int]"] = {
             mode: queue.PriorityQueue() for mode in jobs.MODES}
@@ -205,9 +263,11 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             threading.Thread(target=self._ring_alarms, name="alarms", daemon=True))
         for name, runtime in self.runtimes.items():
             for number in range(runtime.spec.slots):
+                worker = _Worker(runtime.make_slot())
+                runtime.workers.append(worker)
                 self._threads.append(threading.Thread(
-                    target=self._work, name=f"{name}-{number}",
-                    args=(runtime, runtime.make_slot()), daemon=True))
+                    target=self._work, name=f"{name}-{number}", args=(runtime, worker),
+                    daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -216,7 +276,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         runtime = self.runtimes.get(name)
         again = runtime is None or runtime.spec.interrupted == "retry"
         outcome = INTERRUPTED._replace(transient=again)
-        event = jobs.decide(outcome, attempt, self.policy)
+        event = jobs.decide(outcome, attempt, runtime.policy if runtime else self.policy)
         fate = "it is tried again" if event == "retry" else "ended as interrupted"
         log.warning("job %d was running on %s when the server was killed: %s", number, name, fate)
         return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
@@ -332,24 +392,66 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     # Work
 
-    def _work(self, runtime: _Runtime, slot: Slot) -> None:
-        """A worker thread: take the oldest job that is due, run it, settle it."""
+    def _work(self, runtime: _Runtime, worker: _Worker) -> None:
+        """A worker thread: take the oldest job that is due, run it, settle it; rest if there is
+        none."""
+        slot = worker.slot
         while not self.draining.is_set():
             number = self._take(runtime, slot)
-            if not number:
-                runtime.bell.get()
-                continue
-            attempt = runtime.running[number]
             try:
-                try:
-                    self._run(runtime, attempt, number)
-                finally:
-                    self._finish(runtime, attempt, number)
+                if number is None:
+                    number = self._rest(runtime, worker)
+                if number is not None:
+                    try:
+                        self._run(runtime, runtime.running[number], number)
+                    finally:
+                        self._finish(runtime, runtime.running[number], number)
+                self._keep_late_logs(slot)
             except _Stopping:       # the next start decides on the job
                 pass
             except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
-                log.exception("worker of %s: job %d", runtime.spec.name, number)
+                log.exception("worker of %s: job %d", runtime.spec.name, number or 0)
         slot.close()
+        with contextlib.suppress(_Stopping):
+            self._keep_late_logs(slot)
+
+    def _rest(self, runtime: _Runtime, worker: _Worker) -> Optional[int]:
+        """Rest until somebody rings, or there is something to be stored; return the id of a job
+        that came meanwhile and is entered as running, if there is one."""
+        runtime.lie_down(worker)
+        outcome = None
+        try:
+            number = self._take(runtime, worker.slot)
+            if number is None:
+                outcome = worker.slot.rest(
+                    lambda: worker.is_rung or self.draining.is_set(),
+                    self._may_start(runtime, worker))
+        finally:
+            was_rung = runtime.rise(worker)
+        if number is not None and was_rung:
+            runtime.ring(1)         # for another job, perhaps
+        if outcome is not None:
+            with self.lock:
+                if runtime.set_aside or not outcome.started:
+                    self._note_start(runtime, outcome)
+        return number
+
+    def _may_start(self, runtime: _Runtime, worker: _Worker) -> bool:
+        """Return whether a runtime that is to be warm may be started now: if it is set aside, by
+        one worker, and when its pause is over."""
+        with self.lock:
+            if runtime.paused is not None:
+                return False
+            if not runtime.set_aside:
+                return True
+            if runtime.aside_until > self.clock.monotonic():
+                return False
+            return worker is runtime.workers[0] and not runtime.running
+
+    def _keep_late_logs(self, slot: Slot) -> None:
+        """Store what a runtime has said since its attempts were over."""
+        for number, attempt, said in slot.late_logs():
+            self._write_until_stored(self.store.keep_log, number, attempt, said)
 
     def _take(self, runtime: _Runtime, slot: Slot) -> Optional[int]:
         """Return the id to run next on this slot, already entered as running; None if there is
@@ -366,8 +468,22 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 return None
             oldest = min(queues, key=lambda one: one.queue[0])
             number = oldest.get_nowait()
+            if runtime.set_aside and number == runtime.failed_by:
+                number = self._instead_of(number, oldest, queues)
             runtime.running[number] = _Attempt(slot)
             return number
+
+    @staticmethod
+    def _instead_of(number: int, its_queue: "queue.PriorityQueue[int]",
+                    queues: "Sequence[queue.PriorityQueue[int]]") -> int:
+        """Return another job to try a runtime out with than the one that it did not start with; the
+        same if there is no other."""
+        others = [one for one in queues if not one.empty()]
+        if not others:
+            return number
+        other = min(others, key=lambda one: one.queue[0]).get_nowait()
+        its_queue.put(number)
+        return other
 
     def _run(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
         """Claim a job, make an attempt at it and store how it ended."""
@@ -384,6 +500,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             outcome = self._outcome(runtime, attempt, task)
         ending = self._decide(runtime, task, attempt, outcome, has_run)
         ending = ending._replace(seconds=self.clock.monotonic() - began)
+        reason = self._reason_to_pause(runtime, ending)
+        if reason:                  # first, so that who is told of the end can read it
+            self._write_until_stored(self.pause, runtime.spec.name, reason)
         self._write_until_stored(self.store.settle, [ending])
         attempt.ending = ending
 
@@ -417,23 +536,41 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     return Ending(task, "failed", CANCELLED)
                 failed = has_run and runtime.spec.interrupted == "fail"
                 return Ending(task, "failed" if failed else "release", INTERRUPTED)
-            self._note_start(runtime, outcome)
-            event = jobs.decide(outcome, task.attempt, self.policy)
+            self._note_start(runtime, outcome, task.id)
+            event = jobs.decide(outcome, task.attempt, runtime.policy)
             if not outcome.started and runtime.set_aside:
                 event = "release"       # the runtime's fault: it costs the job no attempt
             if attempt.cancelled and event in ("release", "retry"):
                 return Ending(task, "failed", CANCELLED)
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
 
-    def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
+    def _reason_to_pause(self, runtime: _Runtime, ending: Ending) -> Optional[str]:
+        """Count jobs that fail in a row; return why the runtime must be paused, or None."""
+        outcome = ending.outcome
+        with self.lock:
+            if ending.event == "succeeded":
+                runtime.failed_jobs = 0
+            elif ending.event == "failed" and not outcome.interrupted:
+                runtime.failed_jobs += 1
+            if runtime.paused is not None:
+                return None
+            if outcome.pause:
+                return outcome.pause
+            if 0 < runtime.spec.pause_after <= runtime.failed_jobs:
+                return (f"{runtime.failed_jobs} jobs failed in a row, the last, job "
+                        f"{ending.task.id}, with {outcome.return_code}: {outcome.runtime_error}")
+        return None
+
+    def _note_start(self, runtime: _Runtime, outcome: Outcome, number: int = 0) -> None:
         """Set a runtime aside that fails to start again and again, and take it back when it starts;
-        say so once."""
+        say so once. `number`: of the job that it was started for."""
         was_set_aside = runtime.set_aside
         if outcome.started:
             runtime.failed_starts = 0
             runtime.start_error = None
         else:
             runtime.failed_starts += 1
+            runtime.failed_by = number
         if runtime.set_aside:
             runtime.start_error = outcome.runtime_error
             doublings = min(30, runtime.failed_starts - SET_ASIDE_AFTER)
@@ -555,6 +692,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         with self._pausing:
             self.store.resume(name)
             with self.lock:
+                runtime.failed_jobs = 0
                 if runtime.paused is not None:
                     runtime.paused = None
                     runtime.since = self.clock.now()
@@ -572,7 +710,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     "protocol": runtime.spec.protocol, "slots": runtime.spec.slots,
                     "state": runtime.state(), "reason": reason,
                     "running": sorted(runtime.running), "ended": runtime.jobs_ended,
-                    "failures": runtime.jobs_failed, "since": runtime.since}
+                    "failures": runtime.jobs_failed, "since": runtime.since,
+                    "device": json.loads(runtime.device or "null")}
 
     def uptime(self) -> float:
         """Return the seconds since the server began."""

@@ -32,7 +32,8 @@ ROOMS = {
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},
-    "runtimes": {"process", "jobs"},
+    "runtimes": {"process", "lines", "jobs"},
+    "lines": {"jobs"},          # what a runtime says over `lines`, kept apart from processes
     "process": set(),
     "manual": set(),
     "bloch": {"qubit"},         # the picture of a path
