@@ -633,6 +633,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         runtimes = [self.workers.describe(name) for name in self.workers.runtimes]
         if not wants_text(request):
             return Response(200, b"".join(array([runtimes], json.dumps)))
+        for runtime in runtimes:
+            del runtime["device"]       # too wide for a table
         rows = [[", ".join(map(str, value)) if isinstance(value, list) else value
                  for value in runtime.values()] for runtime in runtimes]
         return text_response(table(rows, [name.upper() for name in runtimes[0]]))

@@ -325,9 +325,9 @@ def _one_of(allowed: Sequence[str], text: str) -> str:
     return text
 
 
-def _whole(most: int, text: str) -> int:
+def _whole(least: int, most: int, text: str) -> int:
     try:
-        return whole_number(text, 1, most)
+        return whole_number(text, least, most)
     except ValueError as error:
         raise ValueError(f"{error}, found {text!r}") from None
 
@@ -338,24 +338,34 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _yes_or_no(text: str) -> bool:
+    return _one_of(("yes", "no"), text) == "yes"
+
+
 def _modes(text: str) -> Tuple[str, ...]:
     modes = [_one_of(("verbatim", "simulation"), mode.strip()) for mode in text.split(",")]
     return tuple(dict.fromkeys(modes))      # each of them once
 
 
 def _return_codes(text: str) -> Tuple[int, ...]:
-    return tuple(_whole(255, code.strip()) for code in text.split(","))
+    return tuple(_whole(1, 255, code.strip()) for code in text.split(","))
 
 
 READERS: Dict[str, Callable[[str], Any]] = {
     "command": _command,
     "modes": _modes,
     "protocol": functools.partial(_one_of, ("exec", "lines")),
-    "slots": functools.partial(_whole, 1000),
+    "slots": functools.partial(_whole, 1, 1000),
     "timeout": _seconds,
+    "start_timeout": _seconds,
+    "warm": _yes_or_no,
+    "attempts": functools.partial(_whole, 1, 1000),
     "retry_codes": _return_codes,
+    "pause_after": functools.partial(_whole, 0, 1_000_000),
     "interrupted": functools.partial(_one_of, ("retry", "fail")),
     "cwd": _directory,
+    "result_bytes": functools.partial(_whole, 1024, 8 << 20),
+    "log_bytes": functools.partial(_whole, 1024, 8 << 20),
 }
 
 

@@ -7,6 +7,7 @@ import bisect
 import contextlib
 import heapq
 import itertools
+import json
 import logging
 import queue
 import threading
@@ -44,6 +45,11 @@ def _as_cancelled(outcome: Outcome) -> Outcome:
         return_code=jobs.CANCELLED, runtime_error="cancelled", interrupted=True)
 
 
+def _queued(task: Task) -> Queued:
+    """Return the job of a task as the queue knows it."""
+    return Queued(task.id, task.mode, task.priority, task.submitter, task.asked_runtime)
+
+
 class _Stopping(Exception):
     """The server stops before something could be stored."""
 
@@ -62,6 +68,9 @@ class Store(Protocol):
 
     def settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
         """End an attempt, and start one at another job, as `settle` and `claim` do."""
+
+    def keep_log(self, number: int, attempt: int, said: Log) -> None:
+        """Replace the log of a job's last attempt that has this number and is over."""
 
     def cancel(self, number: int) -> Optional[Queued]:
         """End a job that waits as cancelled, and return it; None if it does not wait."""
@@ -90,11 +99,22 @@ class Slot(Protocol):
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
 
-    def log(self) -> Log:
-        """Return what the attempt that runs has written on standard error. For any thread."""
+    def log(self, number: int) -> Log:
+        """Return what the attempt that runs at this job has written on standard error. For any
+        thread."""
+
+    device: Optional[str]           # JSON: what its runtime says of itself
+
+    def rest(self, is_over: Callable[[], bool], may_start: bool) -> Optional[Outcome]:
+        """Wait between attempts until `is_over()`, or sooner; return an outcome if a process has
+        started without a job, or failed to, which only happens if it `may_start`."""
+
+    def late_logs(self) -> List[Tuple[int, int, Log]]:
+        """Return (job, attempt, log) of attempts whose log has grown since they were over."""
 
     def wake(self) -> None:
-        """Have a running attempt ask `interrupted()` again. For any thread."""
+        """Have a running attempt ask `interrupted()` again, or a rest its `is_over()`. For any
+        thread."""
 
     def close(self) -> None:
         """End what is left between attempts."""
@@ -138,19 +158,36 @@ class _Attempt:
         return self.cancelled or self.stopped
 
 
-class _Runtime:
+class _Worker:
+    """What a worker thread has of its own. `is_rung` is changed under its runtime's lock of the
+    bell."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.is_rung = True             # it looks at the queues before it rests
+
+
+class _Runtime:                     # pylint: disable=too-many-instance-attributes # each says why
     """A runtime and its state. Changed under Workers.lock."""
 
-    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Slot], since: str) -> None:
+    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Slot], since: str,
+                 policy: RetryPolicy) -> None:
+        if spec.attempts == 1:          # no job runs twice, whatever cut it off
+            spec = spec._replace(interrupted="fail")
         self.spec = spec
+        self.policy = policy._replace(attempts=spec.attempts)
         self.make_slot = make_slot
         self.since = since              # UTC time of the last change of state
-        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # its workers wait on it
+        self.workers: List[_Worker] = []
+        self._bell = threading.Lock()   # held while a worker goes to rest, or is rung
+        self._resting: List[_Worker] = []
         self.paused: Optional[str] = None       # the reason
         self.paused_by: Optional[str] = None    # the name of a key, while it is paused
         self.failed_starts = 0          # in a row
         self.aside_until = 0.0          # monotonic seconds
         self.start_error: Optional[str] = None      # the last one, once it is set aside
+        self.failed_by: Optional[Queued] = None     # the job that it failed to start with last
+        self.failed_jobs = 0            # in a row
         self.running: Dict[int, _Attempt] = {}
         self.jobs_ended = 0
         self.jobs_failed = 0
@@ -182,12 +219,37 @@ class _Runtime:
             return f"{self.spec.name} cannot be started: {self.start_error}"
         return None
 
+    @property
+    def device(self) -> Optional[str]:
+        """What it says of itself, as JSON."""
+        devices = [worker.slot.device for worker in self.workers if worker.slot.device]
+        return devices[-1] if devices else None
+
+    def lie_down(self, worker: _Worker) -> None:
+        """Have a worker rung from now on. It looks at the queues once more before it rests, or a
+        ring between the two would be lost."""
+        with self._bell:
+            worker.is_rung = False
+            self._resting.append(worker)
+
+    def rise(self, worker: _Worker) -> bool:
+        """Have a worker rung no more; return whether it was."""
+        with self._bell:
+            was_rung = worker.is_rung
+            if not was_rung:
+                self._resting.remove(worker)
+                worker.is_rung = True
+            return was_rung
+
     def ring(self, times: int = 0) -> None:
-        """Have so many workers that wait look at the queues, or all. If the bell is full, each has
-        a ring before it already."""
-        with contextlib.suppress(queue.Full):
-            for _ in range(times or self.spec.slots):
-                self.bell.put_nowait(None)
+        """Have so many workers that rest look at the queues, or all."""
+        with self._bell:
+            rung = self._resting[-times:]       # who has worked last
+            del self._resting[-times:]
+            for worker in rung:
+                worker.is_rung = True
+        for worker in rung:
+            worker.slot.wake()
 
 
 class Workers:                      # pylint: disable=too-many-instance-attributes # each says why
@@ -207,7 +269,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self.waiting = waiting
         self.left_over = left_over
         self._cut_off_on: Dict[int, str] = {}   # jobs that a crash cut off, and their runtimes
-        self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
+        self.runtimes = {spec.name: _Runtime(spec, make, clock.now(), policy)
+                         for spec, make in runtimes}
         self._echo = self.runtimes.get("echo")
         self._queue = TurnQueue({spec.name: spec.modes for spec, _ in runtimes})
         self._loading = True            # what waits in the database is not all in the queue yet
@@ -235,9 +298,11 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         for name, runtime in self.runtimes.items():
             for number in range(runtime.spec.slots):
+                worker = _Worker(runtime.make_slot())
+                runtime.workers.append(worker)
                 self._threads.append(threading.Thread(
-                    target=self._work, name=f"{name}-{number}",
-                    args=(runtime, runtime.make_slot()), daemon=True))
+                    target=self._work, name=f"{name}-{number}", args=(runtime, worker),
+                    daemon=True))
         for thread in self._threads:
             thread.start()
 
@@ -291,8 +356,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         runtime = self.runtimes.get(name)
         again = runtime is None or runtime.spec.interrupted == "retry"
         outcome = INTERRUPTED._replace(transient=again)
-        event = jobs.decide(outcome, attempt, self.policy)
         self._cut_off_on[number] = name
+        event = jobs.decide(outcome, attempt, runtime.policy if runtime else self.policy)
         fate = "it is tried again" if event == "retry" else "ended as interrupted"
         log.warning("job %d was running on %s when the server was killed: %s", number, name, fate)
         return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
@@ -432,22 +497,62 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     # Work
 
-    def _work(self, runtime: _Runtime, slot: Slot) -> None:
+    def _work(self, runtime: _Runtime, worker: _Worker) -> None:
         """A worker thread: a turn after the other, and a rest when there is nothing to run."""
+        slot = worker.slot
         attempt: Optional[_Attempt] = None
         while attempt or not self.draining.is_set():
             try:
-                attempt = attempt or self.begin(runtime, slot)
-                if attempt is None:
-                    runtime.bell.get()
-                else:
+                attempt = attempt or self.begin(runtime, slot) or self._rest(runtime, worker)
+                if attempt is not None:
                     attempt = self.end(attempt, self._outcome(attempt))
+                self._keep_late_logs(slot)
             except _Stopping:       # the next start decides on the job
                 attempt = None
             except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
                 log.exception("worker of %s", runtime.spec.name)
                 attempt = None
         slot.close()
+        with contextlib.suppress(_Stopping):
+            self._keep_late_logs(slot)
+
+    def _rest(self, runtime: _Runtime, worker: _Worker) -> Optional[_Attempt]:
+        """Rest until somebody rings, or there is something to be stored; return the attempt at a
+        job that came meanwhile, if there is one."""
+        runtime.lie_down(worker)
+        outcome = None
+        try:
+            attempt = self.begin(runtime, worker.slot)
+            if attempt is None:
+                outcome = worker.slot.rest(
+                    lambda: worker.is_rung or self.draining.is_set(),
+                    self._may_start(runtime, worker))
+        finally:
+            was_rung = runtime.rise(worker)
+        if attempt is not None and was_rung:
+            runtime.ring(1)         # for another job, perhaps
+        if outcome is not None:
+            with self.lock:
+                if runtime.set_aside or not outcome.started:
+                    self._note_start(runtime, outcome)
+        return attempt
+
+    def _may_start(self, runtime: _Runtime, worker: _Worker) -> bool:
+        """Return whether a runtime that is to be warm may be started now: if it is set aside, by
+        one worker, and when its pause is over."""
+        with self.lock:
+            if runtime.paused is not None:
+                return False
+            if not runtime.set_aside:
+                return True
+            if runtime.aside_until > self.clock.monotonic():
+                return False
+            return worker is runtime.workers[0] and not runtime.running
+
+    def _keep_late_logs(self, slot: Slot) -> None:
+        """Store what a runtime has said since its attempts were over."""
+        for number, attempt, said in slot.late_logs():
+            self._write_until_stored(self.store.keep_log, number, attempt, said)
 
     def begin(self, runtime: _Runtime, slot: Slot) -> Optional[_Attempt]:
         """Start an attempt at the next job for this slot; return None if there is none for it, or
@@ -473,6 +578,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         try:
             ending = self._decide(attempt, outcome)
             ending = ending._replace(seconds=self.clock.monotonic() - attempt.began)
+            reason = self._reason_to_pause(attempt.runtime, ending)
+            if reason:              # first, so that who is told of the end can read it
+                self._write_until_stored(self.pause, attempt.runtime.spec.name, reason)
             if ending.event == "succeeded":     # which never keeps a runtime from its next job
                 following = self._take(attempt.runtime, attempt.slot)
             if following is None:
@@ -511,9 +619,20 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             number = self._queue.take(runtime.spec.name)
             if number is None:
                 return None
+            if runtime.set_aside and runtime.failed_by and runtime.failed_by.id == number:
+                number = self._instead_of(runtime.failed_by, runtime)
             attempt = _Attempt(runtime, number, slot)
             runtime.running[number] = attempt
             return attempt
+
+    def _instead_of(self, job: Queued, runtime: _Runtime) -> int:
+        """Return another job to try a runtime out with than the one that it did not start with; the
+        same if there is no other."""
+        other = self._queue.take(runtime.spec.name)
+        if other is None:
+            return job.id
+        self._queue.put(job)
+        return other
 
     def _finish(self, attempt: _Attempt) -> None:
         """Enter an attempt as over, and tell those who wait."""
@@ -548,7 +667,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             survivors = attempt.slot.survivors
             if survivors:           # the device may still be driven by what nobody can end
                 failure = Outcome(jobs.NOT_EXECUTABLE, survivors, started=False)
-                self._note_start(runtime, failure, SET_ASIDE_AFTER)
+                self._note_start(runtime, failure, failures=SET_ASIDE_AFTER)
             if outcome.interrupted:
                 if attempt.cancelled:
                     return Ending(task, "failed", _as_cancelled(outcome))
@@ -557,23 +676,42 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     return_code=INTERRUPTED.return_code, runtime_error=INTERRUPTED.runtime_error)
                 return Ending(task, "failed" if failed else "release", outcome)
             if not survivors:
-                self._note_start(runtime, outcome)
-            event = jobs.decide(outcome, task.attempt, self.policy)
+                self._note_start(runtime, outcome, _queued(task))
+            event = jobs.decide(outcome, task.attempt, runtime.policy)
             if not outcome.started and runtime.set_aside:
                 event = "release"       # the runtime's fault: it costs the job no attempt
             if attempt.cancelled and event in ("release", "retry"):
                 return Ending(task, "failed", _as_cancelled(outcome))
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
 
-    def _note_start(self, runtime: _Runtime, outcome: Outcome, failures: int = 1) -> None:
+    def _reason_to_pause(self, runtime: _Runtime, ending: Ending) -> Optional[str]:
+        """Count jobs that fail in a row; return why the runtime must be paused, or None."""
+        outcome = ending.outcome
+        with self.lock:
+            if ending.event == "succeeded":
+                runtime.failed_jobs = 0
+            elif ending.event == "failed" and not outcome.interrupted:
+                runtime.failed_jobs += 1
+            if runtime.paused is not None:
+                return None
+            if outcome.pause:
+                return outcome.pause
+            if 0 < runtime.spec.pause_after <= runtime.failed_jobs:
+                return (f"{runtime.failed_jobs} jobs failed in a row, the last, job "
+                        f"{ending.task.id}, with {outcome.return_code}: {outcome.runtime_error}")
+        return None
+
+    def _note_start(self, runtime: _Runtime, outcome: Outcome, job: Optional[Queued] = None,
+                    failures: int = 1) -> None:
         """Set a runtime aside that fails to start again and again, and take it back when it starts;
-        say so once. `failures`: for how many a failure counts."""
+        say so once. `job`: that it was started for. `failures`: for how many a failure counts."""
         was_set_aside = runtime.set_aside
         if outcome.started:
             runtime.failed_starts = 0
             runtime.start_error = None
         else:
             runtime.failed_starts += failures
+            runtime.failed_by = job
         if runtime.set_aside:
             runtime.start_error = outcome.runtime_error
             doublings = min(30, runtime.failed_starts - SET_ASIDE_AFTER)
@@ -600,8 +738,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             outcome = ending.outcome
             if ending.event in ("retry", "release"):
                 with self.lock:
-                    self._set_alarm(self.clock.monotonic() + ending.delay, Queued(
-                        task.id, task.mode, task.priority, task.submitter, task.asked_runtime))
+                    self._set_alarm(self.clock.monotonic() + ending.delay, _queued(task))
                 if ending.event == "retry":
                     log.info("job %d, attempt %d on %s: return code %d, %s; tried again in %.1f s",
                              task.id, task.attempt, runtime.spec.name, outcome.return_code,
@@ -699,6 +836,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         with self._pausing:
             self.store.resume(name)
             with self.lock:
+                runtime.failed_jobs = 0
                 if runtime.paused is not None:
                     runtime.paused = None
                     runtime.paused_by = None
@@ -718,7 +856,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     "state": runtime.state(), "reason": reason,
                     "paused_by": runtime.paused_by, "running": sorted(runtime.running),
                     "ended": runtime.jobs_ended, "failures": runtime.jobs_failed,
-                    "since": runtime.since}
+                    "since": runtime.since, "device": json.loads(runtime.device or "null")}
 
     def log(self, number: int) -> Optional[Log]:
         """Return what was said so far in the attempt that runs at a job; None if none does."""
@@ -726,7 +864,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             for runtime in self.runtimes.values():
                 attempt = runtime.running.get(number)
                 if attempt is not None:
-                    return attempt.slot.log()
+                    return attempt.slot.log(number)
         return None
 
     def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:

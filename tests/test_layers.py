@@ -33,7 +33,8 @@ ROOMS = {
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},
-    "runtimes": {"process", "tree", "jobs"},
+    "runtimes": {"process", "tree", "lines", "jobs"},
+    "lines": {"jobs"},          # what a runtime says over `lines`, kept apart from processes
     "process": {"tree"},
     "keeper": {"tree"},         # the process that ends what is left when the server dies
     "tree": set(),              # whose is a process

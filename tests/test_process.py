@@ -14,6 +14,9 @@ from conftest import PROGRAM, RUNTIMES, command_line, descendants, until
 IGNORING = ("sh", "-c", "trap '' HUP INT QUIT USR1 CHLD; exec \"$0\" \"$@\"", *PROGRAM)
 # A root that may not send signals to other users' processes (capabilities(7), CAP_KILL).
 POWERLESS = ("setpriv", "--bounding-set=-kill", "--inh-caps=-kill", *PROGRAM)
+# What a sh script over `lines` answers to the question in $line.
+ANSWER = r"""id=${line#*\"id\": }; echo "{\"id\": ${id%%,*}, \"return_code\": 0}" """
+
 
 
 def state(pid):
@@ -130,7 +133,7 @@ def test_a_child_that_left_its_group_hears_term_before_it_is_killed(lab, script,
 
 def test_a_background_child_of_a_lines_process_lives_as_long_as_that(lab, script, tmp_path):
     command = script("setsid sleep 300 >/dev/null 2>&1 &\n"
-                     "while read -r line; do echo '{\"return_code\": 0}'; done")
+                     f"while read -r line; do {ANSWER}; done")
     other = script("setsid sleep 200 >/dev/null 2>&1 &")
     server = lab("--config", ini(
         tmp_path, f"[runtime kept]\ncommand = {command}\nprotocol = lines\n"
@@ -185,7 +188,7 @@ def test_two_servers_with_the_same_runtime_do_not_end_each_others_processes(
 
 def test_no_zombie_stays_beside_a_lines_process_that_has_nothing_to_do(lab, script, tmp_path):
     command = script("while read -r line; do\n(sleep 0.01 &) >/dev/null 2>&1\n"
-                     "echo '{\"return_code\": 0}'\ndone")
+                     f"{ANSWER}\ndone")
     server = lab("--config", ini(
         tmp_path, f"[runtime qpu]\ncommand = {command}\nprotocol = lines\n"))
     jobs = [server.add(mode="verbatim") for _ in range(20)]

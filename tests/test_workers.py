@@ -34,14 +34,14 @@ class StillClock(HandClock):
 class Script:
     """A runtime: each attempt is noted in `ran`, `play(task, interrupted)` gives its outcome."""
 
-    survivors = ""
-
     def __init__(self, clock, play):
         self.clock = clock
         self.play = play                # a function, or the outcome itself
         self.ran = []                   # (job, attempt, when)
         self.open = 0                   # slots
-        self.woken = threading.Event()
+        self.woken = threading.Event()  # while it ran
+        self.slots = []
+        self.rest = lambda slot, may_start: None    # what a rest does first; or its outcome
 
     def run(self, task, interrupted):
         """Do an attempt."""
@@ -50,16 +50,11 @@ class Script:
             return self.play(task, interrupted)
         return self.play
 
-    def wake(self):
-        self.woken.set()
-
-    def close(self):
-        self.open -= 1
-
     def make(self):
-        """A slot of it: all its slots are this one."""
+        """A slot of it."""
         self.open += 1
-        return self
+        self.slots.append(ScriptSlot(self))
+        return self.slots[-1]
 
     @property
     def order(self):
@@ -69,6 +64,48 @@ class Script:
         """Seconds on the clock from each attempt to the next."""
         times = [seconds for _, _, seconds in self.ran]
         return [round(later - earlier, 6) for earlier, later in zip(times, times[1:])]
+
+
+class ScriptSlot:
+    """A slot of such a runtime."""
+
+    survivors = ""
+
+    def __init__(self, script):
+        self.script = script
+        self.device = None
+        self.late = []                  # what late_logs gives
+        self.runs = False
+        self.bell = threading.Semaphore(0)
+
+    def run(self, task, interrupted):
+        """Do an attempt."""
+        self.runs = True
+        try:
+            return self.script.run(task, interrupted)
+        finally:
+            self.runs = False
+
+    def rest(self, is_over, may_start):
+        """Wait until it is over, or the script has an outcome."""
+        outcome = self.script.rest(self, may_start)
+        while outcome is None and not is_over() and not self.late:
+            assert self.bell.acquire(timeout=60)    # pylint: disable=consider-using-with
+        return outcome
+
+    def late_logs(self):
+        """What was said late, once."""
+        late, self.late = self.late, []
+        return late
+
+    def wake(self):
+        """Have it look again."""
+        if self.runs:
+            self.script.woken.set()
+        self.bell.release()
+
+    def close(self):
+        self.script.open -= 1
 
 
 class Blocked:
@@ -227,8 +264,8 @@ def test_an_echo_that_is_to_be_tried_again_is_run_by_a_worker(lab):
     lab.start()
     assert lab.end(lab.add("echo", return_code=75)).status == "Success"
     assert [attempt for _, attempt, _ in echo.ran] == [1, 2, 3]
-    lab.policy = RetryPolicy(attempts=1)
     lab.workers.stop()
+    lab.runtime(BUSY, **ECHO, attempts=1)
     lab.start()
     job = lab.end(lab.add("echo", return_code=75))
     assert job[3:6] == ("Runtime Error", "echo", 75), "no attempt is left"
@@ -281,9 +318,8 @@ def test_a_busy_runtime_is_tried_five_times_after_doubling_delays_and_its_last_e
 
 
 def test_the_delay_is_at_least_half_and_stops_doubling_at_30_seconds(lab):
-    lab.policy = RetryPolicy(attempts=10)
     lab.dice = 0.0
-    qpu = lab.runtime(BUSY)
+    qpu = lab.runtime(BUSY, attempts=10)
     lab.start()
     lab.end(lab.add())
     assert qpu.pauses() == [0.25, 0.5, 1, 2, 4, 8, 15, 15, 15]
@@ -1037,7 +1073,7 @@ def test_a_runtime_says_how_it_fares(lab):
     fresh = {"name": "qpu", "modes": ["verbatim"], "protocol": "exec", "slots": 2,
              "state": "idle", "reason": None, "paused_by": None,
              "since": lab.workers.runtimes["qpu"].since,
-             "running": [], "ended": 0, "failures": 0}
+             "running": [], "ended": 0, "failures": 0, "device": None}
     assert lab.workers.describe("qpu") == fresh
     lab.add()
     attempt.wait()
