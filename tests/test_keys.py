@@ -351,5 +351,6 @@ def test_a_runtime_gets_no_secret_of_the_server(serve, keys, tmp_path):
     assert told["environment"]["PLAIN"] == "kept" and told["descriptors"] == [0, 1, 2]
     ours = ("OQC_", "CREDENTIALS", "NOTIFY")
     assert {name for name in told["environment"] if name.startswith(ours)} == {
-        "OQC_JOB_ID", "OQC_MODE", "OQC_ATTEMPT", "OQC_SHOTS", "OQC_SEED", "OQC_RUNTIME"}
+        "OQC_JOB_ID", "OQC_MODE", "OQC_ATTEMPT", "OQC_SHOTS", "OQC_SEED", "OQC_RUNTIME",
+        "OQC_TIMEOUT", "OQC_SUBMITTER", "OQC_TAG", "OQC_NOTE"}
     assert not any(secret in str(told) for secret in ("file-key-1", "env-key-3", str(path)))
