@@ -411,6 +411,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 pass
             except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
                 log.exception("worker of %s: job %d", runtime.spec.name, number or 0)
+                if number is None:  # or it would do nothing else any more
+                    self.clock.wait(self._stopped, STORE_AGAIN)
         slot.close()
         with contextlib.suppress(_Stopping):
             self._keep_late_logs(slot)

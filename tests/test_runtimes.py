@@ -196,21 +196,23 @@ def test_exit_status_75_is_worth_another_attempt_unless_retry_codes_say_otherwis
     assert run(script("exit 4"), retry_codes=(3, 4)).transient is True
 
 
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
 @pytest.mark.parametrize("name", ["KILL", "TERM", "SEGV", "HUP"])
-def test_dying_of_a_signal_is_128_and_its_number_and_worth_another_attempt(name):
-    outcome = run(hostile("dies"), name)
+def test_dying_of_a_signal_is_128_and_its_number_and_worth_another_attempt(name, protocol):
+    outcome = run(hostile("dies"), name, protocol=protocol)
     assert outcome.return_code == 128 + signal.Signals["SIG" + name]
     assert outcome.runtime_error == f"died of SIG{name}; last words"
     assert (outcome.transient, outcome.started) == (True, True)
 
 
-def test_a_program_that_is_gone_is_127_and_one_that_cannot_be_executed_126(tmp_path):
-    gone = run(tmp_path / "gone")
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_program_that_is_gone_is_127_and_one_that_cannot_be_executed_126(protocol, tmp_path):
+    gone = run(tmp_path / "gone", protocol=protocol)
     assert (gone.return_code, gone.transient, gone.started) == (127, True, False)
     assert "not found" in gone.runtime_error
     unfit = tmp_path / "unfit"
     unfit.write_text("#!/bin/sh\n")
-    refused = run(unfit)
+    refused = run(unfit, protocol=protocol)
     assert (refused.return_code, refused.transient, refused.started) == (126, True, False)
 
 

@@ -700,6 +700,18 @@ def test_late_words_that_cannot_be_stored_now_are_stored_later_and_at_a_stop_too
     assert kept == [late] * 2
 
 
+def test_a_defect_in_a_rest_is_logged_and_the_worker_goes_on(lab, caplog):
+    defects = [ZeroDivisionError("a defect")]
+
+    def rest(*_):
+        if defects:
+            raise defects.pop()
+    lab.runtime().rest = rest
+    lab.start()
+    until(lambda: "a defect" in caplog.text)
+    assert lab.end(lab.add()).status == "Success"
+
+
 # attempts, pause_after
 
 def test_a_section_says_how_often_a_job_is_tried(lab):
