@@ -19,6 +19,7 @@ END = re.compile(rb"[\r\n]+")       # progress bars write a carriage return
 RETURN_CODE = re.compile(rb'"return_code"\s*:')
 RESULT = re.compile(rb'"result"\s*:\s*')
 ID = re.compile(rb'"id"\s*:\s*(-?[0-9]{1,19})\s*[,}]')
+STRICT = json.JSONDecoder(parse_constant=jobs.refuse_constant)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -85,7 +86,7 @@ def read(
     try:
         if noise == BYTE_ORDER_MARK:
             raise ValueError("JSON has none (RFC 8259, section 8.1)")
-        value = json.loads(line[begin:].decode("utf-8"), parse_constant=jobs.refuse_constant)
+        value = STRICT.decode(line[begin:].decode("utf-8"))
     except (ValueError, RecursionError):
         return _read_broken(line, begin, result_bytes)
     if "return_code" not in value:

@@ -341,9 +341,10 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         if self._last is not None:
             self._note_late()
             self._last = None
-            process.error.clear()
-            process.log = Tail(self.spec.log_bytes)
-            self._log = process.log
+            if process.log.total:
+                process.error.clear()
+                process.log = Tail(self.spec.log_bytes)
+                self._log = process.log
         return process
 
     def _question(self, task: Task) -> bytes:
@@ -357,7 +358,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
             "timeout": self.spec.timeout,
             "submitter": task.submitter,
             "tag": task.tag,
-            "note": json.loads(task.note or "null"),
+            "note": json.loads(task.note) if task.note else None,
         }
         return json.dumps(question).encode() + b"\n"
 
@@ -386,8 +387,9 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
 
     def _hear(self, process: Child) -> bool:
         """Take in the lines that the process has put out; return whether one is the answer."""
-        for line, is_whole in self._lines.take(process.output):
-            self._take_in(process, line, is_whole)
+        if process.output:
+            for line, is_whole in self._lines.take(process.output):
+                self._take_in(process, line, is_whole)
         return self._answer is not None
 
     def _take_in(self, process: Child, line: bytes, is_whole: bool) -> None:

@@ -511,6 +511,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 attempt = None
             except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
                 log.exception("worker of %s", runtime.spec.name)
+                if attempt is None:     # or it would do nothing else any more
+                    self.clock.wait(self._stopped, STORE_AGAIN)
                 attempt = None
         slot.close()
         with contextlib.suppress(_Stopping):

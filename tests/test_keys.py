@@ -352,5 +352,5 @@ def test_a_runtime_gets_no_secret_of_the_server(serve, keys, tmp_path):
     ours = ("OQC_", "CREDENTIALS", "NOTIFY")
     assert {name for name in told["environment"] if name.startswith(ours)} == {
         "OQC_JOB_ID", "OQC_MODE", "OQC_ATTEMPT", "OQC_SHOTS", "OQC_SEED", "OQC_RUNTIME",
-        "OQC_MARK"}
+        "OQC_TIMEOUT", "OQC_SUBMITTER", "OQC_TAG", "OQC_NOTE", "OQC_MARK"}
     assert not any(secret in str(told) for secret in ("file-key-1", "env-key-3", str(path)))

@@ -18,7 +18,6 @@ POWERLESS = ("setpriv", "--bounding-set=-kill", "--inh-caps=-kill", *PROGRAM)
 ANSWER = r"""id=${line#*\"id\": }; echo "{\"id\": ${id%%,*}, \"return_code\": 0}" """
 
 
-
 def state(pid):
     """The state of a process, such as S or Z; nothing if it is gone."""
     try:

@@ -194,21 +194,23 @@ def test_exit_status_75_is_worth_another_attempt_unless_retry_codes_say_otherwis
     assert run(script("exit 4"), retry_codes=(3, 4)).transient is True
 
 
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
 @pytest.mark.parametrize("name", ["KILL", "TERM", "SEGV", "HUP"])
-def test_dying_of_a_signal_is_128_and_its_number_and_worth_another_attempt(name):
-    outcome = run(hostile("dies"), name)
+def test_dying_of_a_signal_is_128_and_its_number_and_worth_another_attempt(name, protocol):
+    outcome = run(hostile("dies"), name, protocol=protocol)
     assert outcome.return_code == 128 + signal.Signals["SIG" + name]
     assert outcome.runtime_error == f"died of SIG{name}; last words"
     assert (outcome.transient, outcome.started) == (True, True)
 
 
-def test_a_program_that_is_gone_is_127_and_one_that_cannot_be_executed_126(tmp_path):
-    gone = run(tmp_path / "gone")
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_program_that_is_gone_is_127_and_one_that_cannot_be_executed_126(protocol, tmp_path):
+    gone = run(tmp_path / "gone", protocol=protocol)
     assert (gone.return_code, gone.transient, gone.started) == (127, True, False)
     assert gone.runtime_error == f"could not be started: {tmp_path}/gone: not found"
     unfit = tmp_path / "unfit"
     unfit.write_text("#!/bin/sh\n")
-    refused = run(unfit)
+    refused = run(unfit, protocol=protocol)
     assert (refused.return_code, refused.transient, refused.started) == (126, True, False)
 
 
@@ -672,7 +674,7 @@ def test_an_interrupted_attempt_keeps_its_output_its_log_and_its_receipt(protoco
         heard = []
 
         def interrupted():
-            heard.append(slot.log().text)
+            heard.append(slot.log(TASK.id).text)
             return b"warm" in heard[-1]
         outcome = slot.run(TASK, interrupted)
     assert outcome.interrupted and outcome.sent_sha256 == sha256("X(90)")
@@ -821,8 +823,7 @@ def test_the_first_answer_of_a_process_may_take_the_start_timeout_more(
     def heard():
         clock.heard()
         if clock.asked == 2 and codes[len(found)] == 0:
-            with contextlib.suppress(OSError):
-                os.close(os.open(tmp_path / "go", os.O_WRONLY | os.O_NONBLOCK))
+            (tmp_path / "go").write_text("go\n", encoding="ascii")
         return False
     with contextlib.closing(slot_for(slow, protocol="lines", clock=clock, timeout=900.0,
                                      start_timeout=start_timeout)) as slot:

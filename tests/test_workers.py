@@ -647,6 +647,206 @@ def test_one_job_at_a_time_tries_a_runtime_out_that_is_set_aside(still):
     assert {still.end(number).status for number in range(1, 9)} == {"Success"}
 
 
+def test_a_runtime_that_is_set_aside_is_tried_out_with_another_job_than_the_one_that_did_it(still):
+    still.dice = 0.0
+    qpu = still.runtime(lambda task, _: GONE if task.id == 1 else DONE)
+    still.start()
+    still.add()
+    for failures in (1, 2, 3, 4):
+        until(lambda failures=failures: len(qpu.ran) == failures and not still.workers.busy())
+        still.clock.seconds += 1.0      # it is due again, after the fourth sooner than the runtime
+    numbers = still.add(count=2)
+    until(lambda: still.workers.queued() == 3)
+    assert still.workers.describe("qpu")["state"] == "failing" and len(qpu.ran) == 4
+    still.clock.seconds += 1.0
+    still.end(numbers[-1])
+    assert qpu.order[:5] == [1, 1, 1, 1, 2], "not the oldest"
+
+
+def test_a_runtime_that_is_set_aside_is_tried_out_with_the_job_that_did_it_if_there_is_no_other(
+        lab):
+    qpu = lab.runtime(lambda *_: GONE if len(qpu.ran) < 5 else DONE)
+    lab.start()
+    assert lab.end(lab.add()).status == "Success"
+    assert qpu.order == [1] * 5
+
+
+# A warm runtime
+
+def test_a_warm_runtime_that_does_not_start_is_set_aside_before_a_job_comes(still, caplog):
+    qpu = still.runtime()
+    starts = []
+
+    def start(_, may_start):
+        starts.append(may_start)
+        return GONE if may_start else None
+    qpu.rest = start
+    still.start()
+    until(lambda: still.workers.describe("qpu")["state"] == "failing")
+    assert still.workers.describe("qpu")["reason"] == "not found"
+    assert still.workers.states()["verbatim", "failing"] == 1
+    until(lambda: starts == [True] * 3 + [False])
+    for pause, count in ((1.0, 6), (2.0, 8)):
+        still.clock.seconds += pause
+        until(lambda count=count: len(starts) == count)
+    assert starts == [True] * 3 + [False, True] * 2 + [False]
+    assert caplog.text.count("is set aside") == 1
+    outcomes = [Outcome(0)]
+    qpu.rest = lambda *_: outcomes.pop() if outcomes else None
+    still.clock.seconds += 4.0
+    until(lambda: still.workers.describe("qpu")["state"] == "idle")
+    assert "runtime qpu starts again" in caplog.text
+
+
+def test_a_paused_runtime_is_not_started_to_be_warm(lab):
+    allowed = queue.SimpleQueue()
+    qpu = lab.runtime()
+    qpu.rest = lambda _, may_start: allowed.put(may_start)
+    lab.store.pause("qpu", "cable")
+    lab.start()
+    assert allowed.get(timeout=20) is False
+    lab.workers.resume("qpu")
+    assert allowed.get(timeout=20) is True
+
+
+def test_a_runtime_shows_its_device(lab):
+    qpu = lab.runtime(slots=2)
+    lab.start()
+    assert lab.workers.describe("qpu")["device"] is None
+    qpu.slots[0].device = '{"v": 1}'
+    assert lab.workers.describe("qpu")["device"] == {"v": 1}
+
+
+# What is said after an attempt
+
+def test_what_a_runtime_says_after_an_attempt_is_stored_with_it(lab):
+    kept = queue.SimpleQueue()
+    qpu = lab.runtime()
+    lab.start(keep_log=lambda *said: kept.put(said))
+    lab.end(lab.add())
+    late = (1, 1, jobs.Log(b"late words", 3))
+    qpu.slots[0].late.append(late)
+    qpu.slots[0].wake()                 # as one that has read something
+    assert kept.get(timeout=20) == late
+
+
+def test_late_words_that_cannot_be_stored_now_are_stored_later_and_at_a_stop_too(lab, caplog):
+    kept = []
+    refusals = [StoreError("no room on the disk")]
+
+    def keep(*said):
+        if refusals:
+            raise refusals.pop()
+        kept.append(said)
+    qpu = lab.runtime()
+    lab.start(keep_log=keep)
+    lab.end(lab.add())
+    late = (1, 1, jobs.Log(b"late words", 0))
+    qpu.slots[0].late.append(late)
+    qpu.slots[0].wake()
+    until(lambda: kept == [late])
+    assert "waiting for the database: no room on the disk" in caplog.text
+    qpu.slots[0].late.append(late)      # nobody is woken
+    lab.workers.stop()
+    lab.workers = None
+    assert kept == [late] * 2
+
+
+def test_a_defect_in_a_rest_is_logged_and_the_worker_goes_on(lab, caplog):
+    defects = [ZeroDivisionError("a defect")]
+
+    def rest(*_):
+        if defects:
+            raise defects.pop()
+    lab.runtime().rest = rest
+    lab.start()
+    until(lambda: "a defect" in caplog.text)
+    assert lab.end(lab.add()).status == "Success"
+
+
+# attempts, pause_after
+
+def test_a_section_says_how_often_a_job_is_tried(lab):
+    twice = lab.runtime(BUSY, attempts=2)
+    once = lab.runtime(BUSY, "once", modes=("simulation",), attempts=1)
+    lab.start()
+    assert lab.end(lab.add()).return_code == lab.end(lab.add("simulation")).return_code == 75
+    assert (len(twice.ran), len(once.ran)) == (2, 1)
+
+
+@pytest.mark.parametrize("interrupted", ["retry", "fail"])
+def test_with_one_attempt_no_job_runs_twice_whatever_cut_it_off(lab, interrupted):
+    crashed = lab.add()
+    lab.store.claim(crashed, "qpu")     # as if the server had been killed now
+    attempt = Blocked()
+    qpu = lab.runtime(attempt, attempts=1, interrupted=interrupted)
+    lab.start()
+    assert told(lab.store.get(crashed)) == CUT_OFF
+    stopped = lab.add()
+    attempt.wait()
+    lab.stop()
+    lab.open()
+    assert told(lab.store.get(stopped)) == CUT_OFF
+    assert qpu.order == [stopped]
+
+
+FAILED = Outcome(3, "too warm")
+
+
+def test_pause_after_so_many_failed_jobs_in_a_row_the_runtime_is_paused_with_the_reason(lab):
+    outcomes = [FAILED, FAILED, DONE, FAILED, FAILED, FAILED, DONE]
+    qpu = lab.runtime(lambda task, _: outcomes[task.id - 1], pause_after=3)
+    lab.start()
+    numbers = lab.add(count=7)
+    lab.end(numbers[5])
+    shown = lab.workers.describe("qpu")
+    assert (shown["state"], shown["reason"]) == (
+        "paused", "3 jobs failed in a row, the last, job 6, with 3: too warm")
+    assert "qpu" in lab.store.pauses() and qpu.order == numbers[:6]
+    lab.workers.resume("qpu")
+    assert lab.end(numbers[6]).status == "Success"
+
+
+def test_pause_after_begins_anew_at_a_resume_and_counts_neither_retries_nor_cancels(lab):
+    attempt = Blocked()
+    qpu = lab.runtime(lambda task, _: BUSY if task.attempt < 3 else FAILED, pause_after=2)
+    lab.start()
+    lab.end(lab.add())
+    lab.workers.resume("qpu")
+    lab.end(lab.add())
+    assert lab.workers.describe("qpu")["state"] == "idle"
+    qpu.play = attempt
+    number = lab.add()
+    attempt.wait()
+    assert told(lab.workers.cancel(number)) == CANCELLED
+    assert lab.workers.describe("qpu")["state"] == "idle"
+    qpu.play = FAILED
+    lab.end(lab.add())
+    assert lab.workers.describe("qpu")["state"] == "paused"
+
+
+def test_an_outcome_that_asks_for_it_pauses_the_runtime_before_its_job_has_ended(lab):
+    lab.runtime(Outcome(76, "no id", pause="no ids"))
+    lab.start()
+    first, second = lab.add(count=2)
+    assert lab.end(first).return_code == 76
+    shown = lab.workers.describe("qpu")
+    assert (shown["state"], shown["reason"]) == ("paused", "no ids")
+    assert lab.store.get(second).start_time is None
+
+
+def test_a_pause_of_the_server_does_not_replace_that_of_a_person(lab):
+    attempt = Blocked()
+    lab.runtime(attempt, pause_after=1)
+    lab.start()
+    number = lab.add()
+    attempt.wait()
+    lab.workers.pause("qpu", "cable")
+    attempt.give(FAILED)
+    lab.end(number)
+    assert lab.workers.describe("qpu")["reason"] == "cable"
+
+
 # After a restart
 
 CUT_OFF = ("Runtime Error", 137, "interrupted, outcome unknown")
