@@ -129,10 +129,12 @@ class Waiting(Protocol):
 
     changes: int                    # how much has happened so far
 
-    def until_ended(self, numbers: Sequence[int], seconds: float, name: str) -> List[Job]:
+    def until_ended(self, numbers: Sequence[int], seconds: float, name: str,
+                    has_left: Callable[[], bool]) -> List[Job]:
         """Return jobs when they have ended; none if there is no room to wait."""
 
-    def for_change(self, since: int, seconds: float, name: str) -> None:
+    def for_change(self, since: int, seconds: float, name: str,
+                   has_left: Callable[[], bool]) -> None:
         """Return as soon as `changes` is not `since`."""
 
     def place(self, name: str) -> ContextManager[bool]:
@@ -305,7 +307,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             # Whatever became of them since: they were added, and that is what the answer says.
             with contextlib.suppress(UnknownJob, StoreError):
-                added, headers = self._wait_for_ends(added, seconds, request.key_name)
+                added, headers = self._wait_for_ends(added, seconds, request)
         return _created(added, many, addition.replayed, headers)
 
     def _parse_add(self, request: Request) -> Union[Batch, Exception]:
@@ -471,19 +473,19 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         known_id = job_id(job_number)
         follow = choice(parameters(request.query, ("follow",)), "follow", ("1",))
         self.store.get(known_id)
-        pieces = self._log_pieces(known_id, request.key_name if follow else None)
+        pieces = self._log_pieces(known_id, request if follow else None)
         # Now, so that what is wrong is found before the response begins.
         first = next(pieces, b"")
         if not follow:
             return Response(200, first + b"".join(pieces), PLAIN)
         return Response(200, itertools.chain([first], pieces), PLAIN)
 
-    def _log_pieces(self, number: int, follower: Optional[str]) -> Iterator[bytes]:
-        """Yield a job's log, and with the name of a follower what is new, until it has ended."""
+    def _log_pieces(self, number: int, follower: Optional[Request]) -> Iterator[bytes]:
+        """Yield a job's log, and to a follower what is new, until it has ended or they have left."""
         if follower is None:
             yield from self._new_log(LogText(), number, [])
             return
-        with self.waiting.place(follower) as has_room:
+        with self.waiting.place(follower.key_name) as has_room:
             if not has_room:
                 raise Problem(503, "too many requests wait or follow already; ask without follow, "
                               "or again later", ("Retry-After", "10"))
@@ -494,7 +496,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             while goes_on:
                 ended = self.store.get(number).end_time is not None     # first: then all is there
                 yield from self._new_log(text, number, over)
-                goes_on = not ended and self.waiting.for_more(number, FOLLOW_EVERY)
+                goes_on = (not ended and not follower.has_left()
+                           and self.waiting.for_more(number, FOLLOW_EVERY))
 
     def _new_log(self, text: LogText, number: int, over: List[Attempt]) -> Iterator[bytes]:
         """Yield what is new in a job's log, and add to `over` the attempts that are."""
@@ -529,14 +532,15 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         job = self.store.get(known_id)
         if not seconds or job.end_time is not None:
             return job, ()
-        (job,), headers = self._wait_for_ends([job], seconds, request.key_name)
+        (job,), headers = self._wait_for_ends([job], seconds, request)
         return job, headers
 
     def _wait_for_ends(self, waited_for: List[Job], seconds: float,
-                       name: str) -> Tuple[List[Job], Headers]:
+                       request: Request) -> Tuple[List[Job], Headers]:
         """Return these jobs as soon as all have ended, or as they are after so many seconds; and
         as they are now, with a Retry-After, when there is no room for another that waits."""
-        ended = self.waiting.until_ended([job.id for job in waited_for], seconds, name)
+        ended = self.waiting.until_ended([job.id for job in waited_for], seconds,
+                                         request.key_name, request.has_left)
         if not ended:
             return waited_for, (("Retry-After", "1"),)
         return ended, ()
@@ -587,7 +591,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             if since is None:
                 since = self.waiting.changes
-            self.waiting.for_change(since, seconds, request.key_name)
+            self.waiting.for_change(since, seconds, request.key_name, request.has_left)
         change = self.waiting.changes   # before the store is read: nothing after it goes unnoticed
         with self._heavy:
             stored = self.store.status()

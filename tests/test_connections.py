@@ -19,6 +19,7 @@ from oqc.clock import Clock
 from oqc.jobs import Addition, Job, StoreError, UnknownJob
 from oqc.messages import Request, Response
 from oqc.server import TICK, Limits, Server, tls_context
+from oqc.waiting import Waiting
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 UPLOAD = (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
@@ -42,6 +43,17 @@ class Scripted:
         self.is_small_add = lambda request: together is not None
 
 
+class Ahead(Clock):
+    """The machine's clock, moved on by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = 0
+
+    def monotonic(self):
+        return super().monotonic() + self.seconds
+
+
 class Listening:
     """A server in this process."""
 
@@ -49,7 +61,8 @@ class Listening:
                  **limits):
         self.lines = []
         self.api = Scripted(handle, quick, together)
-        self.server = make(("127.0.0.1", 0), self.api, Clock(), limits=Limits(**limits),
+        self.clock = Ahead()
+        self.server = make(("127.0.0.1", 0), self.api, self.clock, limits=Limits(**limits),
                            access=self.lines.append, tls=tls, rest=0.05)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(tick,))
@@ -130,7 +143,7 @@ def test_clients_that_were_refused_and_stay_do_not_keep_others_out(listen):
     with contextlib.ExitStack() as stack:
         refused = [stack.enter_context(Wire(server, b"no request\r\n\r\n")) for _ in range(2)]
         assert [client.answer()[0] for client in refused] == [400, 400]
-        for _ in range(3):
+        for _ in range(2):
             assert stack.enter_context(Wire(server, GET)).answer()[0] == 200
 
 
@@ -147,8 +160,78 @@ def test_a_client_that_has_its_answer_is_not_at_work_any_more(listen):
     server = listen(connections=1, make=GivesBackLate)
     with Wire(server, GET) as first:
         assert first.answer()[0] == 200
+        server.clock.seconds += 2
         with Wire(server, GET) as second:
             assert second.answer()[0] == 200
+
+
+def test_a_client_that_was_just_answered_keeps_its_connection_and_a_new_one_gets_503(listen):
+    server = listen(connections=2)
+    with Wire(server, GET) as first, Wire(server, GET) as second:
+        assert first.answer()[0] == second.answer()[0] == 200
+        for _ in range(5):
+            assert ask(server, GET)[0] == 503
+            for client in (first, second):
+                client.sock.sendall(GET)
+                assert client.answer()[0] == 200
+
+
+def test_a_client_whose_next_request_waits_to_be_read_does_not_make_room(listen):
+    """They were idle for long when the listener comes to a new client and their requests."""
+    server = listen(connections=3)
+    with Wire(server, GET) as first, Wire(server, GET) as second:
+        assert first.answer()[0] == second.answer()[0] == 200
+        with contextlib.ExitStack() as stack:
+            with server.held():
+                server.clock.seconds += 2
+                new = stack.enter_context(Wire(server, GET))
+                for client in (first, second):
+                    client.sock.sendall(GET)
+            assert [client.answer()[0] for client in (first, second)] == [200, 200]
+            assert new.answer()[0] in (200, 503)
+
+
+def leaves(client, how):
+    """The client goes away, or closes its half alone, as nc -N does."""
+    if how == "half":
+        client.sock.shutdown(socket.SHUT_WR)
+    else:
+        client.__exit__()
+
+
+class OpenJob:
+    """A store of a job that does not end."""
+
+    def get(self, number):
+        """Return the job."""
+        return Job(number, "X(1)", "verbatim", "Starting", None, None, None, "T", None, None)
+
+
+@pytest.mark.parametrize("how", ["half", "whole"])
+@pytest.mark.parametrize("behind", [b"", GET], ids=["alone", "with a request behind it"])
+def test_a_client_that_has_left_waits_no_more_and_is_answered(listen, how, behind):
+    waiting = Waiting(OpenJob(), Clock(), most=2)
+    entered = threading.Semaphore(0)
+    over = threading.Semaphore(0)
+
+    def wait(request):
+        entered.release()
+        if request.path == "/status":
+            waiting.for_change(waiting.changes, 300, "", request.has_left)
+        elif request.path == "/job":
+            waiting.until_ended([1], 300, "", request.has_left)
+        over.release()
+        return Response(200, b"ok\n")
+    server = listen(wait)
+    for path in (b"/job", b"/status"):
+        client = Wire(server, GET.replace(b"GET /", b"GET " + path))
+        assert entered.acquire(timeout=20)
+        client.sock.sendall(behind)
+        leaves(client, how)
+        assert over.acquire(timeout=20)
+        if how == "half":
+            assert client.answer()[0] == 200
+            client.__exit__()
 
 
 def test_clients_that_were_turned_away_leave_no_room_for_another(listen, gate):
@@ -170,6 +253,7 @@ def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(li
         until(lambda: any(one.buffer for one in server.connections))
         body.sock.sendall(UPLOAD)
         assert body.answer()[0] == 100
+        server.clock.seconds += 2
         with Wire(server, GET) as first, Wire(server, GET) as second:
             assert first.answer()[0] == second.answer()[0] == 200
             assert head.closed() and body.closed()
@@ -414,6 +498,7 @@ def test_an_upload_that_goes_on_does_not_make_room_for_others(listen):
         until(lambda: len(connection.buffer) == 2)
         with Wire(one) as silent, contextlib.ExitStack() as stack:
             until(lambda: len(one.connections) == 2)
+            one.clock.seconds += 2
             upload.sock.sendall(b"me")
             until(lambda: len(connection.buffer) == 4)
             another = stack.enter_context(Wire(one))
@@ -628,6 +713,7 @@ def test_clients_that_never_shake_hands_make_room_for_one_that_does(listen, tls)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(Wire(server)) for _ in range(3)]
         until(lambda: len(server.connections) == 3)
+        server.clock.seconds += 2
         for _ in range(2):
             client = stack.enter_context(shake_hands(server, tls))
             client.sendall(GET)
