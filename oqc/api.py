@@ -7,6 +7,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import ipaddress
 import itertools
 import json
 import pkgutil
@@ -38,6 +39,10 @@ AGE_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}        # in seconds
 KEY_HEADERS = ("api_key", "x-api-key")
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
+NOT_HERE = ("the documented key is public, so while it is in force only requests to localhost are "
+            "answered, and none through a proxy; with keys of its own the server answers all: "
+            "`key NAME >keys; chmod 600 keys`, then start it with --keys-file keys")
+HOST_NAME = re.compile(rb"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
 DETAILS = (                         # the members of a job's details, in their order
     "id", "submitter", "tag", "note", "priority", "asked_runtime", "shots", "seed", "sha256",
     "state", "due_time", "ahead", "waits_for", "attempts")
@@ -180,8 +185,10 @@ PICTURE_HEADERS = (("Content-Security-Policy", "default-src 'none'"),
 class Keys:
     """The API keys: who a request comes from."""
 
-    def __init__(self, keys: Dict[str, bytes]) -> None:
-        """`keys`: {name: key}, the keys being any bytes that a header can carry."""
+    def __init__(self, keys: Dict[str, bytes], public: bytes = b"") -> None:
+        """`keys`: {name: key}, the keys being any bytes that a header can carry; `public`: a key
+        that everybody knows."""
+        self.are_public = public in keys.values()
         self.names = {self._digest(key): name for name, key in keys.items()}
 
     def name(self, headers: Dict[str, bytes]) -> Optional[str]:
@@ -272,6 +279,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
         """Return (function, what its path says, name of the key); raise Problem."""
+        if self.keys.are_public and not is_local(request.headers):
+            raise Problem(421, NOT_HERE)
         methods, arguments = route(request.path)
         if not methods and request.path != "*":         # OPTIONS * asks about the server itself
             path = json.dumps(request.path[:80])
@@ -715,6 +724,32 @@ ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/runtimes/([^/]+)/resume/?", {"POST": Api.resume}),
 ))
 PUBLIC = (Api.root, Api.help, Api.topic, Api.openapi, Api.health)   # what needs no key
+
+
+def is_local(headers: Dict[str, bytes]) -> bool:
+    """Return whether a request was meant for this machine and came from it, as far as it says so.
+
+    A page of another site, whose name leads to 127.0.0.1 (DNS rebinding), sends that name.
+    """
+    if "via" in headers or "forwarded" in headers or "x-forwarded-" in " ".join(headers):
+        return False
+    host = headers.get("host")
+    return host is None or is_loopback(host)        # none: HTTP/1.0, which no browser speaks
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: bytes) -> bool:
+    """Return whether a Host header names this machine, by whatever port."""
+    match = HOST_NAME.fullmatch(host)
+    if not match:
+        return False
+    name = match[1].decode("latin-1").strip("[]").lower()
+    if name.rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 @functools.lru_cache(maxsize=256)

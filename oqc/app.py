@@ -41,7 +41,7 @@ from oqc import builtin, runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
-from oqc.config import PROGRAM, ConfigError, Settings, read_keys
+from oqc.config import DOCUMENTED_KEY, PROGRAM, ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.log import LogLines
 from oqc.store import Store
@@ -126,8 +126,8 @@ class _Running:
                  for spec in settings.runtimes]
         self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting)
         choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
-        self.api = Api(self.store, self.workers, waiting, Keys(dict(settings.keys)), choose_seed,
-                       settings.max_waiting)
+        keys = Keys(dict(settings.keys), DOCUMENTED_KEY)
+        self.api = Api(self.store, self.workers, waiting, keys, choose_seed, settings.max_waiting)
         limits = Limits(body=settings.max_body, connections=settings.max_connections)
         access = lines.access
         if not log.isEnabledFor(logging.INFO):
@@ -201,7 +201,7 @@ class _Running:
 
     def _read_keys_again(self) -> None:
         try:
-            self.api.keys = Keys(read_keys(self.settings, os.environ))
+            self.api.keys = Keys(read_keys(self.settings, os.environ), DOCUMENTED_KEY)
             log.info("keys read again: %s", ", ".join(sorted(self.api.keys.names.values())))
         except ConfigError as error:
             log.error("keys not read again, the old ones stay: %s", error)

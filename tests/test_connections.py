@@ -21,8 +21,8 @@ from oqc.messages import Request, Response
 from oqc.server import TICK, Limits, Server, tls_context
 from oqc.waiting import Waiting
 
-GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-UPLOAD = (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+UPLOAD = (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
           b"Expect: 100-continue\r\n\r\n")
 
 
@@ -160,6 +160,7 @@ def test_a_client_that_has_its_answer_is_not_at_work_any_more(listen):
     server = listen(connections=1, make=GivesBackLate)
     with Wire(server, GET) as first:
         assert first.answer()[0] == 200
+        until(lambda: server.connections[0].state == "idle")
         server.clock.seconds += 2
         with Wire(server, GET) as second:
             assert second.answer()[0] == 200
@@ -261,7 +262,7 @@ def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(li
 
 @pytest.mark.parametrize("part", [
     b"GET / HTTP/1.1\r\nHost",
-    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"], ids=["head", "body"])
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"], ids=["head", "body"])
 def test_a_head_or_a_body_that_does_not_arrive_in_time_is_answered_408(listen, part):
     with Wire(listen(head_seconds=0.3), part) as client:
         assert client.answer()[0] == 408 and client.closed()
@@ -544,7 +545,7 @@ def test_stopping_ends_all_connections_and_lets_those_at_work_be_answered(listen
     with contextlib.ExitStack() as stack:
         at_work, silent, head, body = [stack.enter_context(Wire(server, sent)) for sent in (
             GET, b"", b"GET / HT",
-            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n123")]
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n123")]
         assert gate.entered.acquire(timeout=20)
         until(lambda: len(server.connections) == 4)
         threading.Thread(target=server.server.shutdown, args=(20,)).start()
