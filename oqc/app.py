@@ -33,6 +33,7 @@ import functools
 import logging
 import os
 import random
+import resource
 import signal
 import threading
 from typing import Any, Tuple
@@ -53,6 +54,8 @@ from oqc.server import Limits, Server, load_certificate_again, notify, tls_conte
 
 log = logging.getLogger("oqc")
 
+OWN_DESCRIPTORS = 32                # that a server needs beside connections and slots
+SLOT_DESCRIPTORS = 6                # that a slot needs while a job runs in it
 PRUNE_EVERY = 3600.0                # seconds, with --keep-days
 
 
@@ -128,7 +131,7 @@ class _Running:
         choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
         keys = Keys(dict(settings.keys), DOCUMENTED_KEY)
         self.api = Api(self.store, self.workers, waiting, keys, choose_seed, settings.max_waiting)
-        limits = Limits(body=settings.max_body, connections=settings.max_connections)
+        limits = Limits(body=settings.max_body, connections=_most_connections(settings))
         access = lines.access
         if not log.isEnabledFor(logging.INFO):
             access = _discard
@@ -218,6 +221,17 @@ class _Running:
                       _tls_files(self.settings), error.strerror or error)
 
 
+def _most_connections(settings: Settings) -> int:
+    """Return how many connections there may be: what --max-connections says, if RLIMIT_NOFILE
+    leaves so many descriptors."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return settings.max_connections
+    slots = sum(spec.slots for spec in settings.runtimes)
+    room = max(1, limit - OWN_DESCRIPTORS - SLOT_DESCRIPTORS * slots)
+    return min(room, settings.max_connections)
+
+
 def _slot(spec: RuntimeSpec, clock: Clock, kill_grace: float) -> runtimes.Slot:
     """Return a slot for this runtime; a bundled one gets its command."""
     if spec.command is None and spec.protocol == "lines":
@@ -258,6 +272,10 @@ def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:
     if any(spec.name == "emulator" for spec in settings.runtimes):
         log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND "
                     "names a runtime")
+    most = _most_connections(settings)
+    if most < settings.max_connections:
+        log.warning("%d connections at most, not %d: too few descriptors (ulimit -n)",
+                    most, settings.max_connections)
     log.info("manual: %s help, or %shelp/", PROGRAM, url)
 
 

@@ -235,6 +235,91 @@ def test_a_client_that_has_left_waits_no_more_and_is_answered(listen, how, behin
             client.__exit__()
 
 
+def test_an_answer_to_http_1_0_that_is_cut_short_ends_with_a_reset(listen):
+    """Else it looks whole: it ends where the connection does."""
+    def pieces():
+        yield b"one"
+        raise ValueError("no more")
+    server = listen(lambda request: Response(200, pieces()))
+    with Wire(server, b"GET / HTTP/1.0\r\n\r\n") as client:
+        with pytest.raises(ConnectionResetError):
+            client.file.read()
+
+
+@pytest.mark.parametrize("data", [
+    b"HEAD / HTTP/1.1\r\n\r\n", b"HEAD /\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost x\r\n\r\n",
+    b"\r\nHEAD / HTTP/3.0\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: x\r\nContent-Length: y\r\n\r\n",
+    b"HEAD /" + b"a" * 9000, b"HEAD / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 40_000,
+    b"HEAD / HTTP/1.1\nHost: x\n\n"])
+def test_a_head_request_gets_no_body_whatever_is_wrong_with_it(listen, data):
+    with Wire(listen(), data) as client:
+        status, headers, _ = client.answer(body=False)
+        assert 400 <= status <= 505 and int(headers[b"content-length"]) > 0
+        assert client.closed()
+
+
+def test_a_head_request_that_finds_no_room_or_comes_too_late_gets_no_body(listen, gate):
+    server = listen(gate, connections=1, head_seconds=0.1)
+    with Wire(server, b"HEAD / HTTP/1.1\r\n") as late:
+        assert late.answer(body=False)[0] == 408 and late.closed()
+    with Wire(server, GET):
+        assert gate.entered.acquire(timeout=20)
+        with Wire(server, GET.replace(b"GET", b"HEAD")) as client:
+            assert client.answer(body=False)[0] == 503 and client.closed()
+
+
+def test_what_arrived_while_the_server_stood_still_is_not_late(listen):
+    server = listen(head_seconds=5.0)
+    upload = UPLOAD.replace(b"Content-Length: 9", b"Content-Length: 200000")
+    with Wire(server, b"GET / HTTP/1.1\r\n") as head, Wire(server) as body, Wire(server) as idle:
+        body.sock.sendall(upload)
+        assert body.answer()[0] == 100
+        until(lambda: sorted(one.state for one in server.connections) == ["body", "head", "idle"])
+        service = server.server.service_actions
+        held = threading.Event()
+        go = threading.Event()
+
+        def stand_still():
+            server.server.service_actions = service
+            held.set()
+            go.wait(20)
+            server.clock.seconds += 60
+            service()
+        server.server.service_actions = stand_still
+        assert held.wait(20)
+        head.sock.sendall(b"Host: x\r\n\r\n")
+        body.sock.sendall(b"b" * 200_000)
+        idle.sock.sendall(GET)
+        go.set()
+        assert [client.answer()[0] for client in (head, body, idle)] == [200] * 3
+
+
+def test_bodies_that_are_arriving_take_so_much_together_and_no_more(listen, monkeypatch):
+    monkeypatch.setattr("oqc.server.BODIES", 1 << 20)
+    server = listen(body=1 << 20)
+    part = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n\r\n" + b"b" * 400_000
+    with Wire(server, part) as first, Wire(server, part) as second:
+        until(lambda: sum(len(one.buffer) for one in server.connections) == 800_000)
+        with Wire(server) as third:
+            third.sock.sendall(part)
+            status, headers, _ = third.answer()
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+        for client in (first, second):
+            client.sock.sendall(b"b" * 100_000)
+            assert client.answer()[0] == 200
+        assert [ask(server, part + b"b" * 100_000)[0] for _ in range(5)] == [200] * 5
+
+
+def test_tls_on_the_plain_port_is_refused_at_once(listen):
+    server = listen(head_seconds=60.0)
+    context = ssl.create_default_context()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        with pytest.raises(ssl.SSLError):
+            context.wrap_socket(client, server_hostname="localhost")
+    for begin in (b"\x16\x03\x01", b"\x80", b"\0", b"\r\n\x16"):
+        assert ask(server, begin)[0] == 400
+
+
 def test_clients_that_were_turned_away_leave_no_room_for_another(listen, gate):
     server = listen(gate, connections=2)
     with contextlib.ExitStack() as stack:
@@ -741,3 +826,27 @@ def test_an_answer_over_tls_that_does_not_fit_the_socket_arrives_whole(listen, t
         for _ in range(2):
             skip_head(file)
             assert file.read(len(body)) == body
+
+
+def test_plain_http_on_the_tls_port_is_closed_at_once(listen, tls):
+    server = listen(tls=tls_context(str(tls / "certificate"), str(tls / "key")), idle_seconds=60.0)
+    for data in (GET, b"GET /", b"hello\r\n"):
+        with Wire(server, data) as client, contextlib.suppress(ConnectionResetError):
+            client.file.read()
+
+
+def test_the_end_of_tls_is_said_before_the_connection_ends(listen, tls):
+    server = listen(tls=tls_context(str(tls / "certificate"), str(tls / "key")), body=1 << 20)
+    closes = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    large = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n" + b"b" * 500_000
+    for data, status in ((closes, b"200"), (b"no request\r\n\r\n", b"400"), (large, b"413")):
+        with shake_hands(server, tls) as client:
+            client.suppress_ragged_eofs = False
+            client.sendall(data)
+            answer = b""
+            while True:
+                piece = client.recv(65536)      # raises SSLEOFError without a close_notify
+                if not piece:
+                    break
+                answer += piece
+            assert answer.split()[1] == status

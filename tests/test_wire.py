@@ -337,6 +337,7 @@ def test_without_a_descriptor_to_be_had_the_server_neither_spins_nor_fails(serve
     limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)); "
                "sys.argv[0] = 'oqc'; runpy.run_module('oqc', run_name='__main__', alter_sys=True)")
     server = serve(command=(sys.executable, "-c", limited))
+    server.line(" connections at most, not 512: too few descriptors")
     clients = [Wire(server) for _ in range(80)]
     server.line("no connection can be accepted")
     before = cpu_seconds(server.process.pid)
