@@ -490,7 +490,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         return Response(200, itertools.chain([first], pieces), PLAIN)
 
     def _log_pieces(self, number: int, follower: Optional[Request]) -> Iterator[bytes]:
-        """Yield a job's log, and to a follower what is new, until it has ended or they have left."""
+        """Yield a job's log, and to a follower what is new, until it ends or they have left."""
         if follower is None:
             yield from self._new_log(LogText(), number, [])
             return
