@@ -29,7 +29,7 @@ def main(arguments: List[str]) -> int:
     """Run the command line; return the exit status."""
     # Where it is closed, argparse before Python 3.10 fails.
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
-    if sys.stdout is None:
+    if sys.stdout is None:      # pylint: disable=using-constant-test # closed
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
     try:
         return _run(arguments)
@@ -39,6 +39,11 @@ def main(arguments: List[str]) -> int:
         return _write("")
     except MemoryError:
         return _fail("too little memory (ulimit -v)", EX_FAILED)
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        return _fail("no thread can be started (ulimit -u), or too little memory (ulimit -v)",
+                     EX_FAILED)
 
 
 def _run(arguments: List[str]) -> int:

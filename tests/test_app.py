@@ -336,7 +336,8 @@ def test_it_stops_although_clients_hold_connections_open(serve):
     server = serve()
     clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(3)]
     clients[1].sendall(b"GET /jobs/li")
-    clients[2].sendall(f"GET /jobs/list/ HTTP/1.1\r\nHost: localhost\r\napi_key: {KEY}\r\n\r\n".encode())
+    clients[2].sendall(b"GET /jobs/list/ HTTP/1.1\r\nHost: localhost\r\n"
+                       b"api_key: %b\r\n\r\n" % KEY.encode())
     assert clients[2].recv(12) == b"HTTP/1.1 200"
     assert server.stop() == 0
     for client in clients:

@@ -381,8 +381,11 @@ def test_too_little_memory_is_one_line(tmp_path, kib):
 
 def test_a_backup_that_is_told_to_end_leaves_no_part(tmp_path, serve):
     serve().stop()
-    program = ("import os, signal, sys\nfrom oqc import cli, database\nopened = database.open_observer\n"
-               "def told(path):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return opened(path)\n"
+    program = ("import os, signal, sys\nfrom oqc import cli, database\n"
+               "opened = database.open_observer\n"
+               "def told(path):\n"
+               "    os.kill(os.getpid(), signal.SIGTERM)\n"
+               "    return opened(path)\n"
                "database.open_observer = told\nsys.exit(cli.main(['backup', 'copy.db']))")
     ended = run(tmp_path, command=(sys.executable, "-c", program))
     assert (ended.returncode, ended.stderr) == (143, "")

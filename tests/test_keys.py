@@ -92,7 +92,7 @@ def test_with_the_documented_key_only_this_machine_is_answered_before_all_else(s
             assert status_of(server, line, f"Host: {host}", field)[0] == 421, (host, field)
 
 
-def test_with_the_documented_key_what_adds_a_job_is_refused_too_and_old_clients_are_answered(server):
+def test_with_the_documented_key_adds_are_refused_too_and_old_clients_are_answered(server):
     for length in (b"2", b"9000"):          # in the round with others, and before its body came
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
             client.sendall(b"POST /jobs/add/ HTTP/1.1\r\nHost: evil\r\nContent-Length: "
@@ -224,7 +224,8 @@ def test_the_name_stands_in_the_log_and_beside_the_job_and_the_key_nowhere(serve
 
 def test_a_request_refused_before_its_body_came_stands_in_the_log_as_what_it_is(serve):
     server = serve()
-    head = b"POST /jobs/add/ HTTP/1.1\r\nHost: localhost\r\napi_key: wrong\r\nContent-Length: 9\r\n\r\n"
+    head = (b"POST /jobs/add/ HTTP/1.1\r\nHost: localhost\r\napi_key: wrong\r\n"
+            b"Content-Length: 9\r\n\r\n")
     client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     with client, client.makefile("rb") as answer:
         client.sendall(head)
@@ -268,7 +269,8 @@ def test_sighup_reads_the_keys_again_and_a_bad_file_keeps_the_old_ones_and_says_
     assert status(server, b"second-key") == 200
     with kept, kept.makefile("rb") as answer:       # a connection from before
         for key, expected in ((b"first-key", b"401"), (b"second-key", b"200")):
-            kept.sendall(b"HEAD /jobs/list/ HTTP/1.1\r\nHost: localhost\r\napi_key: %b\r\n\r\n" % key)
+            kept.sendall(b"HEAD /jobs/list/ HTTP/1.1\r\nHost: localhost\r\n"
+                         b"api_key: %b\r\n\r\n" % key)
             assert answer.readline().split()[1] == expected
             while answer.readline().strip():
                 pass

@@ -131,7 +131,8 @@ MALFORMED = {
     "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     "HTTP in lower case": (b"GET / http/1.1\r\nHost: localhost\r\n\r\n", 400),
     "a version of two digits": (b"GET / HTTP/1.10\r\nHost: localhost\r\n\r\n", 400),
-    "a line that is too long": (b"GET /" + b"a" * 8192 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+    "a line that is too long": (
+        b"GET /" + b"a" * 8192 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
     "a line that never ends": (b"GET /" + b"a" * 9000, 414),
     "a head that is too long": (
         get(b"/", *[b"A%d: " % number + b"b" * 4000 for number in range(9)]), 431),
@@ -503,7 +504,8 @@ def test_a_log_that_cannot_be_written_fails_no_request(tmp_path, how):
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         with connected(port) as sock, sock.makefile("rb") as file:
-            ask_allowed = b"OPTIONS /health/ HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+            ask_allowed = (b"OPTIONS /health/ HTTP/1.1\r\nHost: localhost\r\n"
+                           b"Content-Length: 0\r\n\r\n")
             sock.sendall(ask_allowed * 1500)
             for _ in range(1500):       # more than a pipe that nobody reads can hold
                 assert file.readline() == b"HTTP/1.1 204 No Content\r\n"
