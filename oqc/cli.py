@@ -29,12 +29,11 @@ def main(arguments: List[str]) -> int:
     """Run the command line; return the exit status."""
     # Where it is closed, argparse before Python 3.10 fails.
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
-    if sys.stdout is None:      # pylint: disable=using-constant-test # closed
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     try:
         return _run(arguments)
     except SystemExit as ended:         # argparse, which has printed help or an error
-        if ended.code:
+        if ended.code:          # pylint: disable=using-constant-test # not always None
             raise
         return _write("")
     except MemoryError:
