@@ -786,6 +786,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """End a job: one that waits at once, one that runs when its process group has ended.
         Return the ended job; raise Ended if it had ended (or did so by itself meanwhile),
         UnknownJob, and StoreError if its end cannot be stored now: then it comes later."""
+        stopping = False
         while True:
             attempt = self.interrupt(number)
             if attempt is not None:
@@ -803,9 +804,11 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             job = self.store.get(number)
             if job.end_time is not None:
                 raise Ended(job)
-            # It was claimed after the look into memory, or an attempt was over when it was asked.
-            if self.clock.wait(self._stopped, CANCEL_AGAIN):
+            # It was claimed after the look into memory, or an attempt was over when it was asked:
+            # so once more, also at a stop, which gives attempts back.
+            if stopping:
                 raise StoreError("the server is stopping")
+            stopping = self.clock.wait(self._stopped, CANCEL_AGAIN)
 
     def interrupt(self, number: int) -> Optional[_Attempt]:
         """Return the attempt that runs at a job, asked to end; None if none does."""

@@ -435,7 +435,7 @@ HARMS = {                           # what there was, what happened to it, what 
     "truncated within a page": (
         STOPPED, truncate(9000), "is truncated, 9000 bytes of ", "backup"),
     "truncated within a large page": (
-        STOPPED, with_large_pages, f"{(13 << 16) - 1} bytes of {13 << 16}; ", "backup"),
+        STOPPED, with_large_pages, f"{(31 << 16) - 1} bytes of {31 << 16}; ", "backup"),
     "truncated within the header": (STOPPED, truncate(50), "is not a database", "--db"),
     "truncated after a kill": (KILLED, truncate(8192), "is damaged (", "backup"),
     "another program's database": (
