@@ -31,6 +31,7 @@ MOST_PAUSE = 60.0
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=True)
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
+NO_JOB = 0                          # an id that is never given out
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
 HELD_AGAIN = 0.1                    # seconds between looks at what a crash has left of an attempt
 
@@ -791,7 +792,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             attempt = self.interrupt(number)
             if attempt is not None:
                 while not self.clock.wait(attempt.over, STORE_AGAIN):
-                    self.store.cancel(number)   # changes nothing, but raises if it could not
+                    self.store.cancel(NO_JOB)   # changes nothing, but raises if it could not
                 if attempt.ending is not None and attempt.ending.event == "failed" \
                         and attempt.ending.outcome.interrupted:
                     return self.store.get(number)       # ended by this, not by itself

@@ -188,6 +188,8 @@ class Lab:
         self.workers = Workers(Altered(self.store, **methods), slots, self.policy, self.clock,
                                lambda: self.dice, self.waiting)
         self.workers.start()
+        if "waiting" not in methods:    # until all that wait are loaded, no echo ends at once
+            until(lambda: all(one.name != "loader" for one in threading.enumerate()))
 
     def stop(self):
         """Stop the workers, if there are some, and close the store."""
