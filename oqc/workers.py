@@ -333,8 +333,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     self._put(job)
             self._arrived.clear()
             self._loading = False
-        for runtime in self.runtimes.values():
-            runtime.ring()
+        if self._queue.qsize():
+            for runtime in self.runtimes.values():
+                runtime.ring()
 
     def _load_job(self, job: Queued, due: Optional[float]) -> None:
         """Queue a job, at once or when it is due."""
