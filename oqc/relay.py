@@ -167,7 +167,10 @@ class Relay:
         except (ValueError, RecursionError) as error:
             outcome = Outcome(jobs.DATAERR, f"not a job: {error}")
         else:
-            outcome = self._attempt(task, timeout)
+            try:
+                outcome = self._attempt(task, timeout)
+            except Exception as error:      # pylint: disable=broad-exception-caught # or no answer
+                outcome = Outcome(jobs.SOFTWARE, f"a defect of the relay: {error!r}")
         return {
             "id": number,
             "return_code": outcome.return_code,
