@@ -9,7 +9,7 @@ The table of threads, with the locks that each takes:
 | log | LogLines._write | standard error | none |
 | listener | Server.serve_forever | select; a commit, see below | Store, Api, Workers, Waiting |
 | pool | Server.process_request_thread | its client; a commit; Waiting | all |
-| loader | Workers._load | no event: it ends when all that waits is queued | Workers |
+| loader | Workers.load | no event: it ends when all that waits is queued | Workers |
 | alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
 | reaper | Instance._reap_always | its event | Instance |
 | NAME-n | Workers._work, one a slot | a bell; a runtime; a commit | Store, Workers, Waiting |
@@ -37,6 +37,7 @@ import functools
 import logging
 import os
 import random
+import resource
 import signal
 import threading
 from typing import Any, Tuple
@@ -45,7 +46,7 @@ from oqc import builtin, runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
-from oqc.config import PROGRAM, ConfigError, Settings, read_keys
+from oqc.config import DOCUMENTED_KEY, PROGRAM, ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.keeper import Keeper
 from oqc.log import LogLines
@@ -59,6 +60,8 @@ from oqc.server import Limits, Server, load_certificate_again, notify, tls_conte
 
 log = logging.getLogger("oqc")
 
+OWN_DESCRIPTORS = 32                # that a server needs beside connections and slots
+SLOT_DESCRIPTORS = 6                # that a slot needs while a job runs in it
 PRUNE_EVERY = 3600.0                # seconds, with --keep-days
 
 
@@ -148,9 +151,9 @@ class _Running:
         self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting,
                                INSTANCE.left_over)
         choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
-        self.api = Api(self.store, self.workers, waiting, Keys(dict(settings.keys)), choose_seed,
-                       settings.max_waiting)
-        limits = Limits(body=settings.max_body, connections=settings.max_connections)
+        keys = Keys(dict(settings.keys), DOCUMENTED_KEY)
+        self.api = Api(self.store, self.workers, waiting, keys, choose_seed, settings.max_waiting)
+        limits = Limits(body=settings.max_body, connections=_most_connections(settings))
         access = lines.access
         if not log.isEnabledFor(logging.INFO):
             access = _discard
@@ -223,7 +226,7 @@ class _Running:
 
     def _read_keys_again(self) -> None:
         try:
-            self.api.keys = Keys(read_keys(self.settings, os.environ))
+            self.api.keys = Keys(read_keys(self.settings, os.environ), DOCUMENTED_KEY)
             log.info("keys read again: %s", ", ".join(sorted(self.api.keys.names.values())))
         except ConfigError as error:
             log.error("keys not read again, the old ones stay: %s", error)
@@ -238,6 +241,17 @@ class _Running:
         except OSError as error:
             log.error("certificate not read again, the old one stays: %s: %s",
                       _tls_files(self.settings), error.strerror or error)
+
+
+def _most_connections(settings: Settings) -> int:
+    """Return how many connections there may be: what --max-connections says, if RLIMIT_NOFILE
+    leaves so many descriptors."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return settings.max_connections
+    slots = sum(spec.slots for spec in settings.runtimes)
+    room = max(1, limit - OWN_DESCRIPTORS - SLOT_DESCRIPTORS * slots)
+    return min(room, settings.max_connections)
 
 
 def _slot(spec: RuntimeSpec, clock: Clock, kill_grace: float) -> runtimes.Slot:
@@ -280,6 +294,10 @@ def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:
     if any(spec.name == "emulator" for spec in settings.runtimes):
         log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND "
                     "names a runtime")
+    most = _most_connections(settings)
+    if most < settings.max_connections:
+        log.warning("%d connections at most, not %d: too few descriptors (ulimit -n)",
+                    most, settings.max_connections)
     log.info("manual: %s help, or %shelp/", PROGRAM, url)
 
 

@@ -8,22 +8,48 @@ import os
 import select
 import struct
 import termios
+import threading
 from typing import Callable, Dict, Optional, Sequence, Tuple
 
 from oqc.tree import INSTANCE, POLL_EVERY, Clock, Tree
 
-MOST_OUTPUT = 1 << 20               # bytes of standard output that are kept, from its beginning
-MOST_ERROR = 2048                   # bytes of standard error that are kept, from its end
+MOST_ERROR = 2048                   # bytes at the end of standard error that have its last line
 PIPE_READ = 1 << 16                 # bytes that one read asks for
+LARGEST_PIPE = 1 << 20              # bytes that a pipe may hold (pipe(7), pipe-max-size)
 LONGEST_POLL = 3600.0               # seconds; poll(2) takes no more than 24 days
 
 
-class Process:
+class Tail:
+    """The last bytes of what a process writes. One thread adds to it, any thread may look."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.total = 0                  # bytes that were added
+        self._text = bytearray()
+        self._lock = threading.Lock()
+
+    def add(self, data: bytes) -> None:
+        """Keep these bytes, and as many before them as there is room for."""
+        with self._lock:
+            self.total += len(data)
+            self._text += data
+            del self._text[:-self.most]
+
+    def kept(self) -> Tuple[bytes, int]:
+        """Return what is kept, and how many bytes before it are not."""
+        with self._lock:
+            return bytes(self._text), self.total - len(self._text)
+
+
+class Process:                      # pylint: disable=too-many-instance-attributes # each says why
     """A child that leads a session of its own, and the pipes to it.
 
     It belongs to one thread, which does all reading and writing while it listens. Output beyond
     what is kept is read and dropped.
     """
+
+    most_output = 0                 # bytes that are kept of `output`, from its beginning
+    heard = 0                       # bytes of both that were read
 
     def __init__(
         self,
@@ -40,13 +66,15 @@ class Process:
         `send` writes to. As soon as the descriptor `wake` can be read, `listen` and `send` read it
         and ask their `is_over`.
         """
-        self.output = bytearray()       # with one byte more than MOST_OUTPUT there was too much
-        self.error = bytearray()
+        self.output = bytearray()       # with one byte more than that there was too much
+        self.error = bytearray()        # the last MOST_ERROR bytes
+        self.log = Tail(MOST_ERROR)     # of standard error, and of what the owner adds
         self._wake = wake
         self._clock = clock
         self._input = -1                # our end of the pipe to its standard input, if there is one
         self._unsent = memoryview(b"")
-        self._sent = 0                  # bytes
+        self._data = b""                # what is sent, and how many bytes of it were written
+        self._sent = 0
         with contextlib.ExitStack() as at_end, contextlib.ExitStack() as after_start:
             output, childs_output = _pipe(at_end, after_start)
             error, childs_error = _pipe(at_end, after_start)
@@ -89,28 +117,37 @@ class Process:
     def send(self, data: bytes, deadline: float, is_over: Callable[[], bool]) -> bool:
         """Write `data` to its standard input while listening; arguments and result as `listen`.
 
-        What the process has not taken by then is dropped.
+        A later `listen` writes what is left, until `send_no_more`.
         """
+        self._data = data
+        self._sent = 0
         self._unsent = memoryview(data)
         self._poll.register(self._input, select.POLLOUT)
-        try:
-            self._write()
-            return self.listen(deadline, is_over)
-        finally:
-            if self._unsent:
-                self._end_of_data()
+        self._write()
+        return self.listen(deadline, is_over)
+
+    def send_no_more(self) -> None:
+        """Drop what the process has not taken of what it was sent."""
+        if self._unsent:
+            self._end_of_data()
+
+    def written(self) -> Optional[bytes]:
+        """Return what was sent last, as it was written; None if not all of it was."""
+        return self._data if self._sent == len(self._data) else None
 
     def took_some(self) -> bool:
-        """Return whether it has read anything of what it was sent."""
+        """Return whether it has read anything of what it was sent last."""
         number = fcntl.ioctl(self._input, termios.FIONREAD, bytes(4))
         left_in_pipe: int = struct.unpack("i", number)[0]
         return self._sent > left_in_pipe
 
     def read_on(self) -> None:
         """Read what it has written by now, but no more than a pipe holds: it may never stop."""
-        for descriptor in list(self._sinks):
-            for _ in range(MOST_OUTPUT // PIPE_READ + 1):
+        for descriptor, sink in list(self._sinks.items()):
+            for _ in range(LARGEST_PIPE // PIPE_READ + 1):
                 if not self._read(descriptor):
+                    break
+                if sink is self.output and len(sink) > self.most_output:
                     break
 
     @property
@@ -160,12 +197,14 @@ class Process:
             self._poll.unregister(descriptor)
             del self._sinks[descriptor]
             return False
+        self.heard += len(data)
         sink = self._sinks[descriptor]
         if sink is self.error:
             sink += data
             del sink[:-MOST_ERROR]
-        else:
-            sink += data[:MOST_OUTPUT + 1 - len(sink)]
+            self.log.add(data)
+        elif len(sink) <= self.most_output:
+            sink += data[:self.most_output + 1 - len(sink)]
         return True
 
     def _write(self) -> None:

@@ -84,7 +84,7 @@ class Leaders:
         return set(self._pids) - {0}
 
 
-class Instance:
+class Instance:                     # pylint: disable=too-many-instance-attributes # each says why
     """What this process knows of its children. There is one: they are the process's, not a part's.
 
     `lock` is held over `trees`, `leaders` and `_strangers`, and while orphans are reaped.
@@ -101,6 +101,7 @@ class Instance:
         self._looked = float("-inf")            # monotonic seconds
         self._clock: ReapersClock
         self._starts = itertools.count(1)
+        self._starting: Set[str] = set()        # marks of what is not entered in `trees` yet
         self._strangers: Set[int] = set()       # orphans that bear no mark
         self._started = threading.Event()       # there is something for the reaper to look at
 
@@ -123,15 +124,22 @@ class Instance:
         prefix = self._prefix or f"{os.getpid()}:0:"
         runtime = environment.get("OQC_RUNTIME", "")
         attempt = f"{environment.get('OQC_JOB_ID', 0)}.{environment.get('OQC_ATTEMPT', 0)}"
-        return f"{prefix}{next(self._starts)}:{runtime}:{attempt}"
+        mark = f"{prefix}{next(self._starts)}:{runtime}:{attempt}"
+        self._starting.add(mark)
+        return mark
 
     def enter(self, tree: "Tree") -> int:
         """Note that a tree is there; return its leader's place."""
         with self.lock:
             self.trees[tree.mark] = tree
+            self._starting.discard(tree.mark)
             if not self._started.is_set():
                 self._started.set()
             return self.leaders.enter(tree.pid)
+
+    def forget(self, mark: str) -> None:
+        """Note that nothing could be started with this mark."""
+        self._starting.discard(mark)
 
     def leave(self, tree: "Tree", place: int) -> None:
         """Note that a tree is gone."""
@@ -230,7 +238,9 @@ class Instance:
         self.has_stranger(orphans)
         for pid in orphans:
             mark = mark_of(pid)
-            if mark.startswith(self._prefix) and mark not in self.trees:
+            if not mark.startswith(self._prefix) or mark in self._starting:
+                continue
+            if mark not in self.trees:
                 send(pid, signal.SIGKILL, functools.partial(_bears, mark))
         with self.lock:
             trees = list(self.trees.values())
@@ -284,6 +294,7 @@ class Tree:
                 command, env={**environment, MARK: self.mark}, cwd=cwd, stdin=stdin, stdout=stdout,
                 stderr=stderr, close_fds=False, start_new_session=True)
         except OSError as error:
+            INSTANCE.forget(self.mark)
             raise _explained(error, command[0]) from error
         self.pid = self._popen.pid
         self._place = INSTANCE.enter(self)

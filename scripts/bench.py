@@ -34,9 +34,9 @@ VERBATIM = {"job": JOB, "mode": "verbatim"}
 THOUSAND = [VERBATIM] * 1000
 # A runtime of the protocol `lines` that answers each job at once.
 INSTANT = r"""
-import sys
+import json, sys
 for line in sys.stdin:
-    sys.stdout.write('{"return_code": 0}\n')
+    sys.stdout.write('{"id": %d, "return_code": 0}\n' % json.loads(line)["id"])
     sys.stdout.flush()
 """
 INSTANT_CONFIG = """

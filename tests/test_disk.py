@@ -659,7 +659,8 @@ def test_jobs_that_come_at_the_same_moment_are_counted_too(gated):
     server = gated("--max-waiting", "5")
     assert server.request("POST", "/runtimes/qpu/pause/").status == 200
     body = b'{"job": "X(90)", "mode": "verbatim"}'
-    data = b"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+    data = (b"POST /jobs/add/ HTTP/1.1\r\nHost: localhost\r\napi_key: %b\r\n"
+            b"Content-Length: %d\r\n\r\n%b") % (
         KEY.encode(), len(body), body)
     with contextlib.ExitStack() as stack:
         for _ in range(2):          # the second time nothing is left of the first

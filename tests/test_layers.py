@@ -34,7 +34,8 @@ ROOMS = {
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},
     "relay": {"runtimes", "keeper", "tree", "clock", "jobs"},
-    "runtimes": {"process", "jobs"},
+    "runtimes": {"process", "tree", "lines", "jobs"},
+    "lines": {"jobs"},          # what a runtime says over `lines`, kept apart from processes
     "process": {"tree"},
     "keeper": {"tree"},         # the process that ends what is left when the server dies
     "tree": set(),              # whose is a process
@@ -74,7 +75,7 @@ ONLY_IN = {
     "socket": {"server"},
     "socketserver": {"server"},
     "ssl": {"server", "client"},
-    "select": {"server", "process", "tree"},
+    "select": {"server", "connection", "process", "tree"},
     "selectors": {"server", "process", "tree"},
     "http": {"server"},
     "http.client": {"client"},
@@ -225,7 +226,7 @@ def test_a_room_keeps_to_itself(room):
     ("server", "import http.client", "http.client belongs to client"),
     ("commands", "import http.client", "http.client belongs to client"),
     ("api", "from urllib.request import urlopen", "urllib.request.urlopen belongs to client"),
-    ("workers", "import select", "select belongs to process and server and tree"),
+    ("workers", "import select", "select belongs to connection and process and server and tree"),
     ("workers", "import selectors", "selectors belongs to process and server and tree"),
     ("workers", "import time", "time belongs to clock"),
     ("workers", "from time import sleep", "time.sleep belongs to clock"),

@@ -14,6 +14,8 @@ from conftest import PROGRAM, RUNTIMES, command_line, descendants, until
 IGNORING = ("sh", "-c", "trap '' HUP INT QUIT USR1 CHLD; exec \"$0\" \"$@\"", *PROGRAM)
 # A root that may not send signals to other users' processes (capabilities(7), CAP_KILL).
 POWERLESS = ("setpriv", "--bounding-set=-kill", "--inh-caps=-kill", *PROGRAM)
+# What a sh script over `lines` answers to the question in $line.
+ANSWER = r"""id=${line#*\"id\": }; echo "{\"id\": ${id%%,*}, \"return_code\": 0}" """
 
 
 def state(pid):
@@ -130,7 +132,7 @@ def test_a_child_that_left_its_group_hears_term_before_it_is_killed(lab, script,
 
 def test_a_background_child_of_a_lines_process_lives_as_long_as_that(lab, script, tmp_path):
     command = script("setsid sleep 300 >/dev/null 2>&1 &\n"
-                     "while read -r line; do echo '{\"return_code\": 0}'; done")
+                     f"while read -r line; do {ANSWER}; done")
     other = script("setsid sleep 200 >/dev/null 2>&1 &")
     server = lab("--config", ini(
         tmp_path, f"[runtime kept]\ncommand = {command}\nprotocol = lines\n"
@@ -185,7 +187,7 @@ def test_two_servers_with_the_same_runtime_do_not_end_each_others_processes(
 
 def test_no_zombie_stays_beside_a_lines_process_that_has_nothing_to_do(lab, script, tmp_path):
     command = script("while read -r line; do\n(sleep 0.01 &) >/dev/null 2>&1\n"
-                     "echo '{\"return_code\": 0}'\ndone")
+                     f"{ANSWER}\ndone")
     server = lab("--config", ini(
         tmp_path, f"[runtime qpu]\ncommand = {command}\nprotocol = lines\n"))
     jobs = [server.add(mode="verbatim") for _ in range(20)]
@@ -338,20 +340,22 @@ def test_a_server_stops_though_a_child_may_not_be_killed(lab, script, tmp_path):
 
 # What cannot be started
 
-def test_a_program_that_cannot_be_started_says_why(lab, tmp_path):
+@pytest.mark.parametrize("content, reason", [
+    (b"#!/bin/sh\r\nexit 0\r\n",
+     "could not be started: {}: its lines end with CR LF; write them with LF alone"),
+    (b"#!/usr/bin/env sh\r\nexit 0\r\n", "code 127, {}: its lines end with CR LF"),
+    (b"#!/no/such/python\n",
+     "could not be started: {}: its first line names /no/such/python, which is not there"),
+    (b"\x7fELF, but not of this machine",
+     "could not be started: {}: neither a program of this machine nor a script with a #! line"),
+], ids=["CR LF", "CR LF and env", "no interpreter", "no program"])
+def test_a_program_that_cannot_be_started_says_why(lab, tmp_path, content, reason):
     program = tmp_path / "drive"
-    program.write_bytes(b"#!/bin/true\n")
+    program.write_bytes(content)
     program.chmod(0o755)
     server = lab("--runtime", f"qpu={program}")
-    for number, (content, reason) in enumerate((
-            (b"#!/bin/sh\r\nexit 0\r\n", "its lines end with CR LF; write them with LF alone"),
-            (b"#!/no/such/python\n", "its first line names /no/such/python, which is not there"),
-            (b"\x7fELF, but not of this machine",
-             "neither a program of this machine nor a script with a #! line"))):
-        program.write_bytes(content)
-        server.add(mode="verbatim")
-        server.line(f"could not be started: {program}: {reason}")
-        server.request("DELETE", f"/jobs/{number + 1}/")
+    server.add(mode="verbatim")
+    server.line(reason.format(program))
 
 
 def test_a_working_directory_is_the_sections_and_a_program_stands_beside_the_ini_file(
