@@ -54,8 +54,8 @@ class Slot(Protocol):
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt; ask `interrupted()` after whatever was read, and at each `wake`."""
 
-    def log(self) -> Log:
-        """Return what the attempt that runs has written on standard error."""
+    def log(self, number: int) -> Log:
+        """Return what the attempt that runs at this job has written on standard error."""
 
     def wake(self) -> None:
         """Have a running attempt ask `interrupted()` again."""
@@ -126,6 +126,7 @@ class Relay:
         self._clock = clock
         self._closed = threading.Event()        # our standard input is
         self._questions: "queue.SimpleQueue[bytes]" = queue.SimpleQueue()   # b"": no more come
+        self._number = 0                        # of the job that runs
         self._copied = 0                        # bytes of the attempt's standard error
         # What is to be written on standard error; an event is set when it is its turn.
         self._errors: "queue.SimpleQueue[Union[bytes, threading.Event]]" = queue.SimpleQueue()
@@ -185,6 +186,7 @@ class Relay:
             error = f"busy: the program of another relay is not over, it holds {self._path}"
             return Outcome(jobs.TEMPFAIL, error)
         self._slot.spec = self._slot.spec._replace(timeout=timeout - waited)
+        self._number = task.id
         self._copied = 0
         outcome = self._slot.run(task, self._is_interrupted)
         if not self._slot.survivors:
@@ -221,7 +223,7 @@ class Relay:
 
         If that is slower than the program, the oldest is left out.
         """
-        text, dropped = self._slot.log()
+        text, dropped = self._slot.log(self._number)
         new = dropped + len(text) - self._copied
         if new <= 0:
             return
