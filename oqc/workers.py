@@ -28,6 +28,7 @@ MOST_PAUSE = 60.0
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=True)
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
+CANCELLED_AT_ONCE = 1000            # jobs that wait, in one transaction: others write between two
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
 
 
@@ -55,6 +56,9 @@ class Store(Protocol):
 
     def cancel(self, number: int) -> bool:
         """End a job that waits as cancelled; return False if it does not wait."""
+
+    def cancel_together(self, numbers: Sequence[int]) -> List[int]:
+        """End those of these jobs that wait as cancelled; return them."""
 
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
         """Remember that a runtime is paused, why and by whose key; return since when."""
@@ -530,11 +534,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         while True:
             attempt = self._interrupt(number)
             if attempt is not None:
-                while not self.clock.wait(attempt.over, STORE_AGAIN):
-                    self.store.cancel(number)   # changes nothing, but raises if it could not
-                if attempt.ending is not None and attempt.ending.event == "failed" \
-                        and attempt.ending.outcome.interrupted:
-                    return self.store.get(number)       # ended by this, not by itself
+                if self._ended_by_cancel(attempt, number):
+                    return self.store.get(number)
             elif self.store.cancel(number):
                 with self.lock:
                     self._cancelled_in_queue += 1
@@ -546,6 +547,38 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             # It was claimed after the look into memory, or an attempt was over when it was asked.
             if self.clock.wait(self._stopped, CANCEL_AGAIN):
                 raise StoreError("the server is stopping")
+
+    def cancel_all(self, numbers: Sequence[int]) -> int:
+        """End these jobs, first those that wait, so that none of them starts meanwhile; return how
+        many had not ended by themselves. Raise StoreError."""
+        cancelled = 0
+        others: List[int] = []
+        for start in range(0, len(numbers), CANCELLED_AT_ONCE):
+            group = numbers[start:start + CANCELLED_AT_ONCE]
+            ended = self.store.cancel_together(group)
+            with self.lock:
+                self._cancelled_in_queue += len(ended)
+            self.waiting.notify(ended)
+            cancelled += len(ended)
+            others += sorted(set(group).difference(ended), reverse=True)
+        # All are asked before one is waited for: each may take its grace.
+        attempts = [(number, self._interrupt(number)) for number in others]
+        for number, attempt in attempts:
+            if attempt is not None and self._ended_by_cancel(attempt, number):
+                cancelled += 1
+                continue
+            with contextlib.suppress(Ended, jobs.UnknownJob):
+                self.cancel(number)
+                cancelled += 1
+        return cancelled
+
+    def _ended_by_cancel(self, attempt: _Attempt, number: int) -> bool:
+        """Return whether an attempt that was asked to end did so because of that; when it is
+        over."""
+        while not self.clock.wait(attempt.over, STORE_AGAIN):
+            self.store.cancel(number)   # changes nothing, but raises if it could not
+        ending = attempt.ending
+        return ending is not None and ending.event == "failed" and ending.outcome.interrupted
 
     def _interrupt(self, number: int) -> Optional[_Attempt]:
         """Return the attempt that runs at a job, asked to end; None if none does."""

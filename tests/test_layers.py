@@ -14,17 +14,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 # Each room, and the rooms that it imports from; an arrow only ever points further down.
 ROOMS = {
     "__main__": {"cli"},
-    "cli": {"commands", "app", "builtin", "manual", "config"},
+    "cli": {"commands", "app", "builtin", "manual", "config", "keys"},
     "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
-    "client": {"config", "clock"},
-    "app": {"log", "config", "server", "api", "workers", "waiting", "store", "database", "builtin",
+    "client": {"config", "clock", "keys"},
+    "app": {"log", "config", "server", "api", "keys", "workers", "waiting", "store", "database", "builtin",
             "runtimes", "clock", "jobs"},
     "log": {"clock"},
-    "config": {"jobs"},
+    "config": {"keys", "jobs"},
     "server": {"api", "connection", "wire", "messages"},
     "connection": {"wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"messages", "text", "manual", "bloch", "jobs"},
+    "api": {"queries", "messages", "text", "manual", "bloch", "keys", "jobs"},
+    "queries": {"messages", "jobs"},    # what a query asks for, kept apart from what answers it
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
     "workers": {"waiting", "jobs"},
@@ -35,6 +36,7 @@ ROOMS = {
     "runtimes": {"process", "jobs"},
     "process": set(),
     "manual": set(),
+    "keys": set(),
     "bloch": {"qubit"},         # the picture of a path
     "qubit": set(),
     "clock": set(),
