@@ -149,17 +149,21 @@ IN_STATE = {
     "running": f"{IS_OPEN} AND start_time IS NOT NULL",
     "ended": "end_time IS NOT NULL",
 }
-# The jobs in a state by the indexes that find them, which hold them in the order of their ids.
-WALKS = {
-    "running": [("jobs_running", "1")],
-    "waiting": [("jobs_starting", f"status = '{jobs.STARTING}'"),
-                ("jobs_retrying", f"status = '{jobs.RETRYING}'")],
-    "ended": [("jobs_succeeded", f"status = '{jobs.SUCCESS}'"),
-              ("jobs_failed", f"status = '{jobs.RUNTIME_ERROR}'")],
+# The jobs of each status and state by the indexes that find them, in the order of their ids, and
+# the SQL that goes with it.
+WALK_OF_STATUS = {
+    jobs.STARTING: [("jobs_starting", f"status = '{jobs.STARTING}'")],
+    jobs.RETRYING: [("jobs_retrying", f"status = '{jobs.RETRYING}'")],
+    jobs.SUCCESS: [("jobs_succeeded", f"status = '{jobs.SUCCESS}'")],
+    jobs.RUNTIME_ERROR: [("jobs_failed", f"status = '{jobs.RUNTIME_ERROR}'")],
 }
-WALKS["open"] = WALKS["waiting"]
-WALK_OF_STATUS = {status: [walk] for status, walk in zip(
-    jobs.STATUSES, WALKS["waiting"] + WALKS["ended"])}
+WALK_OF_STATE = {
+    "open": WALK_OF_STATUS[jobs.STARTING] + WALK_OF_STATUS[jobs.RETRYING],
+    "waiting": [("jobs_starting", f"status = '{jobs.STARTING}' AND {IF_WAITING}"),
+                ("jobs_retrying", f"status = '{jobs.RETRYING}' AND {IF_WAITING}")],
+    "running": [("jobs_running", IN_STATE["running"])],
+    "ended": WALK_OF_STATUS[jobs.SUCCESS] + WALK_OF_STATUS[jobs.RUNTIME_ERROR],
+}
 COUNTED = f"""CASE WHEN {IS_OPEN} THEN ({STATE})
                    WHEN status = '{jobs.SUCCESS}' THEN 'succeeded' ELSE 'failed' END"""
 
@@ -233,7 +237,7 @@ def _walk(selection: Selection, state: Optional[str]) -> List[Tuple[str, str]]:
     if selection.tag:
         return [("jobs_tag", "1")]
     if state is not None and state != "ended":
-        return WALKS[state]
+        return WALK_OF_STATE[state]
     if status in jobs.OPEN:
         return WALK_OF_STATUS[status]
     if selection.by:
@@ -243,7 +247,7 @@ def _walk(selection: Selection, state: Optional[str]) -> List[Tuple[str, str]]:
     if status:
         return WALK_OF_STATUS[status]
     if state:
-        return WALKS[state]
+        return WALK_OF_STATE[state]
     if selection.mode:
         return [("jobs_mode", "1")]
     return [("", "1")]
@@ -259,15 +263,16 @@ def _select(columns: str, selection: Selection, state: Optional[str], place: Opt
         if value is not None:
             terms.append(f"{column} = :{name}")
             values[name] = value
-    if selection.status:
+    walk = _walk(selection, state)
+    if selection.status and walk is not WALK_OF_STATUS[selection.status]:
         terms.append(f"status = '{selection.status}'")
-    if state:
+    if state and walk is not WALK_OF_STATE[state]:
         terms.append(IN_STATE[state])
     place = place or _first_place(selection)
     terms += place.terms
     values.update(place.values)
     parts = []
-    for index, condition in _walk(selection, state):
+    for index, condition in walk:
         by_index = f"INDEXED BY {index}" if index else ""
         where = " AND ".join([condition, *terms])
         parts.append(f"SELECT {columns} FROM jobs {by_index} WHERE {where} {group}")
