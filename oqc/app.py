@@ -247,8 +247,8 @@ def _tls_files(settings: Settings) -> str:
 
 def _warn_without_operator(keys: Keys) -> None:
     if not keys.has_operator:
-        log.warning("no key is an operator's: nobody can pause a runtime, delete old jobs or cancel "
-                    "the jobs of others")
+        log.warning("no key is an operator's: nobody can pause a runtime, delete old jobs or "
+                    "cancel the jobs of others")
 
 
 def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:

@@ -568,7 +568,8 @@ ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--server": {"metavar": "URL", "help": f"URL of the server [OQC_SERVER; default: {LOCAL}]"},
     "--key-file": {
         "metavar": "FILE",
-        "help": "file with a key, or one line of a keys file, that only you can read [OQC_KEY_FILE]"},
+        "help": "file with a key, or one line of a keys file, for you alone to read "
+                "[OQC_KEY_FILE]"},
     "--ca": {
         "metavar": "FILE",
         "help": "certificates (PEM) to trust, in place of the system's [OQC_CA]"},

@@ -1,6 +1,6 @@
 """What the query of a request asks for: which jobs, of which page of them."""
 import re
-from typing import Callable, Dict, Iterator, List, Optional, Protocol, Sequence
+from typing import Callable, Dict, Iterator, Optional, Protocol, Sequence
 
 from oqc import jobs
 from oqc.jobs import Job, Malformed, Selection

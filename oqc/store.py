@@ -151,13 +151,15 @@ IN_STATE = {
 }
 # The jobs of each status and state by the indexes that find them, in the order of their ids, and
 # the SQL that goes with it.
-WALK_OF_STATUS = {
+Walk = List[Tuple[str, str]]
+WHOLE: Walk = [("", "1")]           # the whole table, by id
+WALK_OF_STATUS: Dict[str, Walk] = {
     jobs.STARTING: [("jobs_starting", f"status = '{jobs.STARTING}'")],
     jobs.RETRYING: [("jobs_retrying", f"status = '{jobs.RETRYING}'")],
     jobs.SUCCESS: [("jobs_succeeded", f"status = '{jobs.SUCCESS}'")],
     jobs.RUNTIME_ERROR: [("jobs_failed", f"status = '{jobs.RUNTIME_ERROR}'")],
 }
-WALK_OF_STATE = {
+WALK_OF_STATE: Dict[str, Walk] = {
     "open": WALK_OF_STATUS[jobs.STARTING] + WALK_OF_STATUS[jobs.RETRYING],
     "waiting": [("jobs_starting", f"status = '{jobs.STARTING}' AND {IF_WAITING}"),
                 ("jobs_retrying", f"status = '{jobs.RETRYING}' AND {IF_WAITING}")],
@@ -224,33 +226,25 @@ def _between(lower: Tuple[str, int], upper: Tuple[str, int]) -> Place:
                   "upper_time": upper[0], "upper_id": upper[1]})
 
 
-def _walk(selection: Selection, state: Optional[str]) -> List[Tuple[str, str]]:
-    """Return the indexes by which the jobs of a selection are read, each with the condition that
-    lets SQLite use it.
-
-    What is given first of this list decides, the others leave jobs out: since or until, tag, an
-    open state or status, by, runtime, status, state, mode.
-    """
-    status = selection.status
-    if _is_by_time(selection):
-        return [("jobs_created_time", "1")]
-    if selection.tag:
-        return [("jobs_tag", "1")]
-    if state is not None and state != "ended":
-        return WALK_OF_STATE[state]
-    if status in jobs.OPEN:
-        return WALK_OF_STATUS[status]
-    if selection.by:
-        return [("jobs_submitter", "1")]
-    if selection.runtime:
-        return [("jobs_runtime", f"{RAN_ON} IS NOT NULL")]
-    if status:
-        return WALK_OF_STATUS[status]
-    if state:
-        return WALK_OF_STATE[state]
-    if selection.mode:
-        return [("jobs_mode", "1")]
-    return [("", "1")]
+def _walk(selection: Selection, state: Optional[str]) -> Walk:
+    """Return by which indexes the jobs of a selection are read, each with the condition that lets
+    SQLite use it. The first filter of this list that is given decides; the others leave jobs
+    out."""
+    of_status = WALK_OF_STATUS.get(selection.status or "", WHOLE)
+    of_state = WALK_OF_STATE.get(state or "", WHOLE)
+    walks = (
+        (_is_by_time(selection), [("jobs_created_time", "1")]),
+        (selection.tag, [("jobs_tag", "1")]),
+        (state not in (None, "ended"), of_state),
+        (selection.status in jobs.OPEN, of_status),
+        (selection.by, [("jobs_submitter", "1")]),
+        (selection.runtime, [("jobs_runtime", f"{RAN_ON} IS NOT NULL")]),
+        (selection.status, of_status),
+        (state, of_state),
+        (selection.mode, [("jobs_mode", "1")]),
+        (True, WHOLE),
+    )
+    return next(walk for given, walk in walks if given)
 
 
 def _select(columns: str, selection: Selection, state: Optional[str], place: Optional[Place] = None,

@@ -520,8 +520,9 @@ def scripted_api(store, waiting=None, **options):
     workers = types.SimpleNamespace(
         draining=threading.Event(), queued=lambda: 0, immediate_outcome=lambda _: None, runtimes={},
         take_up=lambda _: None, uptime=lambda: 0, durations=dict, states=dict)
-    return Api(types.SimpleNamespace(**store), workers, waiting, Keys([Key("lab", "operator", b"k")]),
-               lambda: 7, Clock(), **options)
+    keys = Keys([Key("lab", "operator", b"k")])
+    return Api(types.SimpleNamespace(**store), workers, waiting, keys, lambda: 7, Clock(),
+               **options)
 
 
 JOB = Job(7, "X(1)", "verbatim", "Starting", None, None, None, "T", None, None)

@@ -51,6 +51,7 @@ def fill(path, count):
 
 
 def state_of(job):
+    """What a job does."""
     if job["end_time"]:
         return "ended"
     return "running" if job["start_time"] else "waiting"
@@ -210,6 +211,7 @@ JOBS = 60
 
 @pytest.fixture(name="lab", scope="module")
 def a_server_with_jobs_of_two_names(tmp_path_factory):
+    """A server with jobs that wait: each third is bob's, and twenty in a row have a tag."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "lab-keys").write_text("ann:ann-key\nbob:user:bob-key\n", encoding="ascii")
     (folder / "lab-keys").chmod(0o600)

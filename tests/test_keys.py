@@ -69,13 +69,14 @@ def test_on_any_other_address_it_does_not_start_without_keys_and_says_how_to_mak
     ended = started(tmp_path, "--port", 0, "--host", host)
     assert (ended.returncode, ended.stdout, os.listdir(tmp_path)) == (78, "", [])
     assert ended.stderr.count("\n") == 1 and "documented key is public" in ended.stderr
-    assert "python3 -m oqc key NAME --role operator >keys; chmod 600 keys; then --keys-file keys" in ended.stderr
+    assert ("python3 -m oqc key NAME --role operator >keys; chmod 600 keys; "
+            "then --keys-file keys") in ended.stderr
 
 
 def test_what_that_line_says_to_do_helps(serve, tmp_path):
     ended = started(tmp_path, "--port", 0, "--host", "0.0.0.0")
-    commands = re.search(r"(python3 -m oqc key \w+ --role operator >(\w+); chmod 600 \w+); then (--keys-file \w+)",
-                         ended.stderr)
+    commands = re.search(r"(python3 -m oqc key \w+ --role operator >(\w+); chmod 600 \w+); "
+                         r"then (--keys-file \w+)", ended.stderr)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     shell = f'umask 022; python3() {{ "{sys.executable}" "$@"; }}; {commands[1]}'
     subprocess.run(["sh", "-c", shell], check=True, cwd=tmp_path, env=environment)

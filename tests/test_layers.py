@@ -17,8 +17,8 @@ ROOMS = {
     "cli": {"commands", "app", "builtin", "manual", "config", "keys"},
     "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
     "client": {"config", "clock", "keys"},
-    "app": {"log", "config", "server", "api", "keys", "workers", "waiting", "store", "database", "builtin",
-            "runtimes", "clock", "jobs"},
+    "app": {"log", "config", "server", "api", "keys", "workers", "waiting", "store", "database",
+            "builtin", "runtimes", "clock", "jobs"},
     "log": {"clock"},
     "config": {"keys", "jobs"},
     "server": {"api", "connection", "wire", "messages"},

@@ -23,6 +23,7 @@ def with_keys(folder, *flags):
 
 @pytest.fixture(name="lab", scope="module")
 def a_server_whose_emulator_is_paused(tmp_path_factory):
+    """A server with these keys, on which verbatim jobs wait."""
     running = with_keys(tmp_path_factory.mktemp("lab"))
     ask(running, "ann", "POST", "/runtimes/emulator/pause/")
     yield running
@@ -306,4 +307,5 @@ def test_ids_or_filters_are_needed_and_not_both(lab, command):
 
 def test_a_wait_for_a_tag_that_nothing_has_says_so(lab):
     assert line(run(lab, "wait", "--tag", "nothing", **as_somebody("bob")), 1) == "no job matches"
-    assert "tag: expected 1 to 64" in line(run(lab, "wait", "--tag", "a b", **as_somebody("bob")), 1)
+    ended = run(lab, "wait", "--tag", "a b", **as_somebody("bob"))
+    assert "tag: expected 1 to 64" in line(ended, 1)
