@@ -7,6 +7,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import ipaddress
 import itertools
 import json
 import logging
@@ -19,8 +20,8 @@ from typing import (
 
 from oqc import __version__, bloch, jobs, manual, queries
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Selection,
-    StoreError, Submission, UnknownJob)
+    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
+    Selection, StoreError, Submission, UnknownJob)
 from oqc.keys import ALLOWED, KEY_HEADERS, NOBODY, OPERATOR, READER, USER, Key, Keys, may
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
@@ -39,6 +40,10 @@ WAITED_AT_ONCE = 1000               # jobs of a filter that are waited for befor
 BESIDE_JOB = ", submitter, tag"     # what a table of jobs has beside their members
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
+NOT_HERE = ("the documented key is public, so while it is in force only requests to localhost are "
+            "answered, and none through a proxy; with keys of its own the server answers all: "
+            "`key NAME --role operator >keys; chmod 600 keys`, then start it with --keys-file keys")
+HOST_NAME = re.compile(rb"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
 DETAILS = (                         # the members of a job's details, in their order
     "id", "submitter", "tag", "note", "priority", "asked_runtime", "shots", "seed", "sha256",
     "state", "due_time", "ahead", "waits_for", "attempts")
@@ -119,7 +124,7 @@ class Workers(Protocol):
     def cancel_all(self, numbers: Sequence[int]) -> int:
         """End these jobs; return how many of them had not ended by themselves."""
 
-    def outlook(self, job: Job, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
+    def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs are before one that waits, what it waits for)."""
 
     def log(self, number: int) -> Optional[Log]:
@@ -149,10 +154,12 @@ class Waiting(Protocol):
 
     changes: int                    # how much has happened so far
 
-    def until_ended(self, numbers: Sequence[int], seconds: float, name: str) -> List[Job]:
+    def until_ended(self, numbers: Sequence[int], seconds: float, name: str,
+                    has_left: Callable[[], bool]) -> List[Job]:
         """Return jobs when they have ended; none if there is no room to wait."""
 
-    def for_change(self, since: int, seconds: float, name: str) -> None:
+    def for_change(self, since: int, seconds: float, name: str,
+                   has_left: Callable[[], bool]) -> None:
         """Return as soon as `changes` is not `since`."""
 
     def place(self, name: str) -> ContextManager[bool]:
@@ -276,6 +283,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], Key]:
         """Return (function, what its path says, the key); raise Problem."""
+        if self.keys.are_public and not is_local(request.headers):
+            raise Problem(421, NOT_HERE)
         methods, arguments = route(request.path)
         if not methods and request.path != "*":         # OPTIONS * asks about the server itself
             path = json.dumps(request.path[:80])
@@ -329,7 +338,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             # Whatever became of them since: they were added, and that is what the answer says.
             with contextlib.suppress(UnknownJob, StoreError):
-                added, headers = self._wait_for_ends(added, seconds, request.key_name)
+                added, headers = self._wait_for_ends(added, seconds, request)
         return _created(added, many, addition.replayed, headers)
 
     def _parse_add(self, request: Request) -> Union[Batch, Exception]:
@@ -509,7 +518,9 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         stored = self.store.details(job.id)
         ahead = waits_for = None
         if stored.state == "waiting":
-            ahead, waits_for = self.workers.outlook(job, stored.due_time)
+            queued = Queued(
+                job.id, job.mode, stored.priority, stored.submitter, stored.asked_runtime)
+            ahead, waits_for = self.workers.outlook(queued, stored.due_time)
         details = stored._asdict()
         details["note"] = _parsed(stored.note)
         # The receipts of the attempts are to be compared with it.
@@ -526,19 +537,19 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         known_id = job_id(job_number)
         follow = choice(parameters(request.query, ("follow",)), "follow", ("1",))
         self.store.get(known_id)
-        pieces = self._log_pieces(known_id, request.key_name if follow else None)
+        pieces = self._log_pieces(known_id, request if follow else None)
         # Now, so that what is wrong is found before the response begins.
         first = next(pieces, b"")
         if not follow:
             return Response(200, first + b"".join(pieces), PLAIN)
         return Response(200, itertools.chain([first], pieces), PLAIN)
 
-    def _log_pieces(self, number: int, follower: Optional[str]) -> Iterator[bytes]:
-        """Yield a job's log, and with the name of a follower what is new, until it has ended."""
+    def _log_pieces(self, number: int, follower: Optional[Request]) -> Iterator[bytes]:
+        """Yield a job's log, and to a follower what is new, until it ends or they have left."""
         if follower is None:
             yield from self._new_log(LogText(), number, [])
             return
-        with self.waiting.place(follower) as has_room:
+        with self.waiting.place(follower.key_name) as has_room:
             if not has_room:
                 raise Problem(503, "too many requests wait or follow already; ask without follow, "
                               "or again later", ("Retry-After", "10"))
@@ -549,7 +560,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             while goes_on:
                 ended = self.store.get(number).end_time is not None     # first: then all is there
                 yield from self._new_log(text, number, over)
-                goes_on = not ended and self.waiting.for_more(number, FOLLOW_EVERY)
+                goes_on = (not ended and not follower.has_left()
+                           and self.waiting.for_more(number, FOLLOW_EVERY))
 
     def _new_log(self, text: LogText, number: int, over: List[Attempt]) -> Iterator[bytes]:
         """Yield what is new in a job's log, and add to `over` the attempts that are."""
@@ -584,14 +596,15 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         job = self.store.get(known_id)
         if not seconds or job.end_time is not None:
             return job, ()
-        (job,), headers = self._wait_for_ends([job], seconds, request.key_name)
+        (job,), headers = self._wait_for_ends([job], seconds, request)
         return job, headers
 
     def _wait_for_ends(self, waited_for: List[Job], seconds: float,
-                       name: str) -> Tuple[List[Job], Headers]:
+                       request: Request) -> Tuple[List[Job], Headers]:
         """Return these jobs as soon as all have ended, or as they are after so many seconds; and
         as they are now, with a Retry-After, when there is no room for another that waits."""
-        ended = self.waiting.until_ended([job.id for job in waited_for], seconds, name)
+        ended = self.waiting.until_ended([job.id for job in waited_for], seconds,
+                                         request.key_name, request.has_left)
         if not ended:
             return waited_for, (("Retry-After", "1"),)
         return ended, ()
@@ -674,7 +687,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             if since is None:
                 since = self.waiting.changes
-            self.waiting.for_change(since, seconds, request.key_name)
+            self.waiting.for_change(since, seconds, request.key_name, request.has_left)
         change = self.waiting.changes   # before the store is read: nothing after it goes unnoticed
         with self._heavy:
             stored = self.store.status()
@@ -694,14 +707,14 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         selection = queries.selection(query, self.clock, request.key_name)
         headers: Headers = ()
         if seconds:
-            headers = self._wait_for_all(selection, seconds, request.key_name)
+            headers = self._wait_for_all(selection, seconds, request)
         with self._heavy:
             counts = self.store.count(selection)
         if wants_text(request):
             return text_response(table(list(counts.items()), ("WHAT", "JOBS")))
         return json_response({"jobs": counts})._replace(headers=headers)
 
-    def _wait_for_all(self, selection: Selection, seconds: float, name: str) -> Headers:
+    def _wait_for_all(self, selection: Selection, seconds: float, request: Request) -> Headers:
         """Return as soon as no job of a selection is open, or after so many seconds; at once, and
         with a Retry-After, when there is no room for another that waits."""
         deadline = self.clock.monotonic() + seconds
@@ -712,7 +725,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             if not numbers or left <= 0:
                 return ()
             try:
-                ended = self.waiting.until_ended(numbers, left, name)
+                ended = self.waiting.until_ended(numbers, left, request.key_name,
+                                                 request.has_left)
             except UnknownJob:      # it has ended, and was deleted since
                 continue
             if not ended:
@@ -751,6 +765,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         runtimes = [self.workers.describe(name) for name in self.workers.runtimes]
         if not wants_text(request):
             return Response(200, b"".join(array([runtimes], json.dumps)))
+        for runtime in runtimes:
+            del runtime["device"]       # too wide for a table
         rows = [[", ".join(map(str, value)) if isinstance(value, list) else value
                  for value in runtime.values()] for runtime in runtimes]
         return text_response(table(rows, [name.upper() for name in runtimes[0]]))
@@ -847,6 +863,32 @@ NEEDED = {                          # roles, of what takes more than a reader's
     Api.resume: OPERATOR,
 }
 PUBLIC = (Api.root, Api.help, Api.topic, Api.openapi, Api.health)   # what needs no key
+
+
+def is_local(headers: Dict[str, bytes]) -> bool:
+    """Return whether a request was meant for this machine and came from it, as far as it says so.
+
+    A page of another site, whose name leads to 127.0.0.1 (DNS rebinding), sends that name.
+    """
+    if "via" in headers or "forwarded" in headers or "x-forwarded-" in " ".join(headers):
+        return False
+    host = headers.get("host")
+    return host is None or is_loopback(host)        # none: HTTP/1.0, which no browser speaks
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: bytes) -> bool:
+    """Return whether a Host header names this machine, by whatever port."""
+    match = HOST_NAME.fullmatch(host)
+    if not match:
+        return False
+    name = match[1].decode("latin-1").strip("[]").lower()
+    if name.rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 @functools.lru_cache(maxsize=256)

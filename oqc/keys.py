@@ -31,8 +31,10 @@ def may(role: str, needed: str) -> bool:
 class Keys:
     """All keys that are known: who a request comes from."""
 
-    def __init__(self, keys: Iterable[Key]) -> None:
+    def __init__(self, keys: Iterable[Key], public: bytes = b"") -> None:
+        """`public`: a key that everybody knows."""
         self._keys = {self._digest(key.secret): key for key in keys}
+        self.are_public = self._digest(public) in self._keys
         self.names = sorted({key.name for key in self._keys.values()})
         self.has_operator = any(key.role == OPERATOR for key in self._keys.values())
 

@@ -26,6 +26,7 @@ PHRASES = {
     413: "Content Too Large",
     414: "URI Too Long",
     417: "Expectation Failed",
+    421: "Misdirected Request",
     422: "Unprocessable Content",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
@@ -47,6 +48,11 @@ class Problem(Exception):
         self.headers = headers
 
 
+def _stays() -> bool:
+    """Say of a client that it has not left."""
+    return False
+
+
 class Request(NamedTuple):
     """An HTTP request, parsed. Header names are in lower case, values are bytes."""
 
@@ -57,6 +63,7 @@ class Request(NamedTuple):
     body: bytes = b""
     key_name: str = ""              # of the key that it came with; empty where none is needed
     role: str = ""                  # of that key
+    has_left: Callable[[], bool] = _stays       # whether its client has, for who makes it wait
 
 
 class Response(NamedTuple):

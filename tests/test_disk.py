@@ -435,7 +435,7 @@ HARMS = {                           # what there was, what happened to it, what 
     "truncated within a page": (
         STOPPED, truncate(9000), "is truncated, 9000 bytes of ", "backup"),
     "truncated within a large page": (
-        STOPPED, with_large_pages, f"{(13 << 16) - 1} bytes of {13 << 16}; ", "backup"),
+        STOPPED, with_large_pages, f"{(31 << 16) - 1} bytes of {31 << 16}; ", "backup"),
     "truncated within the header": (STOPPED, truncate(50), "is not a database", "--db"),
     "truncated after a kill": (KILLED, truncate(8192), "is damaged (", "backup"),
     "another program's database": (
@@ -659,7 +659,8 @@ def test_jobs_that_come_at_the_same_moment_are_counted_too(gated):
     server = gated("--max-waiting", "5")
     assert server.request("POST", "/runtimes/qpu/pause/").status == 200
     body = b'{"job": "X(90)", "mode": "verbatim"}'
-    data = b"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: %b\r\nContent-Length: %d\r\n\r\n%b" % (
+    data = (b"POST /jobs/add/ HTTP/1.1\r\nHost: localhost\r\napi_key: %b\r\n"
+            b"Content-Length: %d\r\n\r\n%b") % (
         KEY.encode(), len(body), body)
     with contextlib.ExitStack() as stack:
         for _ in range(2):          # the second time nothing is left of the first

@@ -18,7 +18,7 @@ ROOMS = {
     "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
     "client": {"config", "clock", "keys"},
     "app": {"log", "config", "server", "api", "keys", "workers", "waiting", "store", "database",
-            "builtin", "runtimes", "clock", "jobs"},
+            "builtin", "runtimes", "keeper", "tree", "clock", "jobs"},
     "log": {"clock"},
     "config": {"keys", "jobs"},
     "server": {"api", "connection", "wire", "messages"},
@@ -28,13 +28,17 @@ ROOMS = {
     "queries": {"messages", "jobs"},    # what a query asks for, kept apart from what answers it
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
-    "workers": {"waiting", "jobs"},
+    "workers": {"waiting", "turns", "jobs"},
     "waiting": {"jobs"},
+    "turns": {"jobs"},          # the queue, tested alone
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},
-    "runtimes": {"process", "jobs"},
-    "process": set(),
+    "runtimes": {"process", "tree", "lines", "jobs"},
+    "lines": {"jobs"},          # what a runtime says over `lines`, kept apart from processes
+    "process": {"tree"},
+    "keeper": {"tree"},         # the process that ends what is left when the server dies
+    "tree": set(),              # whose is a process
     "manual": set(),
     "keys": set(),
     "bloch": {"qubit"},         # the picture of a path
@@ -50,30 +54,30 @@ ONLY_IN = {
     # SQL
     "sqlite3": {"store", "database"},
     # processes
-    "subprocess": {"process"},
-    "multiprocessing": {"process"},
-    "concurrent.futures.ProcessPoolExecutor": {"process"},
-    "concurrent.futures.process": {"process"},
-    "pty": {"process"},
-    "os.exec*": {"process"},
-    "os.fork*": {"process"},
-    "os.popen": {"process"},
-    "os.posix_spawn*": {"process"},
-    "os.spawn*": {"process"},
-    "os.system": {"process"},
+    "subprocess": {"tree"},
+    "multiprocessing": {"tree"},
+    "concurrent.futures.ProcessPoolExecutor": {"tree"},
+    "concurrent.futures.process": {"tree"},
+    "pty": {"tree"},
+    "os.exec*": {"tree"},
+    "os.fork*": {"keeper"},
+    "os.popen": {"tree"},
+    "os.posix_spawn*": {"tree"},
+    "os.spawn*": {"tree"},
+    "os.system": {"tree"},
     # dice
     "random": {"qubit", "app"},                 # app makes the dice of the other rooms
     "secrets": {"app", "cli", "commands"},      # keys, those of idempotency as well
     "uuid": {"app"},
     "os.getrandom": {"app"},
-    "os.urandom": {"app"},
+    "os.urandom": {"app", "database"},         # database: the name of an instance
     # sockets
     "asyncio": {"server"},
     "socket": {"server"},
     "socketserver": {"server"},
     "ssl": {"server", "client"},
-    "select": {"server", "process"},
-    "selectors": {"server", "process"},
+    "select": {"server", "connection", "process", "tree"},
+    "selectors": {"server", "process", "tree"},
     "http": {"server"},
     "http.client": {"client"},
     "urllib.error": {"client"},
@@ -200,21 +204,21 @@ def test_a_room_keeps_to_itself(room):
     ("api", "import sqlite3", "sqlite3 belongs to database and store"),
     ("api", "if True:\n    import sqlite3.dbapi2 as sql",
      "sqlite3.dbapi2 belongs to database and store"),
-    ("runtimes", "import subprocess", "subprocess belongs to process"),
-    ("workers", "import subprocess", "subprocess belongs to process"),
-    ("workers", "from subprocess import Popen", "subprocess.Popen belongs to process"),
-    ("workers", "from multiprocessing import Pool", "belongs to process"),
-    ("workers", "from concurrent.futures import ProcessPoolExecutor", "belongs to process"),
-    ("app", "import pty", "pty belongs to process"),
-    ("app", "import os\nos.posix_spawnp('ls', [], {})", "os.posix_spawnp belongs to process"),
-    ("app", "import os\nos.fork()", "os.fork belongs to process"),
-    ("app", "import os as o\no.execv('/bin/ls', [])", "os.execv belongs to process"),
-    ("app", "import os.path\nos.system('ls')", "os.system belongs to process"),
-    ("app", "from os import popen as ask", "os.popen belongs to process"),
-    ("app", "import os\nstart = os.spawnv", "os.spawnv belongs to process"),
+    ("runtimes", "import subprocess", "subprocess belongs to tree"),
+    ("workers", "import subprocess", "subprocess belongs to tree"),
+    ("workers", "from subprocess import Popen", "subprocess.Popen belongs to tree"),
+    ("workers", "from multiprocessing import Pool", "belongs to tree"),
+    ("workers", "from concurrent.futures import ProcessPoolExecutor", "belongs to tree"),
+    ("app", "import pty", "pty belongs to tree"),
+    ("app", "import os\nos.posix_spawnp('ls', [], {})", "os.posix_spawnp belongs to tree"),
+    ("app", "import os\nos.fork()", "os.fork belongs to keeper"),
+    ("app", "import os as o\no.execv('/bin/ls', [])", "os.execv belongs to tree"),
+    ("app", "import os.path\nos.system('ls')", "os.system belongs to tree"),
+    ("app", "from os import popen as ask", "os.popen belongs to tree"),
+    ("app", "import os\nstart = os.spawnv", "os.spawnv belongs to tree"),
     ("workers", "from random import Random", "random.Random belongs to app and qubit"),
     ("api", "import secrets", "secrets belongs to app and cli and commands"),
-    ("store", "import os\nos.urandom(8)", "os.urandom belongs to app"),
+    ("store", "import os\nos.urandom(8)", "os.urandom belongs to app and database"),
     ("api", "import socket", "socket belongs to server"),
     ("app", "import socketserver", "socketserver belongs to server"),
     ("app", "import ssl", "ssl belongs to client and server"),
@@ -223,8 +227,8 @@ def test_a_room_keeps_to_itself(room):
     ("server", "import http.client", "http.client belongs to client"),
     ("commands", "import http.client", "http.client belongs to client"),
     ("api", "from urllib.request import urlopen", "urllib.request.urlopen belongs to client"),
-    ("workers", "import select", "select belongs to process and server"),
-    ("workers", "import selectors", "selectors belongs to process and server"),
+    ("workers", "import select", "select belongs to connection and process and server and tree"),
+    ("workers", "import selectors", "selectors belongs to process and server and tree"),
     ("workers", "import time", "time belongs to clock"),
     ("workers", "from time import sleep", "time.sleep belongs to clock"),
     ("store", "from datetime import datetime", "datetime.datetime belongs to clock"),
@@ -245,7 +249,7 @@ def test_a_wrong_is_found(room, source, wrong):
     ("cli", "from oqc import __version__\nfrom oqc import app, config\nimport oqc.config"),
     ("app", "import oqc.store\nfrom oqc.clock import Clock\nimport random"),
     ("store", "import sqlite3\nsqlite3.connect(':memory:')"),
-    ("process", "import os, select, subprocess\n"
+    ("tree", "import os, select, subprocess\n"
                 "os.posix_spawn('/bin/ls', [], {})\nos.waitpid(1, 0)"),
     ("server", "import http.server\nimport socket, ssl\n"
                "from http.server import ThreadingHTTPServer"),
