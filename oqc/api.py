@@ -3,15 +3,12 @@
 No sockets and no SQL. What can go wrong is raised as what it is, and becomes a response in one
 place, `Api.handle`.
 """
-import base64
 import contextlib
 import functools
 import hashlib
-import ipaddress
 import itertools
 import json
 import logging
-import pkgutil
 import re
 import threading
 from typing import (
@@ -19,10 +16,13 @@ from typing import (
     Tuple, Union)
 
 from oqc import __version__, bloch, jobs, manual, queries
+from oqc.documents import (
+    CHEAT_SHEET, MANUAL, OPENAPI, PAGE_BODY, PAGE_HEADERS, PICTURE_HEADERS)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
     Selection, StoreError, Submission, UnknownJob)
-from oqc.keys import ALLOWED, KEY_HEADERS, NOBODY, OPERATOR, READER, USER, Key, Keys, may
+from oqc.keys import (
+    ALLOWED, KEY_HEADERS, NOBODY, NOT_HERE, OPERATOR, READER, USER, Key, Keys, is_local, may)
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
     json_response, number, parameters, problem_response, text_response, wants_text)
@@ -40,10 +40,6 @@ WAITED_AT_ONCE = 1000               # jobs of a filter that are waited for befor
 BESIDE_JOB = ", submitter, tag"     # what a table of jobs has beside their members
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
-NOT_HERE = ("the documented key is public, so while it is in force only requests to localhost are "
-            "answered, and none through a proxy; with keys of its own the server answers all: "
-            "`key NAME --role operator >keys; chmod 600 keys`, then start it with --keys-file keys")
-HOST_NAME = re.compile(rb"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
 DETAILS = (                         # the members of a job's details, in their order
     "id", "submitter", "tag", "note", "priority", "asked_runtime", "shots", "seed", "sha256",
     "state", "due_time", "ahead", "waits_for", "attempts")
@@ -174,39 +170,6 @@ class Clock(queries.Clock, Protocol):
 
     def monotonic(self) -> float:
         """Return seconds that never jump."""
-
-
-def _data(name: str) -> bytes:
-    """Return a file that lies beside this one, also inside the .pyz; read at start, since that may
-    be replaced."""
-    data = pkgutil.get_data("oqc", name)
-    assert data is not None
-    return data
-
-
-def _hash_of_element(page: bytes, name: bytes) -> str:
-    """Return the hash of a script or style that stands in a page (CSP level 3, section 2.3.1)."""
-    content = page.split(b"<%b>" % name)[1].split(b"</%b>" % name)[0]
-    return base64.b64encode(hashlib.sha256(content).digest()).decode()
-
-
-def _policy(page: bytes) -> str:
-    """Return the Content-Security-Policy that lets the browser run the script and the style that
-    stand in the page, and speak to this server, and nothing else."""
-    return (f"default-src 'none'; script-src 'sha256-{_hash_of_element(page, b'script')}'; "
-            f"style-src 'sha256-{_hash_of_element(page, b'style')}'; connect-src 'self'; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-CHEAT_SHEET = _data("cheatsheet.txt").decode()
-OPENAPI = _data("openapi.json")
-MANUAL = manual.read()
-PAGE_BODY = _data("page.html")
-PAGE_HEADERS = (("Content-Security-Policy", _policy(PAGE_BODY)),
-                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-                ("Cache-Control", "no-cache"), ("Vary", "Accept"))
-PICTURE_HEADERS = (("Content-Security-Policy", "default-src 'none'"),
-                   ("X-Content-Type-Options", "nosniff"))
 
 
 Endpoint = Callable[..., Response]      # of an Api, a Request and what its path says
@@ -863,32 +826,6 @@ NEEDED = {                          # roles, of what takes more than a reader's
     Api.resume: OPERATOR,
 }
 PUBLIC = (Api.root, Api.help, Api.topic, Api.openapi, Api.health)   # what needs no key
-
-
-def is_local(headers: Dict[str, bytes]) -> bool:
-    """Return whether a request was meant for this machine and came from it, as far as it says so.
-
-    A page of another site, whose name leads to 127.0.0.1 (DNS rebinding), sends that name.
-    """
-    if "via" in headers or "forwarded" in headers or "x-forwarded-" in " ".join(headers):
-        return False
-    host = headers.get("host")
-    return host is None or is_loopback(host)        # none: HTTP/1.0, which no browser speaks
-
-
-@functools.lru_cache(maxsize=256)
-def is_loopback(host: bytes) -> bool:
-    """Return whether a Host header names this machine, by whatever port."""
-    match = HOST_NAME.fullmatch(host)
-    if not match:
-        return False
-    name = match[1].decode("latin-1").strip("[]").lower()
-    if name.rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 @functools.lru_cache(maxsize=256)

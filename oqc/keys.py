@@ -1,5 +1,8 @@
 """The API keys: whose they are, what each role may do, and with which one a request came."""
+import functools
 import hashlib
+import ipaddress
+import re
 from typing import Dict, Iterable, NamedTuple, Optional
 
 READER, USER, OPERATOR = ROLES = ("reader", "user", "operator")
@@ -10,6 +13,10 @@ ALLOWED = {
 }
 RESERVED = ("me", "oqc")            # names that say something else where a name may stand
 KEY_HEADERS = ("api_key", "x-api-key")
+NOT_HERE = ("the documented key is public, so while it is in force only requests to localhost are "
+            "answered, and none through a proxy; with keys of its own the server answers all: "
+            "`key NAME --role operator >keys; chmod 600 keys`, then start it with --keys-file keys")
+HOST_NAME = re.compile(rb"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
 
 
 class Key(NamedTuple):
@@ -58,3 +65,29 @@ class Keys:
     @staticmethod
     def _digest(secret: bytes) -> bytes:
         return hashlib.sha256(secret).digest()
+
+
+def is_local(headers: Dict[str, bytes]) -> bool:
+    """Return whether a request was meant for this machine and came from it, as far as it says so.
+
+    A page of another site, whose name leads to 127.0.0.1 (DNS rebinding), sends that name.
+    """
+    if "via" in headers or "forwarded" in headers or "x-forwarded-" in " ".join(headers):
+        return False
+    host = headers.get("host")
+    return host is None or is_loopback(host)        # none: HTTP/1.0, which no browser speaks
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: bytes) -> bool:
+    """Return whether a Host header names this machine, by whatever port."""
+    match = HOST_NAME.fullmatch(host)
+    if not match:
+        return False
+    name = match[1].decode("latin-1").strip("[]").lower()
+    if name.rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

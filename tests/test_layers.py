@@ -24,7 +24,8 @@ ROOMS = {
     "server": {"api", "connection", "wire", "messages"},
     "connection": {"wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"queries", "messages", "text", "manual", "bloch", "keys", "jobs"},
+    "api": {"documents", "queries", "messages", "text", "manual", "bloch", "keys", "jobs"},
+    "documents": {"manual"},    # what is served as it is
     "queries": {"messages", "jobs"},    # what a query asks for, kept apart from what answers it
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
