@@ -2,10 +2,12 @@
 import json
 import os
 import pty
+import signal
+import subprocess
 
 import pytest
 from conftest import Server
-from test_commands import line, on_a_terminal, run, start
+from test_commands import line, on_a_terminal, run, settled, start
 
 KEYS = "ann:operator:op-key\nbob:user:bob-key\neve:user:eve-key\nrita:reader:rita-key\n"
 SECRETS = {"ann": "op-key", "bob": "bob-key", "eve": "eve-key", "rita": "rita-key"}
@@ -309,3 +311,75 @@ def test_a_wait_for_a_tag_that_nothing_has_says_so(lab):
     assert line(run(lab, "wait", "--tag", "nothing", **as_somebody("bob")), 1) == "no job matches"
     ended = run(lab, "wait", "--tag", "a b", **as_somebody("bob"))
     assert "tag: expected 1 to 64" in line(ended, 1)
+
+
+def test_a_wait_for_a_tag_shows_on_a_terminal_how_far_it_is_and_ctrl_c_ends_it_alone(lab):
+    ask(lab, "bob", "POST", "/jobs/add/?wait=20", [{**JOB, "tag": "shown", "return_code": 3}] * 2)
+    ask(lab, "bob", "POST", "/jobs/add/", [{**WAITS, "tag": "shown"}] * 3)
+    ours, theirs = pty.openpty()
+    with start(lab, "wait", "--tag", "shown", stdin=theirs, stdout=theirs, stderr=theirs,
+               **as_somebody("bob")) as process:
+        os.close(theirs)
+        shown = b""
+        while b"2 of 5 jobs done, 2 failed" not in shown:
+            shown += os.read(ours, 65536)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    os.close(ours)
+    counts = ask(lab, "bob", "GET", "/status/?tag=shown").json["jobs"]
+    assert (counts["waiting"], counts["failed"]) == (3, 2)
+    assert ask(lab, "bob", "POST", "/jobs/cancel/?tag=shown").json["cancelled"] == 3
+    status, shown = on_a_terminal(lab, "wait", "--tag", "shown", **as_somebody("bob"))
+    assert status == 3 and "5 of 5 jobs done, 5 failed" in shown
+    assert settled(shown).splitlines()[0].startswith("ID        STATUS")
+
+
+# A lab
+
+def curl(server, name, *arguments):
+    """What the real curl is answered."""
+    done = subprocess.run(
+        ["curl", "-sS", "-H", f"api_key: {SECRETS[name]}", *arguments[:-1],
+         f"http://127.0.0.1:{server.port}{arguments[-1]}"],
+        check=True, capture_output=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+def test_a_lab_of_three_roles_two_devices_and_a_thousand_jobs(tmp_path, script):
+    program = script('while read -r line; do\n'
+                     'id=${line#*\\"id\\": }; echo "{\\"id\\": ${id%%,*}, \\"return_code\\": 0}"\n'
+                     'done')
+    (tmp_path / "lab.ini").write_text("".join(
+        f"[runtime qpu-{number}]\ncommand = {program}\nprotocol = lines\n"
+        for number in (1, 2)), encoding="utf-8")
+    lab = with_keys(tmp_path, "--config", "lab.ini")
+    for device in ("qpu-1", "qpu-2"):
+        curl(lab, "ann", "-d", '{"reason": "cool-down"}', f"/runtimes/{device}/pause/")
+    text = "X(1)\n" * 500
+    assert run(lab, "add", "-", "--mode", "verbatim", "--tag", "rabi-7", "--priority", "-5",
+               text=text, **as_somebody("bob"))[0] == 0
+    jobs = json.dumps([{**WAITS, "tag": "rabi-8", "runtime": "qpu-2"}] * 500)
+    (tmp_path / "jobs.json").write_text(jobs, encoding="ascii")
+    assert len(curl(lab, "eve", "-d", f"@{tmp_path}/jobs.json", "/jobs/add/")) == 500
+    assert curl(lab, "rita", "/status/?state=waiting")["jobs"]["waiting"] == 1000
+    assert curl(lab, "eve", "-X", "POST", "/jobs/cancel/?by=bob")["status"] == 403
+    assert curl(lab, "eve", "-X", "POST", "/jobs/cancel/?tag=rabi-7") == {
+        "cancelled": 0, "by": "eve"}
+    last = curl(lab, "rita", "/jobs/list/?tag=rabi-7&order=desc&limit=1")[0]["id"]
+    assert run(lab, "cancel", last, **as_somebody("eve"))[0] == 1
+    assert run(lab, "cancel", last, **as_somebody("bob"))[0] == 0
+    assert line(run(lab, "resume", "qpu-1", **as_somebody("bob")), 1) == (
+        "bob is a user: only an operator may do this")
+    for device in ("qpu-1", "qpu-2"):
+        assert run(lab, "resume", device, **as_somebody("ann"))[0] == 0
+    assert curl(lab, "rita", "/status/?tag=rabi-8&wait=60") == {
+        "jobs": {"waiting": 0, "running": 0, "retrying": 0, "succeeded": 500, "failed": 0}}
+    status, out, _ = run(lab, "wait", "--tag", "rabi-7", **as_somebody("rita"))
+    assert (status, out.count("\n")) == (130, 500), "the one that was cancelled"
+    assert {job["runtime"] for job in curl(lab, "rita", "/jobs/list/?by=eve")} == {"qpu-2"}
+    failed = curl(lab, "bob", "/jobs/list/?by=me&status=Runtime%20Error")
+    assert [job["id"] for job in failed] == [last]
+    assert run(lab, "rerun", last, **as_somebody("bob"))[0] == 0
+    counts = curl(lab, "bob", "/status/?tag=rabi-7&wait=60")["jobs"]
+    assert (counts["succeeded"], counts["failed"]) == (500, 1)
+    assert lab.stop() == 0
