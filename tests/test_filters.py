@@ -14,6 +14,7 @@ from oqc.jobs import OPEN, Job, Selection, Submission
 from oqc.store import Store
 
 COLUMNS = Job._fields + ("submitter", "tag", "asked_runtime")
+MOST = 1500                         # jobs in the database whose pages are followed
 TEXT = {"Accept": "text/plain"}
 
 
@@ -99,7 +100,7 @@ def selected(jobs, filters):
 def a_store_with_jobs_of_all_kinds(tmp_path_factory):
     """(a store of 1,500 jobs, these)."""
     path = tmp_path_factory.mktemp("filled") / "oqc.db"
-    jobs = fill(path, 1500)
+    jobs = fill(path, MOST)
     store = Store(str(path), Clock())
     yield store, jobs
     store.close()
@@ -112,6 +113,7 @@ def through(store, selection, descending, limit):
     while page := store.page(after, limit, descending, selection):
         found += [row[0] for row in page]
         after = found[-1]
+        assert len(found) <= MOST, "it goes round"
     return found
 
 
