@@ -3,52 +3,52 @@
 No sockets and no SQL. What can go wrong is raised as what it is, and becomes a response in one
 place, `Api.handle`.
 """
-import base64
 import contextlib
 import functools
 import hashlib
-import ipaddress
 import itertools
 import json
-import pkgutil
+import logging
 import re
 import threading
 from typing import (
     Any, Callable, ContextManager, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence,
     Tuple, Union)
 
-from oqc import __version__, bloch, jobs, manual
+from oqc import __version__, bloch, jobs, manual, queries
+from oqc.documents import (
+    CHEAT_SHEET, MANUAL, OPENAPI, PAGE_BODY, PAGE_HEADERS, PICTURE_HEADERS)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
-    StoreError, Submission, UnknownJob)
+    Selection, StoreError, Submission, UnknownJob)
+from oqc.keys import (
+    ALLOWED, KEY_HEADERS, NOBODY, NOT_HERE, OPERATOR, READER, USER, Key, Keys, is_local, may)
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
     json_response, number, parameters, problem_response, text_response, wants_text)
+from oqc.queries import FILTERS, MOST_LIMIT, PAGE, may_have_more, next_page, pages
 from oqc.text import (
     LogText, details_text, job_rows, metrics_text, result_text, table, whole_lines)
 
-PAGE = 1000                         # rows read at once for a listing: what bounds its memory
-MOST_LIMIT = 10_000
 HEAVY = 4                           # reads of many rows at once: more only keep all others waiting
 MOST_JOBS = 10_000                  # in one array
 SMALL_BODY = 1 << 13                # bytes of a body that costs other clients no time
 MOST_WAIT = 300                     # seconds
 FOLLOW_EVERY = 0.25                 # seconds between looks at a log that is followed
 MOST_REASON = 1000                  # bytes of the reason of a pause
-AGE_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}        # in seconds
-KEY_HEADERS = ("api_key", "x-api-key")
+WAITED_AT_ONCE = 1000               # jobs of a filter that are waited for before it is read again
+BESIDE_JOB = ", submitter, tag"     # what a table of jobs has beside their members
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
-NOT_HERE = ("the documented key is public, so while it is in force only requests to localhost are "
-            "answered, and none through a proxy; with keys of its own the server answers all: "
-            "`key NAME >keys; chmod 600 keys`, then start it with --keys-file keys")
-HOST_NAME = re.compile(rb"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
 DETAILS = (                         # the members of a job's details, in their order
     "id", "submitter", "tag", "note", "priority", "asked_runtime", "shots", "seed", "sha256",
     "state", "due_time", "ahead", "waits_for", "attempts")
+CHANGE = re.compile("[0-9]+")       # as GET /status/ gives it
 WANTS_HTML = re.compile(rb"\s*text/html\b")
 
 Headers = Tuple[Tuple[str, str], ...]
+
+log = logging.getLogger("oqc")
 
 
 class Store(Protocol):
@@ -63,9 +63,22 @@ class Store(Protocol):
     def get(self, number: int) -> Job:
         """Return a job; raise UnknownJob."""
 
-    def page(self, after: Optional[int], limit: int, descending: bool = False,
-             **equal: Optional[str]) -> List[Job]:
-        """Return a page of jobs, as plain tuples of Job's members: a listing makes no Job."""
+    def page(self, after: Optional[int], limit: int, descending: bool, selection: Selection,
+             more: str) -> List[Any]:
+        """Return a page of jobs, as plain tuples of Job's members and these columns: a listing
+        makes no Job."""
+
+    def open_jobs(self, selection: Selection, limit: int = -1) -> List[int]:
+        """Return the ids of jobs that have not ended, the newest first."""
+
+    def count(self, selection: Selection) -> Dict[str, int]:
+        """Return how many jobs wait, run and have ended."""
+
+    def submitter(self, number: int) -> str:
+        """Return the name of the key that a job came with; raise UnknownJob."""
+
+    def submission(self, number: int) -> Submission:
+        """Return a job as it would be submitted again; raise UnknownJob."""
 
     def details(self, number: int) -> Details:
         """Return what the members of a job do not hold."""
@@ -103,6 +116,9 @@ class Workers(Protocol):
 
     def cancel(self, number: int) -> Job:
         """End a job and return it; raise Ended, UnknownJob."""
+
+    def cancel_all(self, numbers: Sequence[int]) -> int:
+        """End these jobs; return how many of them had not ended by themselves."""
 
     def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs are before one that waits, what it waits for)."""
@@ -149,63 +165,11 @@ class Waiting(Protocol):
         """Wait for a job to end; return whether to go on with it."""
 
 
-def _data(name: str) -> bytes:
-    """Return a file that lies beside this one, also inside the .pyz; read at start, since that may
-    be replaced."""
-    data = pkgutil.get_data("oqc", name)
-    assert data is not None
-    return data
+class Clock(queries.Clock, Protocol):
+    """What the endpoints ask of a clock."""
 
-
-def _hash_of_element(page: bytes, name: bytes) -> str:
-    """Return the hash of a script or style that stands in a page (CSP level 3, section 2.3.1)."""
-    content = page.split(b"<%b>" % name)[1].split(b"</%b>" % name)[0]
-    return base64.b64encode(hashlib.sha256(content).digest()).decode()
-
-
-def _policy(page: bytes) -> str:
-    """Return the Content-Security-Policy that lets the browser run the script and the style that
-    stand in the page, and speak to this server, and nothing else."""
-    return (f"default-src 'none'; script-src 'sha256-{_hash_of_element(page, b'script')}'; "
-            f"style-src 'sha256-{_hash_of_element(page, b'style')}'; connect-src 'self'; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
-
-
-CHEAT_SHEET = _data("cheatsheet.txt").decode()
-OPENAPI = _data("openapi.json")
-MANUAL = manual.read()
-PAGE_BODY = _data("page.html")
-PAGE_HEADERS = (("Content-Security-Policy", _policy(PAGE_BODY)),
-                ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
-                ("Cache-Control", "no-cache"), ("Vary", "Accept"))
-PICTURE_HEADERS = (("Content-Security-Policy", "default-src 'none'"),
-                   ("X-Content-Type-Options", "nosniff"))
-
-
-class Keys:
-    """The API keys: who a request comes from."""
-
-    def __init__(self, keys: Dict[str, bytes], public: bytes = b"") -> None:
-        """`keys`: {name: key}, the keys being any bytes that a header can carry; `public`: a key
-        that everybody knows."""
-        self.are_public = public in keys.values()
-        self.names = {self._digest(key): name for name, key in keys.items()}
-
-    def name(self, headers: Dict[str, bytes]) -> Optional[str]:
-        """Return the name of the request's key, or None. Digests are looked up, not keys: how long
-        that takes tells nothing about where a wrong key differs, and does not depend on how many
-        keys there are."""
-        for header in KEY_HEADERS:
-            if header in headers:
-                return self.names.get(self._digest(headers[header]))
-        scheme, _, token = headers.get("authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            return None
-        return self.names.get(self._digest(token.strip(b" ")))
-
-    @staticmethod
-    def _digest(key: bytes) -> bytes:
-        return hashlib.sha256(key).digest()
+    def monotonic(self) -> float:
+        """Return seconds that never jump."""
 
 
 Endpoint = Callable[..., Response]      # of an Api, a Request and what its path says
@@ -215,13 +179,15 @@ class Api:                          # pylint: disable=too-many-public-methods # 
     """The documented API over a store and its workers."""
 
     def __init__(self, store: Store, workers: Workers, waiting: Waiting, keys: Keys,
-                 choose_seed: Callable[[], int], most_waiting: int = 1_000_000) -> None:
+                 choose_seed: Callable[[], int], clock: Clock,
+                 most_waiting: int = 1_000_000) -> None:
         """`choose_seed` gives a seed from 0 to 2**63 - 1 for a job that came without one."""
         self.store = store
         self.workers = workers
         self.waiting = waiting
         self.keys = keys
         self.choose_seed = choose_seed
+        self.clock = clock
         self.most_waiting = most_waiting
         self._heavy = threading.BoundedSemaphore(HEAVY)
         self._being_stored = 0                  # jobs that are, and will wait then
@@ -230,8 +196,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
     # What the server asks
 
     def refuse(self, request: Request) -> Optional[Response]:
-        """Return what can be refused before the body is read: no such path or method, no key; or
-        None."""
+        """Return what can be refused before the body is read: no such path or method, no key, or
+        one that may not; or None."""
         try:
             self._endpoint(request)
             return None
@@ -258,8 +224,9 @@ class Api:                          # pylint: disable=too-many-public-methods # 
     def handle(self, request: Request) -> Response:
         """Return the response to a request. Whatever goes wrong becomes one, too."""
         try:
-            endpoint, arguments, name = self._endpoint(request)
-            return endpoint(self, request._replace(key_name=name), *arguments)
+            endpoint, arguments, key = self._endpoint(request)
+            request = request._replace(key_name=key.name, role=key.role)
+            return endpoint(self, request, *arguments)
         except Exception as error:  # pylint: disable=broad-exception-caught # `failure` logs it
             return failure(error, request)
 
@@ -277,8 +244,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
                 responses.append(_created(outcome.jobs, False, outcome.replayed))
         return responses
 
-    def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
-        """Return (function, what its path says, name of the key); raise Problem."""
+    def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], Key]:
+        """Return (function, what its path says, the key); raise Problem."""
         if self.keys.are_public and not is_local(request.headers):
             raise Problem(421, NOT_HERE)
         methods, arguments = route(request.path)
@@ -288,18 +255,23 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         method = "GET" if request.method == "HEAD" else request.method
         endpoint = methods.get(method)
         if not endpoint and method == "OPTIONS":
-            return _options, (), ""
+            return _options, (), NOBODY
         if not endpoint:
             allowed = allow(methods)
             raise Problem(405, f"{request.method} is not for this path; allowed: {allowed}; "
                           "GET / shows what is there", ("Allow", allowed))
-        name = self.keys.name(request.headers) or ""
-        if not name and endpoint not in PUBLIC:
+        if endpoint in PUBLIC:
+            return endpoint, arguments, NOBODY
+        key = self.keys.find(request.headers)
+        if not key:
             detail = NO_KEY
             if any(header in request.headers for header in (*KEY_HEADERS, "authorization")):
                 detail = "this key is not known; " + NO_KEY
             raise Problem(401, detail, ("WWW-Authenticate", 'Bearer realm="oqc"'))
-        return endpoint, arguments, name
+        needed = NEEDED.get(endpoint, READER)
+        if not may(key.role, needed):
+            raise _forbidden(key.name, key.role, needed)
+        return endpoint, arguments, key
 
     # Adding jobs
 
@@ -308,6 +280,19 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         they are on disk. `?wait=` seconds for their end."""
         seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
         batch, many = self._batch(request)
+        return self._add(request, batch, many, seconds)
+
+    def rerun(self, request: Request, job_number: str) -> Response:
+        """POST /jobs/{id}/rerun/: add a job that is to be run again as a new one, of whoever asks;
+        201 and `?wait=` as for an add."""
+        known_id = job_id(job_number)
+        seconds = number(parameters(request.query, ("wait",)), "wait", 0, MOST_WAIT)
+        submission = self.store.submission(known_id)
+        self._check_runtime(submission)
+        return self._add(request, self._prepare(request, [submission]), False, seconds)
+
+    def _add(self, request: Request, batch: Batch, many: bool, seconds: Optional[int]) -> Response:
+        """Store a batch and have its jobs run; return the 201, after the wait."""
         addition, = self._store_and_queue([batch])
         if isinstance(addition, Exception):
             raise addition
@@ -322,8 +307,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
     def _parse_add(self, request: Request) -> Union[Batch, Exception]:
         """Return what a small add is to store, or the error for which it is refused."""
         try:
-            _, _, name = self._endpoint(request)
-            batch, _ = self._batch(request._replace(key_name=name))
+            _, _, key = self._endpoint(request)
+            batch, _ = self._batch(request._replace(key_name=key.name, role=key.role))
             return batch
         except Exception as error:  # pylint: disable=broad-exception-caught # `failure` logs it
             return error
@@ -334,13 +319,29 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         value = decode(request.body)
         many = isinstance(value, list)
         submissions = self._submissions(value if many else [value], many)
+        if not may(request.role, OPERATOR):
+            self._forbid_raised_priority(request, submissions, many)
+        return self._prepare(request, submissions), many
+
+    @staticmethod
+    def _forbid_raised_priority(request: Request, submissions: Sequence[Submission],
+                                many: bool) -> None:
+        for index, submission in enumerate(submissions):
+            if submission.priority > 0:
+                place = f"[{index}]: " if many else ""
+                raise Problem(403, f"{place}priority: {request.key_name} is a {request.role}, and "
+                              "may give 0 or less; above 0 takes an operator's key")
+
+    def _prepare(self, request: Request, submissions: Sequence[Submission]) -> Batch:
+        """Return what is to be stored, with room reserved for it; raise Malformed, or Problem if
+        there is no room."""
         key = self._idempotency_key(request)
         if self.workers.draining.is_set():
             raise Problem(503, "the server is stopping; send the job again when it is back",
                           ("Retry-After", "10"))
         self._reserve(submissions)
         outcomes = [self.workers.immediate_outcome(submission) for submission in submissions]
-        return Batch(submissions, request.key_name, key, outcomes), many
+        return Batch(submissions, request.key_name, key, outcomes)
 
     def _submissions(self, values: List[Any], many: bool) -> List[Submission]:
         """Return the checked submissions, each with a seed; raise Malformed, which names the index
@@ -351,6 +352,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         for index, value in enumerate(values):
             try:
                 submission = jobs.parse(value)
+                self._check_runtime(submission)
             except Malformed as error:
                 if many:
                     raise Malformed(f"[{index}]: {error}") from None
@@ -359,6 +361,17 @@ class Api:                          # pylint: disable=too-many-public-methods # 
                 submission = submission._replace(seed=self.choose_seed())
             submissions.append(submission)
         return submissions
+
+    def _check_runtime(self, submission: Submission) -> None:
+        """Raise Malformed if the runtime that a job asks for is none of its mode."""
+        if submission.runtime is None:
+            return
+        mode = submission.mode
+        names = [name for name in self.workers.runtimes
+                 if mode in self.workers.describe(name)["modes"]]
+        if submission.runtime not in names:
+            raise Malformed(f"runtime: expected one that serves the mode {mode}: "
+                            f"{' or '.join(names)}; found {queries.found(submission.runtime)}")
 
     @staticmethod
     def _idempotency_key(request: Request) -> Optional[IdempotencyKey]:
@@ -371,7 +384,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if not match:
             raise Malformed(
                 "Idempotency-Key: expected 1 to 255 printable characters without spaces")
-        return IdempotencyKey(match[1].decode(), hashlib.sha256(request.body).hexdigest())
+        what = f"{request.method} {request.path.rstrip('/')}\n".encode() + request.body
+        return IdempotencyKey(match[1].decode(), hashlib.sha256(what).hexdigest())
 
     def _reserve(self, submissions: Sequence[Submission]) -> None:
         """Count jobs that are about to be stored, so that a crowd that comes at one moment does
@@ -398,30 +412,30 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def list(self, request: Request) -> Response:
         """GET /jobs/list/: all jobs, one a line, streamed; or a page of them."""
-        query = parameters(request.query, ("limit", "after", "order", "status", "mode"))
+        query = parameters(request.query, ("limit", "after", "order", *FILTERS))
         after = number(query, "after", 0, 2 ** 63 - 1)
         limit = number(query, "limit", 1, MOST_LIMIT)
         descending = choice(query, "order", ("asc", "desc")) == "desc"
+        selection = queries.selection(query, self.clock, request.key_name)
         select = functools.partial(
-            self._page, descending=descending, status=choice(query, "status", jobs.STATUSES),
-            mode=choice(query, "mode", jobs.MODES))
+            self._page, descending=descending, selection=selection,
+            more=BESIDE_JOB if wants_text(request) else "")
         # Now, so that a database that cannot be read is found before the answer begins.
         page = select(after, limit or PAGE)
         if limit is None:
             return self._listing(request, pages(select, page))
         headers: Headers = ()
         if may_have_more(page, limit) and select(page[-1][0], 1):
-            kept = "".join(f"&{name}={value.replace(' ', '%20')}"
-                           for name, value in query.items() if name != "after")
-            headers = (("Link", f'</jobs/list/?after={page[-1][0]}{kept}>; rel="next"'),)
+            following = next_page(query, selection, page[-1][0])
+            headers = (("Link", f'</jobs/list/?{following}>; rel="next"'),)
         listing = self._listing(request, iter([page]))
         return listing._replace(body=b"".join(listing.body), headers=headers)
 
-    def _page(self, after: Optional[int], limit: int, descending: bool,
-              **equal: Optional[str]) -> List[Job]:
+    def _page(self, after: Optional[int], limit: int, descending: bool, selection: Selection,
+              more: str) -> List[Any]:
         """Return a page of jobs; of such reads only HEAVY go on at once."""
         with self._heavy:
-            return self.store.page(after, limit, descending, **equal)
+            return self.store.page(after, limit, descending, selection, more)
 
     @staticmethod
     def _listing(request: Request, chunks: Iterator[List[Job]]) -> Response:
@@ -435,7 +449,9 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         end."""
         job, headers = self._job(request, job_number)
         if wants_text(request):
-            return Response(200, b"".join(job_rows([[job]])), PLAIN, headers)
+            details = self.store.details(job.id)
+            row = (*job, details.submitter, details.tag)
+            return Response(200, b"".join(job_rows([[row]])), PLAIN, headers)
         return Response(200, job_json(job), headers=headers)
 
     def result(self, request: Request, job_number: str) -> Response:
@@ -556,19 +572,46 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             return waited_for, (("Retry-After", "1"),)
         return ended, ()
 
-    def cancel(self, _: Request, job_number: str) -> Response:
+    def cancel(self, request: Request, job_number: str) -> Response:
         """DELETE /jobs/{id}/: end a job that has not ended; answers when it has."""
-        return Response(200, job_json(self.workers.cancel(job_id(job_number))))
+        known_id = job_id(job_number)
+        if not may(request.role, OPERATOR):
+            submitter = self.store.submitter(known_id)
+            if submitter != request.key_name:
+                raise Problem(403, f"job {known_id} came with a key of {submitter}: only that name "
+                              f"or an operator may cancel it, and {request.key_name} is a "
+                              f"{request.role}")
+        return Response(200, job_json(self.workers.cancel(known_id)))
+
+    def cancel_all(self, request: Request) -> Response:
+        """POST /jobs/cancel/: end all jobs that a filter selects and that have not ended; answers
+        when they have, with {"cancelled": how many}. A user's filter is narrowed to their own."""
+        query = parameters(request.query, FILTERS)
+        if not query:
+            raise Malformed(f"expected a filter such as ?tag=rabi-7: {', '.join(FILTERS)}")
+        selection = queries.selection(query, self.clock, request.key_name)
+        narrowed = None
+        if not may(request.role, OPERATOR):
+            narrowed = request.key_name
+            if selection.by not in (None, narrowed):
+                raise Problem(403, f"by: {narrowed} is a {request.role}, and may cancel only their "
+                              "own jobs; an operator may cancel all")
+            selection = selection._replace(by=narrowed)
+        with self._heavy:
+            numbers = self.store.open_jobs(selection)
+        return json_response({"cancelled": self.workers.cancel_all(numbers), "by": narrowed})
 
     def prune(self, request: Request) -> Response:
         """DELETE /jobs/list/?older-than=90d: forget the jobs that ended longer ago;
         {"deleted": how many}."""
-        age = parameters(request.query, ("older-than",)).get("older-than", "")
-        match = re.fullmatch("([0-9]{1,6})([dhms])", age)
-        if not match:
+        text = parameters(request.query, ("older-than",)).get("older-than", "")
+        seconds = queries.age(text)
+        if seconds is None:
             raise Malformed("older-than: expected a time such as 90d, 12h, 30m or 0s")
-        seconds = int(match[1]) * AGE_UNITS[match[2]]
-        return json_response({"deleted": self.store.prune(seconds)})
+        deleted = self.store.prune(seconds)
+        log.warning("%s deleted %d jobs that ended more than %s ago", request.key_name, deleted,
+                    text)
+        return json_response({"deleted": deleted})
 
     # The server
 
@@ -595,10 +638,15 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def status(self, request: Request) -> Response:
         """GET /status/: how much waits, runs and has ended, of one moment. `?wait=` seconds for a
-        change, counted from that which a status before had: `?since=`."""
-        query = parameters(request.query, ("wait", "since"))
-        since = number(query, "since", 0, 2 ** 63 - 1)
+        change, counted from that which a status before had: `?since=`. With filters: how many jobs
+        they select, and `?wait=` for the end of all these."""
+        query = parameters(request.query, ("wait", *FILTERS))
         seconds = number(query, "wait", 0, MOST_WAIT)
+        filters = query.keys() - {"wait"}
+        # Digits alone are a change, and a year only beside another filter.
+        if filters - {"since"} or not CHANGE.fullmatch(query.get("since", "0")):
+            return self._count(request, query, seconds)
+        since = number(query, "since", 0, 2 ** 63 - 1)
         if seconds:
             if since is None:
                 since = self.waiting.changes
@@ -609,11 +657,45 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         paused = [name for name in self.workers.runtimes
                   if self.workers.describe(name)["state"] == "paused"]
         status = {**stored, "paused": paused, "version": __version__,
-                  "uptime": self.workers.uptime(), "change": change}
+                  "uptime": self.workers.uptime(), "change": change,
+                  "you": {"name": request.key_name, "role": request.role}}
         if wants_text(request):
             rows = [(name, json.dumps(value)) for name, value in status.items()]
             return text_response(table(rows, ("WHAT", "VALUE")))
         return json_response(status)
+
+    def _count(self, request: Request, query: Dict[str, str], seconds: Optional[int]) -> Response:
+        """Return how many jobs these filters select, by what they do; after `seconds`, or as soon
+        as none of them is open."""
+        selection = queries.selection(query, self.clock, request.key_name)
+        headers: Headers = ()
+        if seconds:
+            headers = self._wait_for_all(selection, seconds, request)
+        with self._heavy:
+            counts = self.store.count(selection)
+        if wants_text(request):
+            return text_response(table(list(counts.items()), ("WHAT", "JOBS")))
+        return json_response({"jobs": counts})._replace(headers=headers)
+
+    def _wait_for_all(self, selection: Selection, seconds: float, request: Request) -> Headers:
+        """Return as soon as no job of a selection is open, or after so many seconds; at once, and
+        with a Retry-After, when there is no room for another that waits."""
+        deadline = self.clock.monotonic() + seconds
+        while True:
+            left = deadline - self.clock.monotonic()
+            with self._heavy:
+                numbers = self.store.open_jobs(selection, WAITED_AT_ONCE)
+            if not numbers or left <= 0:
+                return ()
+            try:
+                ended = self.waiting.until_ended(numbers, left, request.key_name,
+                                                 request.has_left)
+            except UnknownJob:      # it has ended, and was deleted since
+                continue
+            if not ended:
+                return (("Retry-After", "1"),)
+            if any(job.end_time is None for job in ended):      # the time is over, or it stops
+                return ()
 
     def metrics(self, _: Request) -> Response:
         """GET /metrics/: the same and the durations of jobs, for Prometheus."""
@@ -684,6 +766,11 @@ def _created(added: List[Job], many: bool, replayed: bool, headers: Headers = ()
     return Response(201, job_json(added[0]), headers=headers)
 
 
+def _forbidden(name: str, role: str, needed: str) -> Problem:
+    """Return the answer to a request that takes another role."""
+    return Problem(403, f"{name} is a {role}: only {ALLOWED[needed]}")
+
+
 def _count_waiting(submissions: Sequence[Submission]) -> int:
     """Return how many of these jobs will wait for a runtime."""
     return sum(submission.mode != "echo" for submission in submissions)
@@ -711,7 +798,9 @@ def _reason(body: bytes) -> str:
 ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/jobs/add/?", {"POST": Api.add}),
     (r"/jobs/list/?", {"GET": Api.list, "DELETE": Api.prune}),
+    (r"/jobs/cancel/?", {"POST": Api.cancel_all}),
     (r"/jobs/([^/]+)/?", {"GET": Api.get, "DELETE": Api.cancel}),
+    (r"/jobs/([^/]+)/rerun/?", {"POST": Api.rerun}),
     (r"/jobs/([^/]+)/result/?", {"GET": Api.result}),
     (r"/jobs/([^/]+)/details/?", {"GET": Api.details}),
     (r"/jobs/([^/]+)/log/?", {"GET": Api.log}),
@@ -727,33 +816,16 @@ ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/runtimes/([^/]+)/pause/?", {"POST": Api.pause}),
     (r"/runtimes/([^/]+)/resume/?", {"POST": Api.resume}),
 ))
+NEEDED = {                          # roles, of what takes more than a reader's
+    Api.add: USER,
+    Api.rerun: USER,
+    Api.cancel: USER,
+    Api.cancel_all: USER,
+    Api.prune: OPERATOR,
+    Api.pause: OPERATOR,
+    Api.resume: OPERATOR,
+}
 PUBLIC = (Api.root, Api.help, Api.topic, Api.openapi, Api.health)   # what needs no key
-
-
-def is_local(headers: Dict[str, bytes]) -> bool:
-    """Return whether a request was meant for this machine and came from it, as far as it says so.
-
-    A page of another site, whose name leads to 127.0.0.1 (DNS rebinding), sends that name.
-    """
-    if "via" in headers or "forwarded" in headers or "x-forwarded-" in " ".join(headers):
-        return False
-    host = headers.get("host")
-    return host is None or is_loopback(host)        # none: HTTP/1.0, which no browser speaks
-
-
-@functools.lru_cache(maxsize=256)
-def is_loopback(host: bytes) -> bool:
-    """Return whether a Host header names this machine, by whatever port."""
-    match = HOST_NAME.fullmatch(host)
-    if not match:
-        return False
-    name = match[1].decode("latin-1").strip("[]").lower()
-    if name.rstrip(".") == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 @functools.lru_cache(maxsize=256)
@@ -776,19 +848,3 @@ def allow(methods: Iterable[str]) -> str:
 
 def _options(_: Api, request: Request) -> Response:
     return Response(204, b"", headers=(("Allow", allow(route(request.path)[0])),))
-
-
-def pages(select: Callable[[Optional[int], int], List[Job]], page: List[Job]
-          ) -> Iterator[List[Job]]:
-    """Yield a page of jobs and all that follow it, of what `select(after, limit)` gives."""
-    while page:
-        yield page
-        if not may_have_more(page, PAGE):
-            return
-        page = select(page[-1][0], PAGE)
-
-
-def may_have_more(page: List[Job], most: int) -> bool:
-    """Return whether jobs may follow on a page of up to so many: it is full, or was cut because
-    they are long."""
-    return len(page) == most or sum(len(job[1]) for job in page) > jobs.PAGE_BYTES

@@ -43,12 +43,13 @@ import threading
 from typing import Any, Tuple
 
 from oqc import builtin, runtimes
-from oqc.api import Api, Keys
+from oqc.api import Api
 from oqc.clock import Clock
 from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
 from oqc.config import DOCUMENTED_KEY, PROGRAM, ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.keeper import Keeper
+from oqc.keys import Keys
 from oqc.log import LogLines
 from oqc.store import Store
 from oqc.tree import INSTANCE, reset_signals
@@ -151,8 +152,9 @@ class _Running:
         self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting,
                                INSTANCE.left_over)
         choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
-        keys = Keys(dict(settings.keys), DOCUMENTED_KEY)
-        self.api = Api(self.store, self.workers, waiting, keys, choose_seed, settings.max_waiting)
+        keys = Keys(settings.keys, DOCUMENTED_KEY)
+        self.api = Api(self.store, self.workers, waiting, keys, choose_seed, clock,
+                       settings.max_waiting)
         limits = Limits(body=settings.max_body, connections=_most_connections(settings))
         access = lines.access
         if not log.isEnabledFor(logging.INFO):
@@ -178,6 +180,7 @@ class _Running:
             self.store.close()
             raise StartError(f"too many slots: {error}; each takes a thread (ulimit -u)") from None
         _log_startup(self.settings, self.server.server_address)
+        _warn_without_operator(self.api.keys)
         threading.Thread(target=self.server.serve_forever, name="listener", daemon=True).start()
         notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
 
@@ -227,7 +230,8 @@ class _Running:
     def _read_keys_again(self) -> None:
         try:
             self.api.keys = Keys(read_keys(self.settings, os.environ), DOCUMENTED_KEY)
-            log.info("keys read again: %s", ", ".join(sorted(self.api.keys.names.values())))
+            log.info("keys read again: %s", ", ".join(self.api.keys.names))
+            _warn_without_operator(self.api.keys)
         except ConfigError as error:
             log.error("keys not read again, the old ones stay: %s", error)
 
@@ -276,6 +280,12 @@ def _tls(settings: Settings) -> Any:
 def _tls_files(settings: Settings) -> str:
     """Return the names of the certificate's files."""
     return ", ".join(filter(None, (settings.tls_cert, settings.tls_key)))
+
+
+def _warn_without_operator(keys: Keys) -> None:
+    if not keys.has_operator:
+        log.warning("no key is an operator's: nobody can pause a runtime, delete old jobs or "
+                    "cancel the jobs of others")
 
 
 def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Dict, List, NoReturn, Sequence
 
 from oqc import __version__
 from oqc.config import NAME, Command, ConfigError, add_flags, settings
+from oqc.keys import RESERVED, ROLES, USER
 
 EX_FAILED, EX_USAGE, EX_CONFIG, EX_INTERRUPTED = 1, 2, 78, 130
 BROKEN_PIPE, TERMINATED = 128 + 13, 128 + 15        # the shell
@@ -153,10 +154,14 @@ def _key(arguments: Sequence[str]) -> int:
     parser = _parser("key")
     parser.add_argument("name", metavar="NAME",
                         help="name of the key's owner, shown in the log and stored with the jobs")
-    name = parser.parse_args(arguments[1:]).name
-    if not NAME.fullmatch(name):
+    parser.add_argument("--role", metavar="ROLE", choices=ROLES, default=USER,
+                        help=f"what its owner may do: {', '.join(ROLES)} [default: {USER}]")
+    options = parser.parse_args(arguments[1:])
+    if not NAME.fullmatch(options.name):
         parser.error("NAME is made of letters, digits, '.', '_' and '-', 64 at most")
-    return _write(f"{name}:{secrets.token_urlsafe(32)}\n")
+    if options.name in RESERVED:
+        parser.error(f"{options.name} is no name for a key, it says something else")
+    return _write(f"{options.name}:{options.role}:{secrets.token_urlsafe(32)}\n")
 
 
 def _backup(arguments: Sequence[str]) -> int:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from oqc.clock import Clock
 from oqc.config import (
     DOCUMENTED_KEY, KEY, ConfigError, is_loopback, key_of_variable, split_key_line)
+from oqc.keys import KEY_HEADERS
 
 LOCAL = "http://127.0.0.1:12021"
 CONNECT_TIMEOUT = 10.0              # seconds until there is a connection
@@ -230,7 +231,8 @@ def _key(url: str, host: str, path: Optional[str]) -> bytes:
 def _read_key_file(path: str) -> bytes:
     """Return the one key in a file; raise ConfigError.
 
-    It stands alone, or behind a name, as `oqc key` prints it and `curl -H @FILE` wants it.
+    It stands alone, or behind a name and a role, as `oqc key` prints it, or as `curl -H @FILE`
+    wants it.
     """
     try:
         with open(path, "rb") as file:
@@ -240,7 +242,10 @@ def _read_key_file(path: str) -> bytes:
     keys = [line.strip() for line in lines if line.strip() and not line.startswith(b"#")]
     if len(keys) != 1:
         raise ConfigError(f"{path}: expected one line with a key, found {len(keys)}")
-    return split_key_line(keys[0])[1]
+    header, colon, key = keys[0].partition(b":")
+    if colon and header.decode("latin-1").lower() in KEY_HEADERS:
+        return key.strip()
+    return split_key_line(keys[0])[2]
 
 
 def _https(host: str, port: Optional[int], ca: Optional[str]) -> HTTPConnection:

@@ -9,10 +9,10 @@ import re
 import secrets
 import signal
 import sys
-from typing import Any, Callable, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 from urllib.parse import quote, urlencode
 
-from oqc.client import ANSWER_TIMEOUT, LOCAL, Client, Failed, connect, decoded
+from oqc.client import ANSWER_TIMEOUT, LOCAL, MOST_WAIT, Client, Failed, connect, decoded
 from oqc.config import Command, decimal, whole
 
 EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 2, 75         # sysexits.h, and what argparse ends with
@@ -23,6 +23,9 @@ SEEDS = 2 ** 63                     # how many there are: 0 to 2**63 - 1
 BATCH = 1000                        # jobs of standard input in one request
 BATCH_BYTES = 1 << 18               # and bytes of them
 ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
+SHOWN_EVERY = 1                     # seconds from one progress of many jobs to the next
+FILTERS = ("status", "mode", "state", "runtime", "tag", "by", "since", "until")
+FILTER_FLAGS = " ".join(f"--{name}" for name in FILTERS)
 Line = Tuple[int, str]              # of standard input: its number, the job on it
 
 
@@ -266,8 +269,11 @@ def job_members(options: argparse.Namespace) -> Dict[str, Any]:
         if text:
             is_number = re.fullmatch("[0-9]{1,19}", text)
             members[name] = int(text) if is_number else text    # the server refuses other text
-    if options.tag is not None:
-        members["tag"] = options.tag
+    for name in ("tag", "runtime", "priority"):
+        text = getattr(options, name)
+        if text is not None:
+            is_number = name == "priority" and re.fullmatch("-?[0-9]{1,19}", text)
+            members[name] = int(text) if is_number else text
     if options.note is not None:
         try:
             members["note"] = json.loads(options.note)
@@ -312,15 +318,116 @@ def show_logs(client: Client, options: argparse.Namespace) -> int:
                     options.ids)
 
 
+def filters(options: argparse.Namespace) -> Dict[str, str]:
+    """Return the filters among the flags, as the server takes them."""
+    return {name: getattr(options, name) for name in FILTERS if getattr(options, name, None)}
+
+
+def ids_or_filters(options: argparse.Namespace) -> Dict[str, str]:
+    """Return the filters of a command that takes them in place of ids, {} for ids; raise
+    CommandFailed for both or neither."""
+    query = filters(options)
+    if bool(query) == bool(options.ids):
+        raise CommandFailed("expected the ids of jobs, or flags such as --tag that say which",
+                            EX_USAGE)
+    return query
+
+
 def wait(client: Client, options: argparse.Namespace) -> int:
     """Show jobs as soon as they have ended; return the first return code that is not 0."""
+    query = ids_or_filters(options)
     deadline = client.deadline(options.seconds)
-    return for_each(lambda number: show_ended(client, deadline, number), options.ids)
+    if not query:
+        return for_each(lambda number: show_ended(client, deadline, number), options.ids)
+    open_jobs = Progress(client, urlencode(query)).wait(deadline)
+    if open_jobs:
+        say(f"oqc: {open_jobs} jobs have not ended yet; they go on")
+        return NOT_ENDED
+    path = "/jobs/list/?" + urlencode(query)
+    ended = decoded(client.ask("GET", path))
+    if sys.stdout.isatty():
+        show(client, path)
+    else:
+        write("".join(json.dumps(job) + "\n" for job in ended).encode())
+    codes = [int(job["return_code"] or 0) for job in ended]
+    return next(filter(None, codes), 0)
+
+
+class Progress:
+    """How far the jobs are that filters select, shown on a terminal."""
+
+    def __init__(self, client: Client, query: str) -> None:
+        self.client = client
+        self.path = f"/status/?{query}&wait="
+        self.left = 0                   # jobs that had not ended when the server was last asked
+        self._patience = SHOWN_EVERY if sys.stderr.isatty() else MOST_WAIT
+        self._began = client.deadline(0)
+        self._done_before = -1          # those that had ended when it began
+
+    def wait(self, deadline: float) -> int:
+        """Wait until all have ended; return how many have not at the deadline. Raise Failed if
+        there are none at all."""
+        self.client.patiently(self._ask, deadline)
+        return self.left
+
+    def _ask(self, seconds: int) -> Optional[bool]:
+        """Return True if all have ended; None if not within so many seconds."""
+        answer = self.client.ask("GET", f"{self.path}{min(seconds, self._patience)}")
+        counts = decoded(answer)["jobs"]
+        if not any(counts.values()):
+            raise Failed("no job matches")
+        self.left = left_of(counts)
+        progress(self._text(counts["succeeded"] + counts["failed"], counts["failed"]))
+        return None if self.left else True
+
+    def _text(self, done: int, failed: int) -> str:
+        """Return how many of all are done and failed, and how long the others may take."""
+        if self._done_before < 0:
+            self._done_before = done
+        text = f"{done} of {done + self.left} jobs done, {failed} failed"
+        since = done - self._done_before
+        if since and self.left:
+            seconds = (self.client.deadline(0) - self._began) * self.left / since
+            text += f", about {round(seconds)} s left"
+        return text
+
+
+def left_of(counts: Dict[str, int]) -> int:
+    """Return how many jobs have not ended, of the counts of a status."""
+    return counts["waiting"] + counts["running"] + counts["retrying"]
 
 
 def cancel(client: Client, options: argparse.Namespace) -> int:
-    """Cancel jobs and show them."""
-    return for_each(functools.partial(cancel_job, client), options.ids)
+    """Cancel jobs and show them, or all that filters select and say how many."""
+    query = ids_or_filters(options)
+    if not query:
+        return for_each(functools.partial(cancel_job, client), options.ids)
+    if sys.stdin and sys.stdin.isatty() and not options.yes:
+        you = decoded(client.ask("GET", "/status/"))["you"]
+        asked = query if you["role"] == "operator" else {"by": "me", **query}
+        counts = decoded(client.ask("GET", f"/status/?{urlencode(asked)}"))["jobs"]
+        question = f"cancel {left_of(counts)} jobs, of which {counts['running']} run? [y/N] "
+        if not agreed(question):
+            say("oqc: nothing is cancelled")
+            return EX_FAILED
+    return write(client.ask("POST", f"/jobs/cancel/?{urlencode(query)}", seconds=math.inf))
+
+
+def agreed(question: str) -> bool:
+    """Return whether somebody at the terminal says yes."""
+    print(question, end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def rerun(client: Client, options: argparse.Namespace) -> int:
+    """Add jobs that are to be run again as new ones, and show those."""
+    return for_each(functools.partial(rerun_job, client), options.ids)
+
+
+def rerun_job(client: Client, number: int) -> int:
+    """Add a job again and show the new one; return 0."""
+    answer = client.ask("POST", f"/jobs/{number}/rerun/", idempotency_key=secrets.token_hex(16))
+    return show_change(client, f"/jobs/{decoded(answer)['id']}/", answer)
 
 
 def cancel_job(client: Client, number: int) -> int:
@@ -331,9 +438,9 @@ def cancel_job(client: Client, number: int) -> int:
 
 def list_jobs(client: Client, options: argparse.Namespace) -> int:
     """Show all jobs, or a page of them."""
-    names = ("status", "mode", "limit", "after", "order")
-    query = {name: getattr(options, name) for name in names if getattr(options, name)}
-    return show(client, "/jobs/list/?" + urlencode(query))
+    names = ("limit", "after", "order")
+    page = {name: getattr(options, name) for name in names if getattr(options, name)}
+    return show(client, "/jobs/list/?" + urlencode({**filters(options), **page}))
 
 
 def prune(client: Client, options: argparse.Namespace) -> int:
@@ -379,13 +486,18 @@ command asks again.
 COMMANDS = {
     "add": Command(
         "JOB", "add a job, or with - each line of standard input; with --wait show results",
-        add, "job --mode --shots --seed --return-code --tag --note --wait", ADD),
+        add, "job --mode --shots --seed --return-code --tag --note --runtime --priority --wait",
+        ADD),
     "get": Command("ID", "show jobs", functools.partial(show_jobs, ""), "ids"),
-    "list": Command("", "show all jobs, or a page of them",
-                    list_jobs, "--status --mode --limit --after --order"),
-    "wait": Command("ID", "wait for jobs; show each, in this order, as soon as it has ended",
-                    wait, "ids --seconds"),
-    "cancel": Command("ID", "cancel jobs", cancel, "ids"),
+    "list": Command("", "show all jobs, those that flags select, or a page of them",
+                    list_jobs, f"{FILTER_FLAGS} --limit --after --order"),
+    "wait": Command("ID", "wait for jobs and show each as soon as it has ended; or for all that "
+                          "flags select, and show them then",
+                    wait, f"[ids] {FILTER_FLAGS} --seconds"),
+    "cancel": Command("ID", "cancel jobs, or all that flags select and that have not ended",
+                      cancel, f"[ids] {FILTER_FLAGS} --yes"),
+    "rerun": Command("ID", "add jobs again, as new ones: the same job, mode, shots, seed and tag",
+                     rerun, "ids"),
     "result": Command("ID", "show the results of jobs: what their runtimes wrote",
                       functools.partial(show_jobs, "result/"), "ids"),
     "details": Command("ID", "show the attempts at jobs, their tags and notes, what they wait for",
@@ -414,6 +526,9 @@ ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "ids": {
         "metavar": "ID", "nargs": "+", "type": functools.partial(whole, 1, 2 ** 63 - 1),
         "help": "the id of a job"},
+    "[ids]": {
+        "metavar": "ID", "nargs": "*", "type": functools.partial(whole, 1, 2 ** 63 - 1),
+        "help": "the id of a job"},
     "job": {
         "metavar": "JOB",
         "help": 'pulses such as "X(90), Y(180)"; - reads jobs from standard input, one a line'},
@@ -434,6 +549,16 @@ ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--tag": {"help": "a name for what they belong to, such as a sweep: letters, digits, ., _, -"},
     "--note": {"metavar": "JSON",
                "help": "an object that is kept with them, such as '{\"sample\": \"A\"}'"},
+    "--priority": {"metavar": "N",
+                   "help": "-100 to 100, 0 if not given; above 0 takes an operator's key"},
+    "--runtime": {"metavar": "NAME", "help": "the runtime: that is to run them, or that did"},
+    "--state": {"help": "only jobs in this state: waiting, running, ended"},
+    "--by": {"metavar": "NAME", "help": "only jobs that came with a key of this name; me: yours"},
+    "--since": {"metavar": "TIME",
+                "help": "only jobs added since then: 2026-11-23T17:19 (UTC), its beginning, or an "
+                        "age such as 90d, 12h, 30m or 0s"},
+    "--until": {"metavar": "TIME", "help": "only jobs added before"},
+    "--yes": {"action": "store_true", "help": "do not ask, also on a terminal"},
     "--status": {"help": "only jobs with this status: Starting, Retrying, Success, Runtime Error"},
     "--limit": {"help": "show at most so many jobs, 1 to 10000"},
     "--after": {"help": "only jobs that follow this id in the list"},
@@ -443,7 +568,8 @@ ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--server": {"metavar": "URL", "help": f"URL of the server [OQC_SERVER; default: {LOCAL}]"},
     "--key-file": {
         "metavar": "FILE",
-        "help": "file with a key, or one line name:key, that only you can read [OQC_KEY_FILE]"},
+        "help": "file with a key, or one line of a keys file, for you alone to read "
+                "[OQC_KEY_FILE]"},
     "--ca": {
         "metavar": "FILE",
         "help": "certificates (PEM) to trust, in place of the system's [OQC_CA]"},
@@ -460,7 +586,7 @@ def command_line() -> argparse.ArgumentParser:
             allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         subparser.set_defaults(run=command.run)
         for argument in [*command.takes.split(), "--server", "--key-file", "--ca"]:
-            subparser.add_argument(argument, **ARGUMENTS.get(argument, {}))
+            subparser.add_argument(argument.strip("[]"), **ARGUMENTS.get(argument, {}))
     return parser
 
 

@@ -18,6 +18,7 @@ from typing import (
     Any, BinaryIO, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple)
 
 from oqc.jobs import RuntimeSpec, whole_number
+from oqc.keys import OPERATOR, RESERVED, ROLES, Key
 
 DOCUMENTED_KEY = b"$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -69,8 +70,7 @@ class Settings(NamedTuple):
     keep_days: int
     log_level: str
     runtimes: Tuple[RuntimeSpec, ...] = ()
-    # pylint: disable-next=dangerous-default-value # nobody changes a Mapping
-    keys: Mapping[str, bytes] = {}
+    keys: Tuple[Key, ...] = ()
 
 
 class Command(NamedTuple):
@@ -150,7 +150,7 @@ FLAGS = (
          functools.partial(whole, 1, 100_000)),
     Flag("max-waiting", 1_000_000, "N", "most jobs that may wait; more are refused",
          functools.partial(whole, 1, 10 ** 9)),
-    Flag("keys-file", None, "FILE", "file with API keys, one name:key a line, mode 0600",
+    Flag("keys-file", None, "FILE", "file with API keys, one name:role:key a line, mode 0600",
          file_name),
     Flag("tls-cert", None, "FILE", "file with a certificate (PEM); the server then serves HTTPS",
          file_name),
@@ -402,30 +402,31 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def read_keys(values: Settings, environment: Mapping[str, str]) -> Dict[str, bytes]:
-    """Return {name: key}; raise ConfigError.
+def read_keys(values: Settings, environment: Mapping[str, str]) -> Tuple[Key, ...]:
+    """Return the keys; raise ConfigError.
 
     Without keys of its own a server on a loopback address has the documented one, which is printed
     in public and so no secret.
     """
-    keys: Dict[str, bytes] = {}
+    keys: Tuple[Key, ...] = ()
     # systemd.exec(5), LoadCredential=
     credential = os.path.join(environment.get("CREDENTIALS_DIRECTORY", ""), "oqc-keys")
     if values.keys_file:
         keys = _read_keys_file(values.keys_file, secret=True)
     elif environment.get("CREDENTIALS_DIRECTORY") and os.path.exists(credential):
         keys = _read_keys_file(credential, secret=False)
+    own = key_of_variable(environment)
     if environment.get("OQC_API_KEY"):
-        key = key_of_variable(environment)
-        if not KEY.fullmatch(key):
+        if not KEY.fullmatch(own):
             raise ConfigError("OQC_API_KEY: expected a key in characters that a header can carry")
-        keys["OQC_API_KEY"] = key
+        if not any(own == key.secret for key in keys):      # else it is what the file says
+            keys += (Key("OQC_API_KEY", OPERATOR, own),)
     if not keys and not is_loopback(values.host):
         raise ConfigError(
             f"--host {values.host}: the documented key is public, so on this address the server "
-            f"needs keys of its own: {PROGRAM} key NAME >keys; chmod 600 keys; "
+            f"needs keys of its own: {PROGRAM} key NAME --role operator >keys; chmod 600 keys; "
             "then --keys-file keys", "keys")
-    return keys or {"documented": DOCUMENTED_KEY}
+    return keys or (Key("documented", OPERATOR, DOCUMENTED_KEY),)
 
 
 def open_file(path: str) -> BinaryIO:
@@ -442,16 +443,20 @@ def key_of_variable(environment: Mapping[str, str]) -> bytes:
     return os.fsencode(environment.get("OQC_API_KEY", "")).strip(b" \t")
 
 
-def split_key_line(line: bytes) -> Tuple[str, bytes]:
-    """Return the name and the key of a line name:key; the name is "" if none is before the key."""
-    name, colon, key = line.partition(b":")
+def split_key_line(line: bytes) -> Tuple[str, str, bytes]:
+    """Return the name, the role and the key of a line name:role:key; the name is "" if none is
+    before the key, and the role if there is none of that name."""
+    name, colon, rest = line.partition(b":")
     if not colon or not NAME.fullmatch(name.decode("latin-1")):
-        return "", line.strip()
-    return name.decode(), key.strip()
+        return "", "", line.strip()
+    role, colon, key = rest.partition(b":")
+    if not colon or role.strip().decode("latin-1") not in ROLES:
+        return name.decode(), "", rest.strip()
+    return name.decode(), role.strip().decode(), key.strip()
 
 
-def _read_keys_file(path: str, secret: bool) -> Dict[str, bytes]:
-    """Return {name: key} of a file with one name:key a line; raise ConfigError.
+def _read_keys_file(path: str, secret: bool) -> Tuple[Key, ...]:
+    """Return the keys of a file with one name:role:key a line; raise ConfigError.
 
     `secret`: nobody but its owner may be able to read it.
     """
@@ -463,18 +468,34 @@ def _read_keys_file(path: str, secret: bool) -> Dict[str, bytes]:
         raise ConfigError(f"{path}: {error.strerror}") from None
     if secret and stat.S_IMODE(mode) & 0o077:
         raise ConfigError(f"{path}: others may read it; chmod 600 {path}")
-    keys: Dict[str, bytes] = {}
+    keys: List[Key] = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith(b"#"):
             continue
-        name, key = split_key_line(line)
-        if not name or not KEY.fullmatch(key):
-            raise ConfigError(f"{path}: line {number}: expected name:key, "
-                              "the key in characters that a header can carry", "keys")
-        if name in keys:
-            raise ConfigError(f"{path}: line {number}: the name {name} is there twice", "keys")
-        keys[name] = key
+        try:
+            keys.append(_key(line, keys))
+        except ValueError as error:
+            raise ConfigError(f"{path}: line {number}: {error}", "keys") from None
     if not keys:
         raise ConfigError(f"{path}: holds no key; {PROGRAM} key NAME prints a line for it",
                           "keys")
-    return keys
+    return tuple(keys)
+
+
+def _key(line: bytes, others: Sequence[Key]) -> Key:
+    """Return the key that a line is; raise ValueError, with nothing of the key in it."""
+    name, role, secret = split_key_line(line)
+    if not name or not KEY.fullmatch(secret):
+        raise ValueError("expected name:role:key, the key in characters that a header can carry")
+    if name in RESERVED:
+        raise ValueError(f"{name} is no name for a key, it says something else")
+    if not role and b":" in secret:
+        raise ValueError(f"expected one of the roles {', '.join(ROLES)} behind the name {name}, "
+                         "also before a key that holds a colon")
+    key = Key(name, role or OPERATOR, secret)
+    for other in others:
+        if other.name == name and other.role != key.role:
+            raise ValueError(f"the name {name} has the role {other.role} in a line before")
+        if other.secret == secret and other.role != key.role:
+            raise ValueError(f"the key of {name} is that of {other.name}, who has another role")
+    return key

@@ -20,6 +20,7 @@ TRANSITIONS = {
     (RETRYING, "failed"): RUNTIME_ERROR,
 }
 OPEN = tuple(sorted({status for status, _ in TRANSITIONS}))     # what a job can still leave
+STATES = ("waiting", "running", "ended")        # what a job does
 
 # Return codes: the conventions of sysexits.h, of timeout(1) and of the shell.
 DATAERR = 65                        # the runtime was given what is no job
@@ -48,6 +49,7 @@ MOST_SEED = 2 ** 63 - 1
 WHOLE_NUMBER = "expected a whole number from {} to {}"
 TAG = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MOST_NOTE = 1024                    # bytes of JSON
+MOST_PRIORITY = 100                 # and the least is its negative
 DIGITS = re.compile("[0-9]{1,19}")  # ASCII digits; 19 hold 2**63 - 1
 
 # Bounds of the histogram of durations, in seconds.
@@ -128,6 +130,21 @@ class Submission(NamedTuple):
     return_code: int = 0            # of an echo
     tag: Optional[str] = None       # what it belongs to, such as a sweep
     note: Optional[str] = None      # a JSON object as text: what belongs with its data
+    runtime: Optional[str] = None   # only on this one
+    priority: int = 0               # a higher one is started before
+
+
+class Selection(NamedTuple):
+    """Which jobs a request asks for: those of which all of these hold that are not None."""
+
+    status: Optional[str] = None
+    mode: Optional[str] = None
+    state: Optional[str] = None     # of STATES
+    runtime: Optional[str] = None   # it ran on that one, or has not yet and asks for it
+    tag: Optional[str] = None
+    by: Optional[str] = None        # the name of the key that it came with
+    since: Optional[str] = None     # created then or later
+    until: Optional[str] = None     # created before
 
 
 class Addition(NamedTuple):
@@ -326,7 +343,9 @@ def parse(value: Any) -> Submission:
     seed = _whole(value, "seed", MOST_SEED) if "seed" in value else None
     shots = _whole(value, "shots", MOST_SHOTS, DEFAULT_SHOTS)
     return_code = _whole(value, "return_code", 255, 0)
-    return Submission(job, mode, shots, seed, return_code, _tag(value), _note(value))
+    priority = _whole(value, "priority", MOST_PRIORITY, least=-MOST_PRIORITY)
+    return Submission(job, mode, shots, seed, return_code, _tag(value), _note(value),
+                      _runtime(value), priority)
 
 
 def explain(job: str) -> str:
@@ -371,6 +390,11 @@ def _tag(value: Dict[str, Any]) -> Optional[str]:
     return tag
 
 
+def _runtime(value: Dict[str, Any]) -> Optional[str]:
+    """Return the member runtime, None without it; raise Malformed."""
+    return _text(value, "runtime") if "runtime" in value else None
+
+
 def _note(value: Dict[str, Any]) -> Optional[str]:
     """Return the member note, a JSON object, as text, None without it; raise Malformed."""
     if "note" not in value:
@@ -390,13 +414,13 @@ def _note(value: Dict[str, Any]) -> Optional[str]:
     return text
 
 
-def _whole(value: Dict[str, Any], name: str, most: int, default: int = 0) -> int:
-    """Return the member `name`, a whole number from 0 to `most`; raise Malformed."""
+def _whole(value: Dict[str, Any], name: str, most: int, default: int = 0, least: int = 0) -> int:
+    """Return the member `name`, a whole number from `least` to `most`; raise Malformed."""
     number = value.get(name, default)
     if isinstance(number, float) and number.is_integer():
         number = int(number)        # 1.0 is whole (JSON Schema Validation 2020-12, section 6.1.1)
     whole = type(number) is int     # pylint: disable=unidiomatic-typecheck # True is an int too
-    if whole and 0 <= number <= most:
+    if whole and least <= number <= most:
         return number
     found = str(number)[:40] if whole else KINDS[type(number)]
-    raise Malformed(f"{name}: {WHOLE_NUMBER.format(0, most)}, found {found}")
+    raise Malformed(f"{name}: {WHOLE_NUMBER.format(least, most)}, found {found}")

@@ -17,6 +17,7 @@ PHRASES = {
     204: "No Content",
     400: "Bad Request",
     401: "Unauthorized",
+    403: "Forbidden",
     404: "Not Found",
     405: "Method Not Allowed",
     408: "Request Timeout",
@@ -61,6 +62,7 @@ class Request(NamedTuple):
     headers: Dict[str, bytes]
     body: bytes = b""
     key_name: str = ""              # of the key that it came with; empty where none is needed
+    role: str = ""                  # of that key
     has_left: Callable[[], bool] = _stays       # whether its client has, for who makes it wait
 
 
@@ -138,8 +140,14 @@ def parameters(query: str, allowed: Sequence[str]) -> Dict[str, str]:
         if name not in allowed or name in values:
             raise Malformed(f"unknown or repeated parameter {json.dumps(name[:40])}: "
                             f"allowed, once each, are {', '.join(allowed)}")
-        values[name] = re.sub("%20|[+]", " ", value)
+        # Neither is part of anything else that is allowed.
+        values[name] = re.sub("%20|[+]", " ", value).replace("%3A", ":")
     return values
+
+
+def found(value: str) -> str:
+    """Return a value as an error message shows it."""
+    return json.dumps(value[:40])
 
 
 def number(query: Dict[str, str], name: str, least: int, most: int) -> Optional[int]:
@@ -150,15 +158,14 @@ def number(query: Dict[str, str], name: str, least: int, most: int) -> Optional[
     try:
         return whole_number(value, least, most)
     except ValueError as error:
-        raise Malformed(f"{name}: {error}, found {json.dumps(value[:40])}") from None
+        raise Malformed(f"{name}: {error}, found {found(value)}") from None
 
 
 def choice(query: Dict[str, str], name: str, allowed: Sequence[str]) -> Optional[str]:
     """Return the word in a parameter, None without it; raise Malformed."""
     value = query.get(name)
     if value is not None and value not in allowed:
-        raise Malformed(f"{name}: expected {' or '.join(allowed)}, "
-                        f"found {json.dumps(value[:40])}")
+        raise Malformed(f"{name}: expected {' or '.join(allowed)}, found {found(value)}")
     return value
 
 

@@ -14,8 +14,10 @@ import os
 import sqlite3
 import threading
 import zlib
+from types import MappingProxyType
 from typing import (
-    Any, Callable, Counter, Deque, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple, Union)
+    Any, Callable, Counter, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Protocol,
+    Sequence, Tuple, Union)
 
 from oqc import jobs
 from oqc.database import (
@@ -23,7 +25,7 @@ from oqc.database import (
     mark_in_use, open_writer, resolve, sql_list, take_lock)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
-    Outcome, Queued, Refused, StoreError, Submission, Task, UnknownJob)
+    Outcome, Queued, Refused, Selection, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
@@ -111,7 +113,7 @@ CANCEL_WAITING = _update("failed", SET_ENDED, IF_WAITING)
 # The first five are the first members of a Submission, and the last two of EXTRA the others.
 NEW = "job, mode, shots, seed, echo_code, created_time, submitter, status"
 ENDED = ", runtime, return_code, runtime_error, start_time, end_time, attempts"
-EXTRA = ", tag, note"
+EXTRA = ", tag, note, asked_runtime, priority"
 PLAIN_MEMBERS = 5                   # of a Submission, before those of EXTRA
 NO_EXTRA = Submission("", "")[PLAIN_MEMBERS:]
 INSERT = _insert(NEW)
@@ -121,6 +123,8 @@ INSERT_ENDED_EXTRA = _insert(NEW + ENDED + EXTRA)
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
 TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter, tag, note, priority, "
         "asked_runtime, status FROM jobs WHERE id = ?")
+AGAIN = ("SELECT job, mode, shots, seed, echo_code, tag, NULL, asked_runtime "
+         "FROM jobs WHERE id = ?")
 QUEUED = "id, mode, priority, submitter, asked_runtime"     # the members of a Queued
 RESULT = ("SELECT coalesce(result, 'null'), coalesce(is_json, 1) "
           "FROM jobs LEFT JOIN results USING (id) WHERE id = ?")
@@ -134,6 +138,37 @@ STATUS = f"""
         ORDER BY id LIMIT 1)
     UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time >= ?
     UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time >= ?"""
+
+# Which jobs a Selection is. RAN_ON: or was asked to run, and has not yet.
+RAN_ON = "coalesce(runtime, asked_runtime)"
+IS_OPEN = "end_time IS NULL"
+FIRST_TIME, LAST_TIME = "", "~"     # before and behind the texts of all times
+EQUAL = {"tag": "tag", "by": "submitter", "mode": "mode", "runtime": RAN_ON}
+IN_STATE = {
+    "open": IS_OPEN,
+    "waiting": f"{IS_OPEN} AND {IF_WAITING}",
+    "running": f"{IS_OPEN} AND start_time IS NOT NULL",
+    "ended": "end_time IS NOT NULL",
+}
+# The jobs of each status and state by the indexes that find them, in the order of their ids, and
+# the SQL that goes with it.
+Walk = List[Tuple[str, str]]
+WHOLE: Walk = [("", "1")]           # the whole table, by id
+WALK_OF_STATUS: Dict[str, Walk] = {
+    jobs.STARTING: [("jobs_starting", f"status = '{jobs.STARTING}'")],
+    jobs.RETRYING: [("jobs_retrying", f"status = '{jobs.RETRYING}'")],
+    jobs.SUCCESS: [("jobs_succeeded", f"status = '{jobs.SUCCESS}'")],
+    jobs.RUNTIME_ERROR: [("jobs_failed", f"status = '{jobs.RUNTIME_ERROR}'")],
+}
+WALK_OF_STATE: Dict[str, Walk] = {
+    "open": WALK_OF_STATUS[jobs.STARTING] + WALK_OF_STATUS[jobs.RETRYING],
+    "waiting": [("jobs_starting", f"status = '{jobs.STARTING}' AND {IF_WAITING}"),
+                ("jobs_retrying", f"status = '{jobs.RETRYING}' AND {IF_WAITING}")],
+    "running": [("jobs_running", IN_STATE["running"])],
+    "ended": WALK_OF_STATUS[jobs.SUCCESS] + WALK_OF_STATUS[jobs.RUNTIME_ERROR],
+}
+COUNTED = f"""CASE WHEN {IS_OPEN} THEN ({STATE})
+                   WHEN status = '{jobs.SUCCESS}' THEN 'succeeded' ELSE 'failed' END"""
 
 # An attempt that is over, copied from its job before that becomes something else.
 ATTEMPT = """
@@ -163,6 +198,80 @@ def _compressed(said: Log) -> bytes:
     """Return what was said as it is stored, empty for nothing. Not while others wait for a
     commit: a MiB takes 10 ms."""
     return zlib.compress(said.text) if said.text else b""
+
+
+class Place(NamedTuple):
+    """Where in a selection a page begins: its SQL, and the values in it."""
+
+    terms: Sequence[str] = ()
+    values: Mapping[str, Any] = MappingProxyType({})
+
+
+def _is_by_time(selection: Selection) -> bool:
+    """Return whether the jobs of a selection are in the order of (created_time, id)."""
+    return selection.since is not None or selection.until is not None
+
+
+def _first_place(selection: Selection) -> Place:
+    """Return where the first page of a selection begins."""
+    if not _is_by_time(selection):
+        return Place()
+    return _between((selection.since or FIRST_TIME, 0), (selection.until or LAST_TIME, 0))
+
+
+def _between(lower: Tuple[str, int], upper: Tuple[str, int]) -> Place:
+    """Return the place between two (created_time, id), which are not in it."""
+    return Place(("(created_time, id) > (:lower_time, :lower_id)",
+                  "(created_time, id) < (:upper_time, :upper_id)"),
+                 {"lower_time": lower[0], "lower_id": lower[1],
+                  "upper_time": upper[0], "upper_id": upper[1]})
+
+
+def _walk(selection: Selection, state: Optional[str]) -> Walk:
+    """Return by which indexes the jobs of a selection are read, each with the condition that lets
+    SQLite use it. The first filter of this list that is given decides; the others leave jobs
+    out."""
+    of_status = WALK_OF_STATUS.get(selection.status or "", WHOLE)
+    of_state = WALK_OF_STATE.get(state or "", WHOLE)
+    walks = (
+        (_is_by_time(selection), [("jobs_created_time", "1")]),
+        (selection.tag, [("jobs_tag", "1")]),
+        (state not in (None, "ended"), of_state),
+        (selection.status in jobs.OPEN, of_status),
+        (selection.by, [("jobs_submitter", "1")]),
+        (selection.runtime, [("jobs_runtime", f"{RAN_ON} IS NOT NULL")]),
+        (selection.status, of_status),
+        (state, of_state),
+        (selection.mode, [("jobs_mode", "1")]),
+        (True, WHOLE),
+    )
+    return next(walk for given, walk in walks if given)
+
+
+def _select(columns: str, selection: Selection, state: Optional[str], place: Optional[Place] = None,
+            group: str = "") -> Tuple[str, Dict[str, Any]]:
+    """Return (the SELECT of the jobs of a selection that are in `state`, the values in it)."""
+    terms = []
+    values: Dict[str, Any] = {}
+    for name, column in EQUAL.items():
+        value = getattr(selection, name)
+        if value is not None:
+            terms.append(f"{column} = :{name}")
+            values[name] = value
+    walk = _walk(selection, state)
+    if selection.status and walk is not WALK_OF_STATUS[selection.status]:
+        terms.append(f"status = '{selection.status}'")
+    if state and walk is not WALK_OF_STATE[state]:
+        terms.append(IN_STATE[state])
+    place = place or _first_place(selection)
+    terms += place.terms
+    values.update(place.values)
+    parts = []
+    for index, condition in walk:
+        by_index = f"INDEXED BY {index}" if index else ""
+        where = " AND ".join([condition, *terms])
+        parts.append(f"SELECT {columns} FROM jobs {by_index} WHERE {where} {group}")
+    return " UNION ALL ".join(parts), values
 
 
 def _of_open_jobs(columns: str, condition: str) -> str:
@@ -244,27 +353,82 @@ class Store:
         return Job._make(rows[0])
 
     def page(self, after: Optional[int], limit: int, descending: bool = False,
-             **equal: Optional[str]) -> List[Job]:
-        """Return up to `limit` jobs, fewer if they are long, that follow the id `after` in id order
-        or, if so asked, in descending order; as plain tuples of Job's members. `status=` and
-        `mode=` keep only the jobs that have it.
+             selection: Selection = Selection(), more: str = "") -> List[Any]:
+        """Return up to `limit` jobs of a selection, fewer if they are long, that follow the id
+        `after` in id order or, if so asked, in descending order; as plain tuples of Job's members
+        and of the columns in `more`. With since or until the order is that of (created_time, id).
 
         By keyset: a page deep in the list costs what the first one does.
         """
-        terms: Dict[str, Any] = {}
-        for column, value in equal.items():
-            if value is not None:
-                terms[f"{column} = ?"] = value
-        if after is not None:
-            terms["id < ?" if descending else "id > ?"] = after
-        where = list(terms) or ["1"]
-        if equal.get("status") == jobs.RUNTIME_ERROR:
-            # Its index is used only where the statement itself names the status.
-            where.append(f"status = '{jobs.RUNTIME_ERROR}'")
         order = "DESC" if descending else "ASC"
-        statement = (f"SELECT {MEMBERS} FROM jobs WHERE {' AND '.join(where)} "
-                     f"ORDER BY id {order} LIMIT ?")
-        return self._read(statement, (*terms.values(), limit), _up_to_page_bytes)
+        order_by = f"id {order}"
+        if _is_by_time(selection):
+            order_by = f"created_time {order}, id {order}"
+        place = None
+        if after is not None:
+            place = self._place(selection, after, descending)
+        statement, values = _select(MEMBERS + more, selection, selection.state, place)
+        return self._read(f"{statement} ORDER BY {order_by} LIMIT :limit",
+                          {**values, "limit": limit}, _up_to_page_bytes)
+
+    def _place(self, selection: Selection, after: int, descending: bool) -> Place:
+        """Return where the page begins that follows this job."""
+        if not _is_by_time(selection):
+            comparison = "<" if descending else ">"
+            return Place((f"id {comparison} :after",), {"after": after})
+        lower = (selection.since or FIRST_TIME, 0)
+        upper = (selection.until or LAST_TIME, 0)
+        # One bound, since SQLite looks up no second one in its index.
+        last = (self._created_time(after, descending), after)
+        if descending:
+            return _between(lower, min(upper, last))
+        return _between(max(lower, last), upper)
+
+    def _created_time(self, number: int, descending: bool) -> str:
+        """Return when a job was created; if it was deleted since, the one before it in a list."""
+        comparison, order = (">=", "ASC") if descending else ("<=", "DESC")
+        rows = self._read(f"SELECT created_time FROM jobs WHERE id {comparison} ? "
+                          f"ORDER BY id {order} LIMIT 1", (number,))
+        if rows:
+            return str(rows[0][0])
+        return LAST_TIME if descending else FIRST_TIME
+
+    def open_jobs(self, selection: Selection, limit: int = -1) -> List[int]:
+        """Return the ids of up to `limit` jobs of a selection that have not ended, the newest
+        first."""
+        if selection.state == "ended":
+            return []
+        statement, values = _select("id", selection, selection.state or "open")
+        order_by = "id DESC"
+        if _is_by_time(selection):
+            order_by = "created_time DESC, id DESC"
+        rows = self._read(f"{statement} ORDER BY {order_by} LIMIT :limit",
+                          {**values, "limit": limit})
+        return [number for number, in rows]
+
+    def count(self, selection: Selection) -> Dict[str, int]:
+        """Return how many jobs of a selection wait, run and have ended, and how."""
+        statement, values = _select(f"{COUNTED}, count(*)", selection, selection.state,
+                                    group="GROUP BY 1")
+        counts = dict.fromkeys(("waiting", "running", "retrying", "succeeded", "failed"), 0)
+        for state, count in self._read(statement, values):
+            counts[state] += count
+        return counts
+
+    def submitter(self, number: int) -> str:
+        """Return the name of the key that a job came with; raise UnknownJob."""
+        rows = self._read("SELECT submitter FROM jobs WHERE id = ?", (number,))
+        if not rows:
+            raise UnknownJob(number)
+        return str(rows[0][0])
+
+    def submission(self, number: int) -> Submission:
+        """Return a job as it would be submitted again, without its note and its priority; raise
+        UnknownJob."""
+        rows = self._read(AGAIN, (number,))
+        if not rows:
+            raise UnknownJob(number)
+        return Submission(*rows[0])
 
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON); null if it put out nothing.
@@ -430,6 +594,11 @@ class Store:
         """End a job that waits as cancelled, and return it; None if it does not wait."""
         return self._write(self._cancel, number)
 
+    def cancel_together(self, numbers: Sequence[int]) -> List[Queued]:
+        """End those of these jobs that wait as cancelled, in one transaction; return them."""
+        cancelled: List[Queued] = self._write(self._cancel_together, numbers)
+        return cancelled
+
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
         """Remember that a runtime is paused, why, and by whose key; return since when."""
         since = self.clock.now()
@@ -469,7 +638,8 @@ class Store:
             job, mode, *asked = submission      # asked: shots, seed, return_code, tag, note
             if outcome is None:
                 self._counted["waiting", mode] += 1
-                queued.append(Queued(number, mode, 0, batch.submitter, None))
+                queued.append(Queued(number, mode, submission.priority, batch.submitter,
+                                     submission.runtime))
             else:
                 event = "failed" if outcome.return_code else "succeeded"
                 endings.append(Ending(Task(number, job, mode, 1, *asked[:3]), event, outcome))
@@ -544,6 +714,9 @@ class Store:
                           runtime: str) -> Optional[Task]:
         self._settle([ending], [compressed])
         return self._claim(number, runtime)
+
+    def _cancel_together(self, numbers: Sequence[int]) -> List[Queued]:
+        return [queued for queued in map(self._cancel, numbers) if queued]
 
     def _settle(self, endings: Sequence[Ending], logs: Sequence[bytes]) -> None:
         now = self.clock.now()

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 
 from oqc.jobs import Attempt, Log
 
-JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {:40}  {}"
+JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {:12}  {:16}  {:40}  {}"
 MOST_OF_A_JOB = 40                  # characters of a job string in a table of jobs
 MOST_OF_AN_ERROR = 200              # characters of a runtime_error there
 BAR = 20                            # characters of a bar from 0 to 1
@@ -34,19 +34,20 @@ def _cell(value: Any) -> str:
 
 
 def job_rows(chunks: Iterable[Sequence[Sequence[Any]]]) -> Iterator[bytes]:
-    """Yield a table of jobs, a piece for each chunk of them.
+    """Yield a table of jobs, each with its submitter and its tag behind its members, a piece for
+    each chunk of them.
 
     The table may be long, so that it is not read twice: the widths of its columns are fixed.
     """
     header = JOB_ROW.format(
-        "ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED (UTC)", "JOB", "ERROR")
+        "ID", "STATUS", "CODE", "MODE", "RUNTIME", "CREATED (UTC)", "BY", "TAG", "JOB", "ERROR")
     yield header.encode() + b"\n"
     for chunk in chunks:
         yield "".join(map(_job_row, chunk)).encode()
 
 
 def _job_row(row: Sequence[Any]) -> str:
-    number, job, mode, status, runtime, code, error, created, start, end = row
+    number, job, mode, status, runtime, code, error, created, start, end, submitter, tag = row
     if start and not end:
         status = "(running)"
     if code is None:
@@ -55,7 +56,8 @@ def _job_row(row: Sequence[Any]) -> str:
         job = job[:MOST_OF_A_JOB - 4] + " ..."
     created = created[:19].replace("T", " ")
     error = escaped((error or "")[:MOST_OF_AN_ERROR], CONTROL)
-    line = JOB_ROW.format(number, status, code, mode, runtime or "", created, job, error)
+    line = JOB_ROW.format(number, status, code, mode, runtime or "", created, submitter, tag or "",
+                          job, error)
     return line.rstrip() + "\n"
 
 

@@ -31,6 +31,7 @@ INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=T
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 NO_JOB = 0                          # an id that is never given out
+CANCELLED_AT_ONCE = 1000            # jobs that wait, in one transaction: others write between two
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
 HELD_AGAIN = 0.1                    # seconds between looks at what a crash has left of an attempt
 
@@ -74,6 +75,9 @@ class Store(Protocol):
 
     def cancel(self, number: int) -> Optional[Queued]:
         """End a job that waits as cancelled, and return it; None if it does not wait."""
+
+    def cancel_together(self, numbers: Sequence[int]) -> List[Queued]:
+        """End those of these jobs that wait as cancelled; return them."""
 
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
         """Remember that a runtime is paused, why and by whose key; return since when."""
@@ -792,15 +796,10 @@ class Workers:
         while True:
             attempt = self.interrupt(number)
             if attempt is not None:
-                while not self.clock.wait(attempt.over, STORE_AGAIN):
-                    self.store.cancel(NO_JOB)   # changes nothing, but raises if it could not
-                if attempt.ending is not None and attempt.ending.event == "failed" \
-                        and attempt.ending.outcome.interrupted:
-                    return self.store.get(number)       # ended by this, not by itself
+                if self._ended_by_cancel(attempt):
+                    return self.store.get(number)
             elif queued := self.store.cancel(number):
-                if not self._queue.remove(queued):      # it is on its way there, or taken
-                    with self.lock:
-                        self._cancelled.add(number)
+                self._forget(queued)
                 self.waiting.notify([number])
                 return self.store.get(number)
             job = self.store.get(number)
@@ -811,6 +810,45 @@ class Workers:
             if stopping:
                 raise StoreError("the server is stopping")
             stopping = self.clock.wait(self._stopped, CANCEL_AGAIN)
+
+    def cancel_all(self, numbers: Sequence[int]) -> int:
+        """End these jobs, first those that wait, so that none of them starts meanwhile; return how
+        many had not ended by themselves. Raise StoreError."""
+        cancelled = 0
+        others: List[int] = []
+        for start in range(0, len(numbers), CANCELLED_AT_ONCE):
+            group = numbers[start:start + CANCELLED_AT_ONCE]
+            ended = self.store.cancel_together(group)
+            for queued in ended:
+                self._forget(queued)
+            ids = [queued.id for queued in ended]
+            self.waiting.notify(ids)
+            cancelled += len(ids)
+            others += sorted(set(group).difference(ids), reverse=True)
+        # All are asked before one is waited for: each may take its grace.
+        attempts = [(number, self.interrupt(number)) for number in others]
+        for number, attempt in attempts:
+            if attempt is not None and self._ended_by_cancel(attempt):
+                cancelled += 1
+                continue
+            with contextlib.suppress(Ended, jobs.UnknownJob):
+                self.cancel(number)
+                cancelled += 1
+        return cancelled
+
+    def _forget(self, queued: Queued) -> None:
+        """Take a job that was cancelled while it waited out of the queue."""
+        if not self._queue.remove(queued):      # it is on its way there, or taken
+            with self.lock:
+                self._cancelled.add(queued.id)
+
+    def _ended_by_cancel(self, attempt: _Attempt) -> bool:
+        """Return whether an attempt that was asked to end did so because of that, not by itself;
+        when it is over."""
+        while not self.clock.wait(attempt.over, STORE_AGAIN):
+            self.store.cancel(NO_JOB)   # changes nothing, but raises if it could not
+        ending = attempt.ending
+        return ending is not None and ending.event == "failed" and ending.outcome.interrupted
 
     def interrupt(self, number: int) -> Optional[_Attempt]:
         """Return the attempt that runs at a job, asked to end; None if none does."""

@@ -310,7 +310,7 @@ REFUSED = {
         b'{"job": "X(1)", "mode": ' + b"[" * 100_000, "body: nested too deeply"),
     "5,000 digits": (echo(b'"seed": ' + b"9" * 5000), ""),
     "4,000 digits": (echo(b'"seed": ' + b"9" * 4000), "seed: expected a whole "),
-    "an unknown member": (echo(b'"priority": 1'), 'unknown member "priority": allowed are '),
+    "an unknown member": (echo(b'"prio": 1'), 'unknown member "prio": allowed are '),
     "an empty name": (echo(b'"": 1'), 'unknown member "": allowed are '),
     "a list of text": (
         b'["X(1)", "echo"]', "[0]: expected an object with job and mode, found text"),

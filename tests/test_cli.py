@@ -73,9 +73,12 @@ def test_a_built_in_runtime_explains_itself(tmp_path, runtime):
 
 def test_key_prints_a_new_line_for_the_keys_file_each_time(tmp_path):
     lines = [run(tmp_path, "key", "alice").stdout for _ in range(2)]
-    assert all(re.fullmatch(r"alice:[A-Za-z0-9_-]{43}\n", line) for line in lines)
+    assert all(re.fullmatch(r"alice:user:[A-Za-z0-9_-]{43}\n", line) for line in lines)
     assert lines[0] != lines[1]
-    assert run(tmp_path, "key", "a b").returncode == run(tmp_path, "key").returncode == 2
+    for role in ("reader", "user", "operator"):
+        assert run(tmp_path, "key", "alice", "--role", role).stdout.startswith(f"alice:{role}:")
+    for wrong in ([], ["a b"], ["me"], ["oqc"], ["alice", "--role", "admin"]):
+        assert run(tmp_path, "key", *wrong).returncode == 2
 
 
 @pytest.mark.parametrize("arguments", [["--nothing"], ["--port"], ["--port", "x"], ["--por", "0"],

@@ -135,4 +135,4 @@ def test_it_is_imported_without_the_server_side_and_the_command_line():
     shown = "import oqc.client, sys; print(*sorted(name for name in sys.modules if 'oqc' in name))"
     done = subprocess.run([sys.executable, "-c", shown], cwd=ROOT, capture_output=True, text=True,
                           check=True)
-    assert done.stdout == "oqc oqc.client oqc.clock oqc.config oqc.jobs\n"
+    assert done.stdout == "oqc oqc.client oqc.clock oqc.config oqc.jobs oqc.keys\n"

@@ -55,7 +55,7 @@ def test_every_setting_has_its_default():
     assert {name: getattr(made, name) for name in DEFAULTS} == DEFAULTS
     names = {*DEFAULTS, "runtimes", "keys"}
     assert set(made._fields) == names, "a new setting needs its line above"
-    assert made.keys == {"documented": KEY.encode()}
+    assert made.keys == (("documented", "operator", KEY.encode()),)
     assert made.runtimes == (RuntimeSpec("emulator", None, ("verbatim",), "lines"),
                              RuntimeSpec("simulator", None, ("simulation",), "lines"),
                              RuntimeSpec("echo", None, ("echo",), "echo"))
@@ -83,8 +83,8 @@ def test_the_flags_that_name_files_have_environment_variables_too(ini, tmp_path)
     keys = tmp_path / "keys"
     keys.write_text("alice:secret\n", encoding="utf-8")
     keys.chmod(0o600)
-    assert settings(OQC_KEYS_FILE=str(keys)).keys == {"alice": b"secret"}
-    assert settings("--keys-file", keys).keys == {"alice": b"secret"}
+    assert settings(OQC_KEYS_FILE=str(keys)).keys == (("alice", "operator", b"secret"),)
+    assert settings("--keys-file", keys).keys == (("alice", "operator", b"secret"),)
     made = settings("--tls-cert", "c.pem", OQC_TLS_KEY="k.pem")
     assert (made.tls_cert, made.tls_key) == ("c.pem", "k.pem")
 
@@ -456,20 +456,32 @@ def keys(tmp_path):
 
 
 def test_a_keys_file_has_a_name_and_a_key_a_line_and_replaces_the_documented_key(keys):
-    path = keys(b"# who\n\nalice:a b:c=\nbob: caf\xe9 \r\nci.2:$Yb;~|\n")
-    assert settings("--keys-file", path).keys == {
-        "alice": b"a b:c=", "bob": b"caf\xe9", "ci.2": b"$Yb;~|"}
+    path = keys(b"# who\n\nalice:user:a b:c=\nbob: caf\xe9 \r\nci.2:reader:$Yb;~|\n"
+                b"alice: user : 2\n")
+    assert settings("--keys-file", path).keys == (
+        ("alice", "user", b"a b:c="), ("bob", "operator", b"caf\xe9"),
+        ("ci.2", "reader", b"$Yb;~|"), ("alice", "user", b"2"))
 
 
 @pytest.mark.parametrize("data, reason", [
     (b"", "holds no key; python3 -m oqc key NAME prints a line for it"),
     (b"# none\n\n", "holds no key; python3 -m oqc key NAME prints a line for it"),
-    (b"a:1\nno-colon\n", "line 2: expected name:key, "), (b"a:\n", "line 1: expected name:key, "),
-    (b"a:  \n", "line 1: expected name:key, "), (b":key\n", "line 1: expected name:key, "),
-    (b"a b:key\n", "line 1: expected name:key, "),
-    (b"\n\nb\xe9:key\n", "line 3: expected name:key, "),
-    (b"a:k\0ey\n", "line 1: expected name:key, "), (b"a:k\x7fey\n", "line 1: expected name:key, "),
-    (b"a:1\nb:2\na:3\n", "line 3: the name a is there twice")])
+    (b"a:1\nno-colon\n", "line 2: expected name:role:key, "),
+    (b"a:\n", "line 1: expected name:role:key, "),
+    (b"a:  \n", "line 1: expected name:role:key, "),
+    (b":key\n", "line 1: expected name:role:key, "),
+    (b"a b:key\n", "line 1: expected name:role:key, "),
+    (b"\n\nb\xe9:key\n", "line 3: expected name:role:key, "),
+    (b"a:k\0ey\n", "line 1: expected name:role:key, "),
+    (b"a:k\x7fey\n", "line 1: expected name:role:key, "),
+    (b"a:user:\n", "line 1: expected name:role:key, "),
+    (b"a:users:key\n", "line 1: expected one of the roles reader, user, operator behind the name"),
+    (b"a:b:c:key\n", "line 1: expected one of the roles reader, user, operator behind the name a"),
+    (b"a:User:key\n", "line 1: expected one of the roles "),
+    (b"a:1\nb:2\na:reader:3\n", "line 3: the name a has the role operator in a line before"),
+    (b"a:1\nme:2\n", "line 2: me is no name for a key"),
+    (b"oqc:user:key\n", "line 1: oqc is no name for a key"),
+    (b"a:user:1\nb:reader:1\n", "line 2: the key of b is that of a, who has another role")])
 def test_whatever_is_wrong_in_a_keys_file_is_one_line_that_shows_no_key(keys, data, reason):
     path = keys(data)
     line = error("--keys-file", path)
@@ -489,15 +501,17 @@ def test_a_keys_file_that_is_not_there_or_a_directory_is_one_line(tmp_path):
 
 def test_keys_come_from_systemd_and_from_the_environment_as_well(tmp_path, keys):
     (tmp_path / "oqc-keys").write_bytes(b"cred:1\n")
-    assert settings(CREDENTIALS_DIRECTORY=str(tmp_path)).keys == {"cred": b"1"}
+    assert settings(CREDENTIALS_DIRECTORY=str(tmp_path)).keys == (("cred", "operator", b"1"),)
     made = settings("--keys-file", keys(b"a:2\n"), CREDENTIALS_DIRECTORY=str(tmp_path))
-    assert made.keys == {"a": b"2"}
+    assert made.keys == (("a", "operator", b"2"),)
     made = settings(OQC_API_KEY="caf\udce9")
-    assert made.keys == {"OQC_API_KEY": b"caf\xe9"}, "as the shell's bytes"
+    assert made.keys == (("OQC_API_KEY", "operator", b"caf\xe9"),), "as the shell's bytes"
     made = settings("--keys-file", keys(b"a:2\n"), OQC_API_KEY="3")
-    assert made.keys == {"a": b"2", "OQC_API_KEY": b"3"}
+    assert made.keys == (("a", "operator", b"2"), ("OQC_API_KEY", "operator", b"3"))
+    made = settings("--keys-file", keys(b"a:user:2\n"), OQC_API_KEY="2")
+    assert made.keys == (("a", "user", b"2"),), "a user's key does not become an operator's"
     made = settings(OQC_API_KEY="", CREDENTIALS_DIRECTORY=str(tmp_path / "none"))
-    assert made.keys == {"documented": KEY.encode()}
+    assert made.keys == (("documented", "operator", KEY.encode()),)
 
 
 @pytest.mark.parametrize("host", [
@@ -509,7 +523,7 @@ def test_an_address_that_others_reach_needs_keys_of_its_own(host, keys):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
 def test_an_address_of_this_machine_alone_goes_with_the_documented_key(host):
-    assert settings("--host", host).keys == {"documented": KEY.encode()}
+    assert settings("--host", host).keys == (("documented", "operator", KEY.encode()),)
 
 
 # As the program shows them

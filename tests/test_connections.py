@@ -14,9 +14,10 @@ import pytest
 from conftest import until
 from test_wire import Wire, ask, skip_head
 
-from oqc.api import HEAVY, Api, Keys
+from oqc.api import HEAVY, Api
 from oqc.clock import Clock
 from oqc.jobs import Addition, Job, StoreError, UnknownJob
+from oqc.keys import Key, Keys
 from oqc.messages import Request, Response
 from oqc.server import TICK, Limits, Server, tls_context
 from oqc.waiting import Waiting
@@ -30,7 +31,7 @@ class Scripted:
     """An Api that leaves every request to functions of the test: by a thread of the pool, or by
     the listener, alone if `quick`, or with others of the round if there is `together`."""
 
-    keys = Keys({})
+    keys = Keys([])
 
     def __init__(self, handle, quick, together):
         self.handle = handle
@@ -690,7 +691,8 @@ def scripted_api(store, waiting=None, **options):
     workers = types.SimpleNamespace(
         draining=threading.Event(), queued=lambda: 0, immediate_outcome=lambda _: None, runtimes={},
         take_up=lambda _: None, uptime=lambda: 0, durations=dict, states=dict)
-    return Api(types.SimpleNamespace(**store), workers, waiting, Keys({"me": b"k"}), lambda: 7,
+    keys = Keys([Key("lab", "operator", b"k")])
+    return Api(types.SimpleNamespace(**store), workers, waiting, keys, lambda: 7, Clock(),
                **options)
 
 

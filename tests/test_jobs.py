@@ -139,7 +139,8 @@ TAG_EXPECTED = ("tag: expected 1 to 64 letters, digits, '.', '_' or '-', beginni
     ({"job": "X(0)", "mode": "echo\n"},
      r'mode: expected verbatim, simulation or echo, found "echo\n"'),
     ({"job": "X(0)", "mode": "echo", "color": 1},
-     'unknown member "color": allowed are job, mode, shots, seed, return_code, tag, note'),
+     'unknown member "color": allowed are job, mode, shots, seed, return_code, tag, note, runtime, '
+     'priority'),
     ({"job": "X(0)", "mode": "echo", "tag": None}, TAG_EXPECTED + "null"),
     ({"job": "X(0)", "mode": "echo", "tag": 7}, TAG_EXPECTED + "a number"),
     ({"job": "X(0)", "mode": "echo", "tag": ""}, TAG_EXPECTED + '""'),
@@ -174,7 +175,7 @@ def test_a_tag_and_a_note_are_kept_as_they_are():
         submission = jobs.parse({"job": "X(0)", "mode": "echo", "tag": tag, "note": note})
         assert submission.tag == tag
         assert json.loads(submission.note) == note
-    assert jobs.parse({"job": "X(0)", "mode": "echo"})[5:] == (None, None)
+    assert jobs.parse({"job": "X(0)", "mode": "echo"})[5:] == (None, None, None, 0)
 
 
 def test_a_reason_stays_short_and_on_one_line_whatever_was_sent():

@@ -112,19 +112,20 @@ def test_on_any_other_address_it_does_not_start_without_keys_and_says_how_to_mak
     ended = started(tmp_path, "--port", 0, "--host", host)
     assert (ended.returncode, ended.stdout, os.listdir(tmp_path)) == (78, "", [])
     assert ended.stderr.count("\n") == 1 and "documented key is public" in ended.stderr
-    assert "python3 -m oqc key NAME >keys; chmod 600 keys; then --keys-file keys" in ended.stderr
+    assert ("python3 -m oqc key NAME --role operator >keys; chmod 600 keys; "
+            "then --keys-file keys") in ended.stderr
 
 
 def test_what_that_line_says_to_do_helps(serve, tmp_path):
     ended = started(tmp_path, "--port", 0, "--host", "0.0.0.0")
-    commands = re.search(r"(python3 -m oqc key \w+ >(\w+); chmod 600 \w+); then (--keys-file \w+)",
-                         ended.stderr)
+    commands = re.search(r"(python3 -m oqc key \w+ --role operator >(\w+); chmod 600 \w+); "
+                         r"then (--keys-file \w+)", ended.stderr)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     shell = f'umask 022; python3() {{ "{sys.executable}" "$@"; }}; {commands[1]}'
     subprocess.run(["sh", "-c", shell], check=True, cwd=tmp_path, env=environment)
     server = serve("--host", "0.0.0.0", *commands[3].split())
-    name, _, key = (tmp_path / commands[2]).read_text(encoding="utf-8").strip().partition(":")
-    assert (name, len(key)) == ("NAME", 43)
+    name, role, key = (tmp_path / commands[2]).read_text(encoding="utf-8").strip().split(":")
+    assert (name, role, len(key)) == ("NAME", "operator", 43)
     assert (status(server, key.encode()), status(server, KEY.encode())) == (200, 401)
 
 
@@ -172,7 +173,7 @@ CARRIED = bytes(range(0x21, 0x7f)) + bytes(range(0x80, 0x100))
     b"#:,;\"'\\%", b"x" * 4000, KEY.encode()], ids=lambda key: ascii(key[:20])[2:-1])
 def test_a_key_of_any_bytes_that_a_header_can_carry_gets_in_and_one_that_differs_in_one_does_not(
         serve, keys, key):
-    server = serve("--keys-file", keys(b"alice:%b\n" % key))
+    server = serve("--keys-file", keys(b"alice:operator:%b\n" % key))
     assert status(server, key) == status(server, b"  \t%b \t" % key) == 200
     assert status(server, key, "X-API-Key") == 200
     assert status(server, b"Bearer " + key, "Authorization") == 200
@@ -252,7 +253,7 @@ def test_sighup_reads_the_keys_again_and_a_bad_file_keeps_the_old_ones_and_says_
     assert server.line("keys read again").endswith(": bob, carol")
     assert [status(server, key) for key in (b"first-key", b"second-key", b"third-key")] == [
         401, 200, 200]
-    for bad, mode, says in ((b"bob-second-key\n", 0o600, "line 1: expected name:key"),
+    for bad, mode, says in ((b"bob-second-key\n", 0o600, "line 1: expected name:role:key"),
                             (b"", 0o600, "holds no key"),
                             (b"bob:fourth-key\n", 0o644, "others may read it")):
         server.lines.clear()

@@ -14,17 +14,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 # Each room, and the rooms that it imports from; an arrow only ever points further down.
 ROOMS = {
     "__main__": {"cli"},
-    "cli": {"commands", "app", "builtin", "relay", "manual", "config"},
+    "cli": {"commands", "app", "builtin", "relay", "manual", "config", "keys"},
     "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
-    "client": {"config", "clock"},
-    "app": {"log", "config", "server", "api", "workers", "waiting", "store", "database", "builtin",
-            "runtimes", "keeper", "tree", "clock", "jobs"},
+    "client": {"config", "clock", "keys"},
+    "app": {"log", "config", "server", "api", "keys", "workers", "waiting", "store", "database",
+            "builtin", "runtimes", "keeper", "tree", "clock", "jobs"},
     "log": {"clock"},
-    "config": {"jobs"},
+    "config": {"keys", "jobs"},
     "server": {"api", "connection", "wire", "messages"},
     "connection": {"wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"messages", "text", "manual", "bloch", "jobs"},
+    "api": {"documents", "queries", "messages", "text", "manual", "bloch", "keys", "jobs"},
+    "documents": {"manual"},    # what is served as it is
+    "queries": {"messages", "jobs"},    # what a query asks for, kept apart from what answers it
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
     "workers": {"waiting", "turns", "jobs"},
@@ -40,6 +42,7 @@ ROOMS = {
     "keeper": {"tree"},         # the process that ends what is left when the server dies
     "tree": set(),              # whose is a process
     "manual": set(),
+    "keys": set(),
     "bloch": {"qubit"},         # the picture of a path
     "qubit": set(),
     "clock": set(),

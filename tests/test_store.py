@@ -13,7 +13,7 @@ from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check, connect_to, open_writer
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
-    Outcome, Queued, StoreError, Submission, UnknownJob)
+    Outcome, Queued, Selection, StoreError, Submission, UnknownJob)
 from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store
 
 ECHO = Submission("X(90)", "echo", seed=7)
@@ -879,6 +879,7 @@ class Steps:
         return found, count, "; ".join(row[3] for row in explanation)
 
 
+FAILED = Selection(status="Runtime Error")
 READS = {
     "a page deep in the list": (
         lambda store, last: store.page(last - 11, 10), "USING INTEGER PRIMARY KEY (rowid>?)"),
@@ -887,9 +888,9 @@ READS = {
     "the first page": (lambda store, last: store.page(None, 10), "SCAN"),
     "the last page": (lambda store, last: store.page(None, 10, True), "SCAN"),
     "a page of the failed": (
-        lambda store, last: store.page(1, 10, status="Runtime Error"), "USING INDEX jobs_failed"),
+        lambda store, last: store.page(1, 10, selection=FAILED), "USING INDEX jobs_failed"),
     "a page of the failed, from the end": (
-        lambda store, last: store.page(None, 10, True, status="Runtime Error"),
+        lambda store, last: store.page(None, 10, True, FAILED),
         "USING INDEX jobs_failed"),
     "the jobs that wait": (
         lambda store, last: list(store.waiting()), "jobs_starting (id>?)"),
@@ -925,11 +926,11 @@ def test_pages_go_through_all_jobs_once_in_either_order_and_keep_what_is_asked_f
     fill(tmp_path, 2500, 100)
     store = opened()
 
-    def through(**query):
+    def through(descending=False, **filters):
         after = None
         found = []
         while True:
-            page = store.page(after, 400, **query)
+            page = store.page(after, 400, descending, Selection(**filters))
             found += [row[0] for row in page]
             if len(page) < 400:
                 return found

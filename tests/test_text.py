@@ -24,7 +24,7 @@ def test_half_of_a_surrogate_pair_in_a_result_is_shown_as_a_question_mark():
 
 def test_the_table_of_jobs_says_that_its_times_are_utc_above_the_column_of_times():
     row = (1, "X(90)", "echo", "Success", "echo", 0, None, "2026-11-23T17:19:05.123456Z",
-           "2026-11-23T17:19:05.130000Z", "2026-11-23T17:19:05.250000Z")
+           "2026-11-23T17:19:05.130000Z", "2026-11-23T17:19:05.250000Z", "ann", "rabi-7")
     header, line = b"".join(text.job_rows([[row]])).decode().splitlines()
     place = header.index("CREATED (UTC)  ")
     assert line[place:place + 21] == "2026-11-23 17:19:05  "
