@@ -19,6 +19,11 @@ log = logging.getLogger("oqc")
 
 SQLITE_VERSION = sqlite3.sqlite_version
 APPLICATION_ID = 0x6F716331         # "oqc1", where file(1) looks for it
+# "oqc+": a server uses the file, or was killed, so that there must be a WAL beside it. In the file
+# itself, since a hard link, a bind mount or a copy has no lock file that could say so.
+IN_USE_ID = 0x6F71632B
+OWN_LOCK_BYTE = 0x40000200          # the first after those that SQLite locks (its os.h)
+LIVE = b"\2\2"                      # bytes 18 and 19 of a file in WAL mode; a backup has 1, 1
 LEAST_FREE = 4 << 20                # bytes: with fewer of them free a disk counts as full
 CHECKED_AT_START = 256 << 20        # bytes of database up to which every start reads all of it
 
@@ -220,43 +225,116 @@ def take_lock(path: str) -> int:
     return lock_file
 
 
-def inspect(path: str, in_use: bool) -> None:
+def open_locked(path: str) -> int:
+    """Return a descriptor of the database itself, locked, and created where there is none; raise
+    StoreError.
+
+    A hard link or a bind mount of the file has a lock file of its own, but not a file of its own.
+    The descriptor is to be closed after SQLite's: closing any other of the same file drops the
+    locks that SQLite has on it (https://sqlite.org/howtocorrupt.html, section 2.2).
+    """
+    create = 0
+    if not _was_used(path):
+        create = os.O_CREAT
+    try:
+        file = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        raise _missing(path) from None
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
+    if hasattr(fcntl, "F_OFD_SETLK"):           # Linux: a lock of the descriptor, not the process
+        lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, OWN_LOCK_BYTE, 1, 0)
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(file)
+            raise StoreError(f"{path}: another oqc uses this database, by another name of the "
+                             "file; stop it, or name another file with --db") from error
+    return file
+
+
+def mark_in_file(writer: sqlite3.Connection) -> None:
+    """Have the file itself say that a server uses it. That is the first frame of the WAL, so that
+    one that is empty later is not the server's."""
+    if writer.execute("PRAGMA application_id").fetchone()[0] != IN_USE_ID:  # else: after a kill
+        writer.execute(f"PRAGMA application_id = {IN_USE_ID}")
+    writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+def unmark_in_file(writer: sqlite3.Connection) -> bool:
+    """Have the file itself say that no server uses it; return whether that and all that is in the
+    WAL is in the file now. Raise sqlite3.Error."""
+    # First what is in the WAL, so that it begins anew: on a full disk it cannot grow.
+    writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    _, frames, merged = writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    return bool(frames == merged)
+
+
+def close_keeping_wal(writer: sqlite3.Connection, path: str) -> None:
+    """Close the connection that writes, but leave the WAL: the connection that is closed last
+    merges and removes it, unless it may not write."""
+    with contextlib.suppress(sqlite3.Error, StoreError):
+        with contextlib.closing(connect_to(path, mode="ro")) as last:
+            last.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+            writer.close()
+    writer.close()
+
+
+def _was_used(path: str) -> bool:
+    """Return whether what lies beside the database says that a server used it."""
+    return _size(path + "-wal") > 0 or _size(path + ".lock") > 0
+
+
+def _missing(path: str) -> StoreError:
+    return StoreError(f"{path}: is missing or empty, but a server used it; put the file back, or "
+                      f"remove {path}.lock and {path}-wal to begin with no jobs")
+
+
+def _size(path: str) -> int:
+    """Return the size of a file, 0 where there is none."""
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
+def inspect(path: str) -> None:
     """Raise StoreError for a file that is not oqc's to open, before SQLite touches it.
 
-    `in_use`: the lock file says that a server was killed while it used the database, so that there
-    must be a WAL. The offsets are those of https://sqlite.org/fileformat2.html, section 1.3.
+    The offsets are those of https://sqlite.org/fileformat2.html, section 1.3.
     """
-    wal = os.path.exists(path + "-wal")
+    wal = _size(path + "-wal")
     try:
         with open(path, "rb") as file:
             header = file.read(100)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        if in_use or wal:
-            raise StoreError(f"{path}: is missing, but a server used it; put the file back, "
-                             f"or remove {path}.lock and {path}-wal to begin with no jobs"
-                             ) from None
-        return
+        header = b""
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
     if not header:
+        if _was_used(path):             # SQLite would remove the WAL of an empty file
+            raise _missing(path)
         return
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise StoreError(f"{path}: is not a database; name another file with --db")
-    page_size, pages, version, application = struct.unpack_from(">16xH10xI28xI4xI", header)
-    if application != APPLICATION_ID:
+    page_size, mode, pages, version, application = struct.unpack_from(">16xH2s8xI28xI4xI", header)
+    if application not in (APPLICATION_ID, IN_USE_ID):
         raise StoreError(f"{path}: is another program's database; name another file with --db")
     if version > VERSION:
         raise StoreError(f"{path}: was written by a newer oqc (version {version} of the database, "
                          f"this one knows {VERSION}); run that one")
+    if wal and mode != LIVE:
+        raise StoreError(f"{path}: is a backup, and {path}-wal belongs to what was here before; "
+                         f"remove {path}-wal and {path}-shm to go on with the backup")
+    if not wal and mode == LIVE and (_was_used(path) or application == IN_USE_ID):
+        raise StoreError(f"{path}-wal: is missing or empty, and the jobs accepted last were in it; "
+                         f"put it back, or go on without them: oqc restore {path}")
     if page_size == 1:              # stands for 65536, which has no place in two bytes
         page_size = 65536
     if not wal and size < page_size * pages:
         raise StoreError(f"{path}: is truncated, {size} bytes of {page_size * pages}; "
                          "put a backup in its place")
-    if in_use and not wal:
-        raise StoreError(f"{path}-wal: is missing, and the jobs accepted last were in it; "
-                         f"put it back, or remove {path}.lock to go on without them")
 
 
 def open_writer(path: str) -> sqlite3.Connection:
@@ -271,8 +349,7 @@ def open_writer(path: str) -> sqlite3.Connection:
         if verdict != "ok":
             raise Damaged(f"{path}: is damaged ({verdict.splitlines()[-1]}); "
                           "put a backup in its place")
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    writer = connect_to(path, read_only=False)
+    writer = connect_to(path, read_only=False, mode="rwc")
     version = writer.execute("PRAGMA user_version").fetchone()[0]
     if version < VERSION:
         _migrate(writer, path, version)
@@ -337,17 +414,42 @@ def disk_full_error(path: str) -> Optional[DiskFull]:
     return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk")
 
 
-def file_gone_error(path: str, opened: os.stat_result) -> Optional[StoreError]:
-    """Return StoreError if the file at this path is not the one that was `opened`, else None.
+class Watch:
+    """The files of a database in use: what is written into one without a name is lost when it is
+    closed, and with another WAL or index SQLite's connections see different jobs."""
 
-    What is written into a file without a name is lost when it is closed.
-    """
+    def __init__(self, path: str, file: int) -> None:
+        """`file`: a descriptor of the database."""
+        self.path = path
+        self.file = file
+        self.opened = {name: os.stat(name) for name in (path, path + "-wal", path + "-shm")}
+
+    def error(self) -> Optional[StoreError]:
+        """Return StoreError if one of the files is not the one that was opened, else None."""
+        for name, opened in self.opened.items():
+            if not _is_same(name, opened):
+                return StoreError(
+                    f"{name}: was moved, replaced or deleted while the server uses it; put it "
+                    "back, or stop the server, which then saves what it can")
+        if self.is_overwritten():
+            return StoreError(f"{self.path}: was overwritten while the server uses it; stop the "
+                              "server and restore a backup")
+        return None
+
+    def is_overwritten(self) -> bool:
+        """Return whether something else was copied into the file, such as a backup."""
+        return os.pread(self.file, 2, 18) != LIVE
+
+    def is_in_place(self) -> bool:
+        """Return whether the path still leads to the file."""
+        return _is_same(self.path, self.opened[self.path])
+
+
+def _is_same(path: str, opened: os.stat_result) -> bool:
+    """Return whether this is still the name of that file."""
     with contextlib.suppress(OSError):
-        if os.path.samestat(os.stat(path), opened):
-            return None
-    return StoreError(f"{path}: was moved, replaced or deleted while the server uses it; "
-                      f"put it back, or stop the server and remove {path}.lock and {path}-wal "
-                      "to go on with what is there now")
+        return os.path.samestat(os.stat(path), opened)
+    return False
 
 
 def backup(path: str, target: str) -> None:
@@ -367,6 +469,7 @@ def backup(path: str, target: str) -> None:
         with contextlib.closing(open_observer(path)) as source, \
                 contextlib.closing(sqlite3.connect(target)) as copy:
             source.backup(copy, pages=-1)
+            copy.execute(f"PRAGMA application_id = {APPLICATION_ID}")       # nobody uses it
             copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
     except BaseException as error:          # Ctrl-C as well: a part of a copy is no backup
         os.unlink(target)
@@ -412,5 +515,5 @@ def _existing(path: str) -> str:
     if not os.path.exists(path):
         raise StoreError(f"{path}: no such database")
     path = resolve(path)
-    inspect(path, in_use=False)
+    inspect(path)
     return path

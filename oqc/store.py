@@ -19,8 +19,8 @@ from typing import (
 
 from oqc import jobs
 from oqc.database import (
-    STATE, VERSION, Damaged, as_store_error, connect_to, disk_full_error, file_gone_error, inspect,
-    open_writer, resolve, sql_list, take_lock)
+    STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal, connect_to, disk_full_error,
+    inspect, mark_in_file, open_locked, open_writer, resolve, sql_list, take_lock, unmark_in_file)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
     Outcome, Refused, StoreError, Submission, Task, UnknownJob)
@@ -202,9 +202,11 @@ class Store:
         self.connect = connect
         self._lock_file = take_lock(path)
         try:
-            inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
+            self._file = open_locked(path)
+            inspect(path)
             self._writer = prepare(path)
-            self._file = os.stat(path)
+            mark_in_file(self._writer)
+            self._watch = Watch(path, self._file)
             os.pwrite(self._lock_file, b"in use\n", 0)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
@@ -228,10 +230,29 @@ class Store:
             self._closed = True
         while self._readers:
             self._readers.pop().close()
-        with contextlib.suppress(OSError):      # after a kill from here on there may be no WAL
-            os.ftruncate(self._lock_file, 0)
-        self._writer.close()        # last: the one that is closed last checkpoints, and it may
+        lost = self._watch.error()
+        merged = self._close_writer()
+        if merged and self._watch.is_in_place():
+            with contextlib.suppress(OSError):      # else the next start asks for the WAL
+                os.ftruncate(self._lock_file, 0)
+        if lost and merged:
+            log.warning("database: %s; at this stop all jobs were saved in the file", lost)
+        elif lost:
+            log.error("database: %s; at this stop the jobs accepted last were not saved", lost)
+        os.close(self._file)        # after SQLite's, as open_locked says
         os.close(self._lock_file)
+
+    def _close_writer(self) -> bool:
+        """Close the connection that writes; return whether all that it wrote is in the file."""
+        merged = False
+        if not self._watch.is_overwritten():
+            with contextlib.suppress(sqlite3.Error):
+                merged = unmark_in_file(self._writer)
+        if merged:
+            self._writer.close()
+        else:
+            close_keeping_wal(self._writer, self.path)
+        return merged
 
     # Reads
 
@@ -356,7 +377,7 @@ class Store:
         except IndexError:          # all are in use
             if self._closed:
                 raise StoreError(CLOSED.format(self.path)) from None
-            gone = file_gone_error(self.path, self._file)
+            gone = self._watch.error()
             if gone:                # or it would read another file
                 raise self._noted(gone) from None
             reader = self.connect(self.path)
@@ -440,7 +461,7 @@ class Store:
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._change(f"PRAGMA user_version = {VERSION}")
-        trouble = self.trouble or full or file_gone_error(self.path, self._file)
+        trouble = self.trouble or full or self._watch.error()
         return str(trouble) if trouble else None
 
     # What is done in a transaction, by the leader
@@ -658,7 +679,7 @@ class Store:
         """Raise StoreError where what is written now may never be found again."""
         if isinstance(self.trouble, Damaged):
             raise self.trouble
-        gone = file_gone_error(self.path, self._file)
+        gone = self._watch.error()
         if gone:
             raise gone
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import KEY, ROOT, Server
 from test_wire import Wire
 
-from oqc.database import check, take_lock
+from oqc.database import backup, check, take_lock
 from oqc.jobs import StoreError
 
 # Stands on PYTHONPATH, so that the server's own connection does what a test asks for by a file in
@@ -435,7 +435,7 @@ HARMS = {                           # what there was, what happened to it, what 
     "truncated within a page": (
         STOPPED, truncate(9000), "is truncated, 9000 bytes of ", "backup"),
     "truncated within a large page": (
-        STOPPED, with_large_pages, f"{(13 << 16) - 1} bytes of {13 << 16}; ", "backup"),
+        STOPPED, with_large_pages, f"{(31 << 16) - 1} bytes of {31 << 16}; ", "backup"),
     "truncated within the header": (STOPPED, truncate(50), "is not a database", "--db"),
     "truncated after a kill": (KILLED, truncate(8192), "is damaged (", "backup"),
     "another program's database": (
@@ -447,15 +447,15 @@ HARMS = {                           # what there was, what happened to it, what 
     "of a newer version": (
         STOPPED, newer, "was written by a newer oqc (version 99 of the ", "run that one"),
     "without its WAL after a kill": (
-        KILLED, without("-wal"), "-wal: is missing, ", "remove oqc.db.lock"),
+        KILLED, without("-wal"), "-wal: is missing or empty, ", "restore oqc.db"),
     "without WAL and index after a kill": (
-        KILLED, without("-wal", "-shm"), "-wal: is missing, ", "oqc.db.lock"),
+        KILLED, without("-wal", "-shm"), "-wal: is missing or empty, ", "restore oqc.db"),
     "gone after a kill": (
-        KILLED, without(""), "is missing, but", "remove oqc.db.lock and oqc.db-wal"),
+        KILLED, without(""), "is missing or empty, but", "remove oqc.db.lock and oqc.db-wal"),
     "gone with its WAL after a kill": (
-        KILLED, without("", "-wal", "-shm"), "is missing, but", "remove oqc.db.lock"),
+        KILLED, without("", "-wal", "-shm"), "is missing or empty, but", "remove oqc.db.lock"),
     "gone with its lock after a kill": (
-        KILLED, without("", ".lock"), "is missing, but", "put the file back"),
+        KILLED, without("", ".lock"), "is missing or empty, but", "put the file back"),
 }
 
 
@@ -494,7 +494,6 @@ def test_a_database_that_is_as_it_was_left_is_opened(left, serve, tmp_path, stat
 
 
 @pytest.mark.parametrize("name, remove, jobs", [
-    ("without its WAL after a kill", ["oqc.db.lock"], 500),
     ("gone after a kill", ["oqc.db.lock", "oqc.db-wal"], 0)])
 def test_what_the_line_says_to_do_helps(left, serve, tmp_path, name, remove, jobs):
     state, harm, _, _ = HARMS[name]
@@ -516,6 +515,157 @@ def test_a_file_system_without_locks_is_refused_in_a_line(left, tmp_path, rigged
     assert line == ("oqc.db: its file system has no locks (No locks available); "
                     "name a file on a local disk with --db")
     assert (tmp_path / "oqc.db").exists() == bool(state)
+
+
+# What people do to the files
+
+def remove_wal(folder):
+    """As `rm` does it."""
+    (folder / "oqc.db-wal").unlink()
+
+
+def empty_wal(folder):
+    """Another one, as the next program makes it that opens the database."""
+    (folder / "oqc.db-wal").unlink()
+    (folder / "oqc.db-wal").touch()
+
+
+def remove_index(folder):
+    (folder / "oqc.db-shm").unlink()
+
+
+def copy_a_backup_over(folder):
+    """Onto the same file, so that it has the same inode."""
+    shutil.copy(folder / "backup.db", folder / "oqc.db")
+
+
+GONE = "-wal: was moved, replaced or deleted while the server uses it"
+
+
+@pytest.mark.parametrize("harm, says", [
+    (remove_wal, GONE), (empty_wal, GONE), (remove_index, GONE.replace("wal", "shm"))])
+def test_a_wal_or_index_that_is_gone_is_said_no_job_is_taken_and_a_stop_saves_what_was(
+        serve, tmp_path, harm, says):
+    server = serve()
+    jobs = [server.wait(server.add()) for _ in range(3)]
+    harm(tmp_path)
+    for _ in range(2):
+        refused = add(server, {"job": "X(90)", "mode": "echo"})
+        assert refused.status == 503 and says in refused.detail
+        health = server.request("GET", "/health/")
+        assert health.status == 503 and says in health.json["reasons"][0]
+    assert len(lines(server, " error database: ")) == 1
+    assert server.stop() == 0
+    assert "at this stop all jobs were saved in the file" in server.log
+    server = serve()
+    assert [server.get(job) for job in jobs] == jobs
+    assert not list(check(str(tmp_path / "oqc.db")))
+
+
+@pytest.mark.parametrize("harm", [remove_wal, empty_wal])
+def test_after_a_kill_a_wal_that_was_removed_is_missed_at_the_start(serve, tmp_path, harm):
+    server = serve()
+    server.wait(server.add())
+    harm(tmp_path)
+    server.process.kill()
+    server.stop()
+    line = refusal(tmp_path)
+    assert "oqc.db-wal: is missing or empty, and the jobs accepted last were in it" in line
+    assert "put it back" in line and "restore oqc.db" in line
+
+
+def test_a_backup_that_is_copied_over_the_database_of_a_running_server_is_said(serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    copy_a_backup_over(tmp_path)
+    refused = add(server, {"job": "X(90)", "mode": "echo"})
+    assert refused.status == 503 and "was overwritten while the server uses it" in refused.detail
+    assert server.request("GET", "/health/").status == 503
+    server.process.kill()
+    server.stop()
+    assert "oqc.db: is a backup" in refusal(tmp_path)
+
+
+def by_a_link(folder):
+    """A second name of the file."""
+    os.link(folder / "oqc.db", folder / "other" / "oqc.db")
+
+
+def by_a_bind_mount(folder):
+    """As a container does it that is given one file."""
+    (folder / "other" / "oqc.db").touch()
+    mount = ["mount", "--bind", folder / "oqc.db", folder / "other" / "oqc.db"]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted")
+
+
+@pytest.mark.parametrize("name", [by_a_link, by_a_bind_mount])
+def test_another_name_of_the_file_lets_no_second_server_in_and_loses_nothing_after_a_kill(
+        serve, tmp_path, name):
+    (tmp_path / "other").mkdir()
+    server = serve()
+    job = server.wait(server.add())
+    name(tmp_path)
+    try:
+        line = refusal(tmp_path, "--db", "other/oqc.db")
+        assert line.startswith("other/oqc.db: another oqc uses this database")
+        more = server.wait(server.add())
+        server.process.kill()
+        server.stop()
+        line = refusal(tmp_path, "--db", "other/oqc.db")
+        assert "other/oqc.db-wal: is missing or empty" in line
+        server = serve()
+        assert [server.get(job), server.get(more)] == [job, more]
+        assert server.stop() == 0
+    finally:
+        subprocess.run(["umount", tmp_path / "other" / "oqc.db"], check=False, capture_output=True)
+
+
+def test_a_copy_of_the_file_alone_that_a_server_uses_is_no_backup(serve, tmp_path):
+    """Its last jobs are in the WAL that was not copied."""
+    server = serve()
+    server.wait(server.add())
+    shutil.copy(tmp_path / "oqc.db", tmp_path / "copy.db")
+    line = refusal(tmp_path, "--db", "copy.db")
+    assert "copy.db-wal: is missing or empty" in line
+    with pytest.raises(StoreError, match="copy.db-wal: is missing or empty"):
+        list(check(str(tmp_path / "copy.db")))
+    copy = str(tmp_path / "backup.db")
+    backup(str(tmp_path / "oqc.db"), copy)
+    assert server.stop() == 0 and not list(check(copy))
+    assert not list(check(str(tmp_path / "oqc.db")))
+
+
+def test_a_check_makes_no_new_wal_where_it_is_missing(serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    server.process.kill()
+    server.stop()
+    remove_wal(tmp_path)
+    path = str(tmp_path / "oqc.db")
+    with pytest.raises(StoreError, match="-wal: is missing or empty"):
+        list(check(path))
+    with pytest.raises(StoreError, match="-wal: is missing or empty"):
+        backup(path, str(tmp_path / "backup.db"))
+    assert not (tmp_path / "oqc.db-wal").exists() and not (tmp_path / "backup.db").exists()
+
+
+def test_a_backup_beside_the_wal_of_what_it_replaced_is_refused_until_that_is_gone(
+        serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    server.wait(server.add())
+    server.process.kill()
+    server.stop()
+    copy_a_backup_over(tmp_path)
+    line = refusal(tmp_path)
+    assert line.startswith("oqc.db: is a backup, and oqc.db-wal belongs to what was here before")
+    assert "remove oqc.db-wal and oqc.db-shm" in line
+    remove_wal(tmp_path)
+    remove_index(tmp_path)
+    assert ids(serve()) == [1]
 
 
 # Damage that comes later

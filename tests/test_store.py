@@ -1101,3 +1101,16 @@ def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_th
     added(store, *[ECHO] * 1000)
     assert store.unusable() is None
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_no_reader_is_opened_beside_a_wal_that_is_gone(tmp_path, opened, connections):
+    """It would make a new one, empty, and read the database without its last jobs."""
+    store = opened()
+    store.add([ECHO], "alice")
+    wal = tmp_path / "oqc.db-wal"
+    wal.rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="oqc.db-wal: was moved, replaced or deleted"):
+        store.get(1)
+    assert not connections.readers and not wal.exists()
+    (tmp_path / "elsewhere").rename(wal)
+    assert store.get(1).id == 1
