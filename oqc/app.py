@@ -40,7 +40,8 @@ from typing import Any, Tuple
 from oqc import builtin, runtimes
 from oqc.api import Api, Keys
 from oqc.clock import Clock
-from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
+# pylint: disable-next=unused-import # for cli
+from oqc.database import SQLITE_VERSION, backup, check, compact, restore
 from oqc.config import PROGRAM, ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.log import LogLines
@@ -144,6 +145,8 @@ class _Running:
     def start(self) -> None:
         """Start the workers, then the listener; raise StartError."""
         try:
+            self.store.pause_restored(
+                [spec.name for spec in self.settings.runtimes if spec.protocol != "echo"])
             self.workers.start()
         except OSError as error:
             self.store.close()

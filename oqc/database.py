@@ -23,6 +23,7 @@ APPLICATION_ID = 0x6F716331         # "oqc1", where file(1) looks for it
 # itself, since a hard link, a bind mount or a copy has no lock file that could say so.
 IN_USE_ID = 0x6F71632B
 OWN_LOCK_BYTE = 0x40000200          # the first after those that SQLite locks (its os.h)
+RESTORING = b"restoring "           # begins the lock file while a restore goes on
 LIVE = b"\2\2"                      # bytes 18 and 19 of a file in WAL mode; a backup has 1, 1
 LEAST_FREE = 4 << 20                # bytes: with fewer of them free a disk counts as full
 CHECKED_AT_START = 256 << 20        # bytes of database up to which every start reads all of it
@@ -239,6 +240,7 @@ def open_locked(path: str) -> int:
     try:
         file = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:
+        _refuse_half_restored(path)
         raise _missing(path) from None
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
@@ -286,6 +288,25 @@ def _was_used(path: str) -> bool:
     return _size(path + "-wal") > 0 or _size(path + ".lock") > 0
 
 
+def _refuse_half_restored(path: str) -> None:
+    """Raise StoreError where a restore was killed."""
+    kept = _kept_name(path)
+    if kept:
+        raise StoreError(f"{path}: a restore of it was interrupted, run it again; what it replaces "
+                         f"is in {path} or {kept}")
+
+
+def _kept_name(path: str) -> str:
+    """Return the name, from the lock file, that a restore was giving to what it replaces when it
+    was killed; empty without one."""
+    with contextlib.suppress(OSError):
+        with open(path + ".lock", "rb") as file:
+            text = file.read()
+        if text.startswith(RESTORING):
+            return os.fsdecode(text[len(RESTORING):])
+    return ""
+
+
 def _missing(path: str) -> StoreError:
     return StoreError(f"{path}: is missing or empty, but a server used it; put the file back, or "
                       f"remove {path}.lock and {path}-wal to begin with no jobs")
@@ -298,12 +319,15 @@ def _size(path: str) -> int:
     return 0
 
 
-def inspect(path: str) -> None:
-    """Raise StoreError for a file that is not oqc's to open, before SQLite touches it.
+def inspect(path: str, whole: bool = True) -> None:
+    """Raise StoreError for a file that is not oqc's to open, before SQLite touches it; if it is to
+    be `whole`, also where its last jobs are elsewhere.
 
     The offsets are those of https://sqlite.org/fileformat2.html, section 1.3.
     """
     wal = _size(path + "-wal")
+    if whole:
+        _refuse_half_restored(path)
     try:
         with open(path, "rb") as file:
             header = file.read(100)
@@ -327,7 +351,7 @@ def inspect(path: str) -> None:
     if wal and mode != LIVE:
         raise StoreError(f"{path}: is a backup, and {path}-wal belongs to what was here before; "
                          f"remove {path}-wal and {path}-shm to go on with the backup")
-    if not wal and mode == LIVE and (_was_used(path) or application == IN_USE_ID):
+    if whole and not wal and mode == LIVE and (_was_used(path) or application == IN_USE_ID):
         raise StoreError(f"{path}-wal: is missing or empty, and the jobs accepted last were in it; "
                          f"put it back, or go on without them: oqc restore {path}")
     if page_size == 1:              # stands for 65536, which has no place in two bytes
@@ -474,6 +498,141 @@ def backup(path: str, target: str) -> None:
     except BaseException as error:          # Ctrl-C as well: a part of a copy is no backup
         os.unlink(target)
         raise as_store_error(path, error) from error
+
+
+@contextlib.contextmanager
+def _unused(path: str) -> Iterator[int]:
+    """Hold the locks of a database that no server uses; gives the lock file's descriptor. Raises
+    StoreError, also for an error of SQLite or of the system."""
+    descriptors = [take_lock(path)]
+    try:
+        if os.path.exists(path):
+            descriptors.append(open_locked(path))
+        yield descriptors[0]
+    except (OSError, sqlite3.Error) as error:
+        raise as_store_error(path, error) from error
+    finally:
+        for descriptor in descriptors[::-1]:
+            os.close(descriptor)
+
+
+def restore(path: str, backup_file: str) -> str:
+    """Put a copy of a backup in the place of the database; return what was done. Raise StoreError.
+
+    What is replaced is moved, with its WAL, under a name that was not used. Until all is done the
+    lock file says so, and no server starts: after a kill the restore is run again.
+    """
+    path = resolve(path)
+    source = resolve(backup_file)
+    if not os.path.exists(source):
+        raise StoreError(f"{backup_file}: no such file")
+    with _unused(path) as lock_file:
+        copy = path + ".restoring"
+        try:
+            open_jobs = _copy_to_restore(source, copy, os.path.basename(backup_file))
+            _give_owner(path, (copy, path + ".lock"))
+            kept = _replace(path, copy, lock_file)
+        finally:
+            for suffix in ("", "-wal", "-shm"):
+                _remove(copy + suffix)
+    done = f"{path}: restored from {backup_file}"
+    if kept:
+        done += f"; what was there is {kept} now"
+    if open_jobs:
+        done += (f"; {open_jobs} jobs were waiting or running, so every runtime but echo is paused "
+                 "at the next start: resume runs them again")
+    return done
+
+
+def _copy_to_restore(source: str, copy: str, name: str) -> int:
+    """Copy a backup, check it, and bring it to this version; return how many jobs in it are
+    open."""
+    inspect(source, whole=False)
+    _remove(copy)
+    with contextlib.closing(open_observer(source)) as reader, \
+            contextlib.closing(sqlite3.connect(copy)) as target:
+        reader.backup(target, pages=-1)
+        verdict = target.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise Damaged(f"{source}: is damaged ({verdict.splitlines()[-1]}); "
+                          "restore another backup")
+    with contextlib.closing(open_writer(copy)) as writer:
+        open_jobs = writer.execute("SELECT count(*) FROM jobs WHERE end_time IS NULL").fetchone()[0]
+        if open_jobs:
+            reason = (f"restored from {name}: {open_jobs} jobs were waiting or running; "
+                      "resume runs them again")
+            writer.execute("INSERT OR REPLACE INTO notes VALUES ('restored', ?)", (reason,))
+        writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")     # nobody uses it
+        writer.execute("PRAGMA journal_mode = DELETE")
+    return int(open_jobs)
+
+
+def _give_owner(path: str, files: Sequence[str]) -> None:
+    """Give new files the owner and the mode of the database, or the owner of its folder: they may
+    be made by root, but the server is not."""
+    mode = 0o600
+    try:
+        like = os.stat(path)
+        mode = like.st_mode & 0o777
+    except FileNotFoundError:
+        like = os.stat(os.path.dirname(os.path.abspath(path)))
+    for name in files:
+        os.chmod(name, mode)
+        if os.geteuid() == 0:
+            os.chown(name, like.st_uid, like.st_gid)
+
+
+def _replace(path: str, copy: str, lock_file: int) -> str:
+    """Move the database and its WAL away and the copy in their place; return the new name of what
+    was there, empty if nothing was."""
+    kept = _kept_name(path)
+    if os.path.exists(path) or not kept:        # else its WAL is still to follow it
+        number = 1
+        while os.path.lexists(kept := f"{path}.replaced-{number}"):
+            number += 1
+    mark = RESTORING + os.fsencode(kept)
+    os.ftruncate(lock_file, 0)
+    os.pwrite(lock_file, mark, 0)
+    os.fsync(lock_file)
+    for suffix in ("", "-wal"):
+        if os.path.exists(path + suffix):
+            os.rename(path + suffix, kept + suffix)
+    _remove(path + "-shm")
+    os.rename(copy, path)
+    _sync_folder(path)
+    os.ftruncate(lock_file, 0)
+    return kept if os.path.exists(kept) else ""
+
+
+def _sync_folder(path: str) -> None:
+    """Have the names in the folder of a file on disk."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def compact(path: str) -> str:
+    """Give the room of deleted jobs in a database that no server uses back to the disk, and have
+    it give back what is deleted later; return what came of it. Raise StoreError."""
+    path = _existing(path)
+    before = os.path.getsize(path)
+    os.environ["SQLITE_TMPDIR"] = os.path.dirname(os.path.abspath(path))    # /tmp may be small
+    with _unused(path):
+        inspect(path)
+        with contextlib.closing(open_writer(path)) as writer:
+            mark_in_file(writer)
+            writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            writer.execute("VACUUM")
+            unmark_in_file(writer)
+        _give_owner(path, (path + ".lock",))
+    return f"{path}: {before} bytes before, {os.path.getsize(path)} now"
 
 
 def check(path: str) -> Iterator[str]:

@@ -454,6 +454,25 @@ class Store:
         """Forget that a runtime is paused."""
         self._change("DELETE FROM pauses WHERE runtime = ?", runtime)
 
+    def pause_restored(self, runtimes: Sequence[str]) -> None:
+        """Pause these if the database was restored from a backup with open jobs, which may have
+        run since."""
+        reason = self._note("restored")
+        if reason:
+            self._write(self._pause_restored, runtimes, reason)
+            log.warning("every runtime but echo is paused: %s", reason)
+
+    def _pause_restored(self, runtimes: Sequence[str], reason: str) -> None:
+        now = self.clock.now()
+        self._writer.executemany("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?, 'oqc')",
+                                 [(runtime, reason, now) for runtime in runtimes])
+        self._writer.execute("DELETE FROM notes WHERE name = 'restored'")
+
+    def _note(self, name: str) -> Optional[str]:
+        """Return what is kept under a name, if anything is."""
+        rows = self._read("SELECT value FROM notes WHERE name = ?", (name,))
+        return str(rows[0][0]) if rows else None
+
     def unusable(self) -> Optional[str]:
         """Return why jobs cannot be stored, or soon cannot be, or None. Trouble that may have
         passed since is tried again."""

@@ -668,6 +668,160 @@ def test_a_backup_beside_the_wal_of_what_it_replaced_is_refused_until_that_is_go
     assert ids(serve()) == [1]
 
 
+# Restore and compact
+
+def command(folder, *arguments, environment=None):
+    """(status, what it printed) of a command."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **(environment or {})}
+    done = subprocess.run([sys.executable, "-m", "oqc", *arguments], cwd=folder, check=False,
+                          timeout=60, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def backed_up(serve, tmp_path):
+    """A folder with backup.db, which has job 1, and the database of a killed server, which has
+    job 2 in its WAL alone."""
+    server = serve()
+    server.wait(server.add())
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    server.wait(server.add())
+    server.process.kill()
+    server.stop()
+    return tmp_path
+
+
+def test_a_restore_puts_a_backup_in_place_and_keeps_what_it_replaces(serve, backed_up):
+    (backed_up / "oqc.db").chmod(0o640)
+    before = (backed_up / "backup.db").read_bytes()
+    owner = 12345
+    if os.geteuid() == 0:
+        os.chown(backed_up / "oqc.db", owner, owner)
+    status, text = command(backed_up, "restore", "backup.db")
+    assert (status, text) == (
+        0, "oqc.db: restored from backup.db; what was there is oqc.db.replaced-1 now\n")
+    stat = (backed_up / "oqc.db").stat()
+    assert stat.st_mode & 0o777 == 0o640
+    assert os.geteuid() or stat.st_uid == (backed_up / "oqc.db.lock").stat().st_uid == owner
+    assert (backed_up / "backup.db").read_bytes() == before
+    kept = str(backed_up / "oqc.db.replaced-1")
+    with contextlib.closing(sqlite3.connect(f"file:{kept}?mode=ro", uri=True)) as connection:
+        assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (2,)
+    server = serve()
+    assert ids(server) == [1] and server.add()["id"] == 2
+    assert server.stop() == 0 and not list(check(str(backed_up / "oqc.db")))
+    command(backed_up, "restore", "backup.db")
+    assert (backed_up / "oqc.db.replaced-2").exists()
+
+
+def test_a_restore_refuses_while_a_server_uses_the_database_and_what_is_no_backup(
+        serve, backed_up):
+    server = serve()
+    status, text = command(backed_up, "restore", "backup.db")
+    assert status == 1 and "another oqc uses this database" in text and ids(server) == [1, 2]
+    assert server.stop() == 0
+    shutil.copy(backed_up / "backup.db", backed_up / "bad.db")
+    overwrite(backed_up / "bad.db", 8192, b"\xff" * 4096)
+    (backed_up / "text").write_text("shopping list\n" * 99)
+    for name, says in (("bad.db", "is damaged ("), ("text", "is not a database"),
+                       ("none.db", "no such file")):
+        status, text = command(backed_up, "restore", name)
+        assert status == 1 and says in text and text.count("\n") == 1
+    assert ids(serve()) == [1, 2] and not list(backed_up.glob("*restor*"))
+
+
+# Dies at the n-th change of a name, or of the lock file's size.
+DIES = """
+import os, signal, sys
+calls = [0]
+def dying(function):
+    def call(*arguments):
+        calls[0] += 1
+        if calls[0] == int(os.environ["DIES_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return call
+os.rename, os.ftruncate = dying(os.rename), dying(os.ftruncate)
+"""
+
+
+@pytest.mark.parametrize("dies_at", range(1, 6))
+def test_a_restore_that_is_killed_at_any_step_loses_nothing_and_is_done_by_the_next(
+        serve, backed_up, dies_at):
+    (backed_up / "site").mkdir()
+    (backed_up / "site" / "sitecustomize.py").write_text(DIES, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{backed_up / 'site'}:{ROOT}", "DIES_AT": str(dies_at)}
+    assert command(backed_up, "restore", "backup.db", environment=environment)[0] == -9
+    if dies_at > 1:
+        assert "a restore of it was interrupted, run it again" in refusal(backed_up)
+    assert command(backed_up, "restore", "backup.db")[0] == 0
+    assert ids(serve()) == [1]
+    counts = set()
+    for kept in backed_up.glob("oqc.db.replaced-?"):
+        with contextlib.closing(sqlite3.connect(f"file:{kept}?mode=ro", uri=True)) as connection:
+            counts |= set(connection.execute("SELECT count(*) FROM jobs"))
+    assert (2,) in counts, "what was replaced is whole"
+
+
+def test_jobs_that_were_open_in_a_backup_wait_until_somebody_resumes_them(
+        gated, gate, tmp_path):
+    server = gated()
+    running, waiting = (server.add("X(1)", "verbatim") for _ in range(2))
+    gate.begun()
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    for _ in range(2):
+        gate.end()
+    server.wait(waiting)
+    gate.begun()
+    assert server.stop() == 0
+    status, text = command(tmp_path, "restore", "backup.db")
+    assert status == 0 and "2 jobs were waiting or running" in text
+    for _ in range(2):              # also after another start
+        server = gated()
+        for name in ("qpu", "simulator"):
+            runtime = server.runtime(name)
+            assert runtime["state"] == "paused" and runtime["reason"] == (
+                "restored from backup.db: 2 jobs were waiting or running; resume runs them again")
+        assert server.wait(server.add())["status"] == "Success", "an echo moves nothing"
+        assert not server.get(running)["end_time"] and not server.get(waiting)["start_time"]
+        assert server.stop() == 0
+    server = gated()
+    server.request("POST", "/runtimes/qpu/resume/")
+    for job in (running, waiting):
+        gate.end()
+        assert server.wait(job)["status"] == "Success"
+    assert server.stop() == 0
+    assert gated().runtime("qpu")["state"] == "idle", "it is not paused again"
+
+
+def test_what_is_in_the_file_alone_can_be_restored_where_the_wal_is_lost(serve, tmp_path, left):
+    shutil.copytree(left / "killed", tmp_path, dirs_exist_ok=True)
+    remove_wal(tmp_path)
+    line = refusal(tmp_path)
+    assert line.endswith("oqc restore oqc.db")
+    assert command(tmp_path, *line.split()[-2:])[0] == 0
+    assert len(ids(serve())) == 500
+
+
+def test_a_compact_gives_room_back_and_has_an_older_file_give_it_back_later(serve, tmp_path):
+    path = tmp_path / "oqc.db"
+    shutil.copy(ROOT / "tests" / "version_1.db", path)
+    server = serve()
+    assert add(server, BATCH).status == 201
+    server.request("DELETE", "/jobs/list/?older-than=0s")
+    assert "another oqc uses this database" in command(tmp_path, "compact")[1]
+    before = ids(server)
+    assert server.stop() == 0
+    size = path.stat().st_size
+    status, text = command(tmp_path, "compact")
+    assert status == 0 and path.stat().st_size < size / 2
+    assert text == f"oqc.db: {size} bytes before, {path.stat().st_size} now\n"
+    assert set(files(tmp_path)) == {"oqc.db"} and not list(check(str(path)))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+    assert ids(serve()) == before
+
+
 # Damage that comes later
 
 def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(
