@@ -71,8 +71,8 @@ class Store(Protocol):
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON)."""
 
-    def prune(self, seconds: float) -> int:
-        """Delete the jobs that ended longer ago; return how many."""
+    def prune(self, seconds: float, by: str) -> int:
+        """Delete the jobs that ended longer ago, as `by` asks for; return how many."""
 
     def status(self) -> Dict[str, Any]:
         """Return how much waits, runs and has ended."""
@@ -553,7 +553,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if not match:
             raise Malformed("older-than: expected a time such as 90d, 12h, 30m or 0s")
         seconds = int(match[1]) * AGE_UNITS[match[2]]
-        return json_response({"deleted": self.store.prune(seconds)})
+        return json_response({"deleted": self.store.prune(seconds, request.key_name)})
 
     # The server
 

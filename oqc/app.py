@@ -9,6 +9,7 @@ The table of threads, with the locks that each takes:
 | log | LogLines._write | standard error | none |
 | listener | Server.serve_forever | select; a commit, see below | Store, Api, Workers, Waiting |
 | pool | Server.process_request_thread | its client; a commit; Waiting | all |
+| checker | Store.check_rest, once | the disk | Store._checking |
 | alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
 | NAME-n | Workers._work, one a slot | a bell; a runtime; a commit | Store, Workers, Waiting |
 
@@ -54,7 +55,7 @@ from oqc.server import Limits, Server, load_certificate_again, notify, tls_conte
 
 log = logging.getLogger("oqc")
 
-PRUNE_EVERY = 3600.0                # seconds, with --keep-days
+HOUR = 3600.0                       # seconds between the server's notes of when it was seen
 
 
 class StartError(Exception):
@@ -157,15 +158,15 @@ class _Running:
             raise StartError(f"too many slots: {error}; each takes a thread (ulimit -u)") from None
         _log_startup(self.settings, self.server.server_address)
         threading.Thread(target=self.server.serve_forever, name="listener", daemon=True).start()
+        threading.Thread(target=self.store.check_rest, name="checker", daemon=True).start()
         notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
 
     def until_stopped(self, signals: Signals) -> None:
         """Prune and read keys and certificate again, as it is time, until a signal asks to stop."""
         while not signals.stop.is_set():
-            pause = None
-            if self.settings.keep_days:
-                pause = PRUNE_EVERY
-                self._forget_old_jobs()
+            pause = HOUR
+            if not self._each_hour(signals):
+                pause = 0.0             # to go on where it was interrupted
             self.clock.wait(signals.any, pause)
             signals.any.clear()
             if signals.reload.is_set():
@@ -193,14 +194,23 @@ class _Running:
         self.store.close()
         log.info("stopped")
 
-    def _forget_old_jobs(self) -> None:
-        days = self.settings.keep_days
+    def _each_hour(self, signals: Signals) -> bool:
+        """Remember when the server was seen, and delete old jobs, but not by a clock that was set
+        far ahead; return whether all of that is done, and no signal interrupted it."""
+        period = (self.settings.keep_days or 0) * 86400
         try:
-            deleted = self.store.prune(days * 86400)
-            if deleted:
-                log.info("%d jobs that ended more than %d days ago are deleted", deleted, days)
+            absent = self.store.seconds_since_seen()
+            if 0 < period < absent:
+                log.warning("no old jobs are deleted: by the clock no server ran for %d days; if "
+                            "that is right, prune once by hand", absent // 86400)
+            elif period:
+                self.store.prune(period, "--keep-days", signals.any.is_set)
+            else:
+                self.store.note_seen()
         except StoreError as error:
-            log.error("old jobs not deleted: %s", error)
+            if period:
+                log.error("old jobs not deleted: %s", error)
+        return not signals.any.is_set()
 
     def _read_keys_again(self) -> None:
         try:

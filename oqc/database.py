@@ -26,7 +26,8 @@ OWN_LOCK_BYTE = 0x40000200          # the first after those that SQLite locks (i
 RESTORING = b"restoring "           # begins the lock file while a restore goes on
 LIVE = b"\2\2"                      # bytes 18 and 19 of a file in WAL mode; a backup has 1, 1
 LEAST_FREE = 4 << 20                # bytes: with fewer of them free a disk counts as full
-CHECKED_AT_START = 256 << 20        # bytes of database up to which every start reads all of it
+CHECKED_AT_START = 16 << 20         # bytes of database up to which a start after a kill reads all
+WAL_KEPT = 16 << 20                 # bytes of the WAL that are not given back when it begins anew
 
 # A migration that was released is frozen, to the byte: there are databases that were made with it.
 # So no constant stands in it; a backslash joins a line that is too wide for the page. Its CHECKs
@@ -366,13 +367,10 @@ def open_writer(path: str) -> sqlite3.Connection:
 
     Raise StoreError or sqlite3.Error.
     """
-    if os.path.exists(path) and 0 < os.path.getsize(path) <= CHECKED_AT_START:
+    if needs_check(path) and _size(path) <= CHECKED_AT_START:
         # before a writer merges the WAL into a damaged file
         with contextlib.closing(open_observer(path)) as reader:
-            verdict = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise Damaged(f"{path}: is damaged ({verdict.splitlines()[-1]}); "
-                          "put a backup in its place")
+            refuse_damaged(path, reader)
     writer = connect_to(path, read_only=False, mode="rwc")
     version = writer.execute("PRAGMA user_version").fetchone()[0]
     if version < VERSION:
@@ -380,9 +378,32 @@ def open_writer(path: str) -> sqlite3.Connection:
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("PRAGMA foreign_keys = 1")
+    writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
     # makes the WAL, which has to be there after a kill from here on
     writer.execute("SELECT 1 FROM jobs LIMIT 1")
     return writer
+
+
+def needs_check(path: str) -> bool:
+    """Return whether a database was not left as a server leaves it that stops: after a kill, or
+    put there by hand."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        return False
+    if not header:
+        return False
+    mode, application = struct.unpack_from(">18x2s48xI", header)
+    return _was_used(path) or mode != LIVE or application != APPLICATION_ID
+
+
+def refuse_damaged(path: str, reader: sqlite3.Connection) -> None:
+    """Read the whole database; raise Damaged, or sqlite3.Error."""
+    verdict = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise Damaged(f"{path}: is damaged ({verdict.splitlines()[-1]}); "
+                      "stop the server and put a backup in its place")
 
 
 def _migrate(writer: sqlite3.Connection, path: str, version: int) -> None:
@@ -424,18 +445,20 @@ def as_store_error(path: str, error: BaseException) -> BaseException:
     return StoreError(f"{path}: {text}")
 
 
-def disk_full_error(path: str) -> Optional[DiskFull]:
-    """Return DiskFull if less than LEAST_FREE bytes are free, else None."""
+def disk_full_error(path: str, reusable: int = 0) -> Optional[DiskFull]:
+    """Return DiskFull if less than LEAST_FREE bytes are free, else None. `reusable`: bytes of the
+    file that can be used again."""
     try:
         disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
     except OSError:                 # the disk is away, which is another trouble
         return None
     if not disk.f_blocks:           # a file system that does not count its blocks
         return None
-    free = disk.f_bavail * disk.f_frsize
+    free = disk.f_bavail * disk.f_frsize + reusable
     if free >= LEAST_FREE:
         return None
-    return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk")
+    return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk and in the file; the last "
+                    f"{LEAST_FREE >> 10} KiB are for jobs that are there already")
 
 
 class Watch:

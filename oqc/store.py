@@ -19,8 +19,9 @@ from typing import (
 
 from oqc import jobs
 from oqc.database import (
-    STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal, connect_to, disk_full_error,
-    inspect, mark_in_file, open_locked, open_writer, resolve, sql_list, take_lock, unmark_in_file)
+    CHECKED_AT_START, STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal, connect_to,
+    disk_full_error, inspect, mark_in_file, needs_check, open_locked, open_writer, refuse_damaged,
+    resolve, sql_list, take_lock, unmark_in_file)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
     Outcome, Refused, StoreError, Submission, Task, UnknownJob)
@@ -29,7 +30,8 @@ log = logging.getLogger("oqc")
 
 MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
-PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
+PRUNED_AT_ONCE = 100                # jobs deleted in one transaction
+PAGES_AT_ONCE = 100                 # of the file, given back to the disk in one transaction
 LARGE = 200                         # jobs; larger adds take turns, so that others wait for one
 MOST_READERS = 8                    # connections kept for the next read
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
@@ -131,8 +133,8 @@ STATUS = f"""
     UNION ALL SELECT 'oldest', '', 0, (
         SELECT created_time FROM jobs WHERE status = '{jobs.STARTING}' AND start_time IS NULL
         ORDER BY id LIMIT 1)
-    UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time >= ?
-    UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time >= ?"""
+    UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time BETWEEN :minute AND :now
+    UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time BETWEEN :hour AND :now"""
 
 # An attempt that is over, copied from its job before that becomes something else.
 ATTEMPT = """
@@ -204,6 +206,7 @@ class Store:
         try:
             self._file = open_locked(path)
             inspect(path)
+            self.is_unchecked = needs_check(path) and os.path.getsize(path) > CHECKED_AT_START
             self._writer = prepare(path)
             mark_in_file(self._writer)
             self._watch = Watch(path, self._file)
@@ -218,6 +221,9 @@ class Store:
         self._closed = False
         self._commit_seconds = 0.0              # that the last commit took
         self._counted: Counter = collections.Counter()      # {(state, mode): change} of it so far
+        self._full: Optional[DiskFull] = None   # why the adds of this commit are refused
+        self._checking = threading.Lock()       # held while the whole database is read
+        self._checker: Optional[sqlite3.Connection] = None
         self._large = threading.Lock()          # held by an add that is LARGE
 
     def close(self) -> None:
@@ -230,6 +236,9 @@ class Store:
             self._closed = True
         while self._readers:
             self._readers.pop().close()
+        while not self._checking.acquire(timeout=0.05):
+            with contextlib.suppress(sqlite3.ProgrammingError, AttributeError):     # not open
+                self._checker.interrupt()
         lost = self._watch.error()
         merged = self._close_writer()
         if merged and self._watch.is_in_place():
@@ -348,7 +357,10 @@ class Store:
         """Return how much waits, runs and has ended, all of one moment: one statement is one
         snapshot."""
         now = self.clock.unix()
-        rows = self._read(STATUS, (self.clock.ago(60), self.clock.ago(3600)))
+        # not what ended before the clock was set back
+        times = {"minute": self.clock.ago(60), "hour": self.clock.ago(3600),
+                 "now": self.clock.now()}
+        rows = self._read(STATUS, times)
         open_jobs = {state: {mode: 0 for mode in jobs.MODES}
                      for state in ("waiting", "running", "retrying")}
         ended = {}
@@ -413,17 +425,55 @@ class Store:
             self._write_until_done(writes)
         return [write.error or write.value for write in writes]
 
-    def prune(self, seconds: float) -> int:
+    def prune(self, seconds: float, by: str = "oqc",
+              is_interrupted: Callable[[], bool] = bool) -> int:
         """Delete the jobs that ended longer ago than that, some at a time, so that others can
-        write; return how many."""
+        write, and give their room back to the disk; return how many. `by`: who asks for it."""
         cutoff = self.clock.ago(seconds)
+        self.note_seen()
         deleted = 0
-        while True:
-            batch = self._change(PRUNE, cutoff, PRUNED_AT_ONCE)
-            deleted += batch
-            if batch < PRUNED_AT_ONCE:
-                self._change(UNUSED_DEVICES)
-                return deleted
+        batch = PRUNED_AT_ONCE
+        try:
+            while batch == PRUNED_AT_ONCE and not is_interrupted():
+                batch = self._change(PRUNE, cutoff, PRUNED_AT_ONCE)
+                deleted += batch
+            self._change(UNUSED_DEVICES)
+            while not is_interrupted() and self._write(self._give_room_back):
+                pass
+            self._shorten()
+        finally:
+            if deleted:
+                log.info("%d jobs that ended before %s are deleted, as %s asks for", deleted,
+                         cutoff, by)
+        return deleted
+
+    def _give_room_back(self) -> bool:
+        """Shorten the file by some pages; return whether there may be more. A file that began with
+        version 1 of the database keeps them for new jobs."""
+        before = self._writer.execute("PRAGMA freelist_count").fetchone()
+        # fetchall, since each step of it gives one page back
+        self._writer.execute(f"PRAGMA incremental_vacuum({PAGES_AT_ONCE})").fetchall()
+        return bool(self._writer.execute("PRAGMA freelist_count").fetchone() < before)
+
+    def _shorten(self) -> None:
+        """Have the file become as short as it is by now: that waits for a checkpoint."""
+        with self._lead:
+            if not self._closed:
+                with contextlib.suppress(sqlite3.Error):        # then the next one does it
+                    self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def note_seen(self) -> None:
+        """Remember that the server runs now."""
+        self._change("INSERT OR REPLACE INTO notes VALUES ('seen', ?)", self.clock.now())
+
+    def seconds_since_seen(self) -> float:
+        """Return how long ago, by the wall clock, a server ran last, as far as is known."""
+        seen = self._note("seen")
+        if seen is None:                # as in a database that was brought to this version
+            (seen,), = self._read("SELECT max(created_time) FROM jobs")
+        if seen is None:
+            return 0.0
+        return self.clock.unix() - self.clock.parse(seen)
 
     def claim(self, number: int, runtime: str) -> Optional[Task]:
         """Start an attempt at a job, and count it; return None if it does not wait any more."""
@@ -476,12 +526,38 @@ class Store:
     def unusable(self) -> Optional[str]:
         """Return why jobs cannot be stored, or soon cannot be, or None. Trouble that may have
         passed since is tried again."""
-        full = disk_full_error(self.path)
+        try:
+            full = self._disk_full()
+        except StoreError as error:
+            return str(error)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._change(f"PRAGMA user_version = {VERSION}")
         trouble = self.trouble or full or self._watch.error()
         return str(trouble) if trouble else None
+
+    def _disk_full(self) -> Optional[DiskFull]:
+        """Return why no job is taken where room is short, so that it is left for those that are
+        there; else None."""
+        if not disk_full_error(self.path):
+            return None
+        (pages,), = self._read("PRAGMA freelist_count")
+        (size,), = self._read("PRAGMA page_size")
+        return disk_full_error(self.path, pages * size)
+
+    def check_rest(self) -> None:
+        """Read the whole database, if that is to be done; what is wrong is trouble until the next
+        start."""
+        if not self.is_unchecked:
+            return
+        with self._checking:
+            try:
+                self._checker = self.connect(self.path)
+                with contextlib.closing(self._checker):
+                    refuse_damaged(self.path, self._checker)
+            except (sqlite3.Error, StoreError) as error:
+                if not self._closed:    # else close has interrupted it
+                    self._noted(error)
 
     # What is done in a transaction, by the leader
 
@@ -490,6 +566,8 @@ class Store:
             replay = self._replay(batch.submitter, batch.key)
             if replay:
                 return replay
+        if self._full:
+            raise self._full
         now = self.clock.now()
         added = []
         endings = []
@@ -679,6 +757,7 @@ class Store:
             self._refuse_if_lost()
             self._writer.execute("BEGIN IMMEDIATE")
             self._counted.clear()
+            self._full = self._disk_full()
             refusals = [self._refusal(write) for write in group]
             self._keep_counts()
             self._writer.execute("COMMIT")
@@ -702,14 +781,15 @@ class Store:
         if gone:
             raise gone
 
-    @staticmethod
-    def _refusal(write: Write) -> Optional[Exception]:
+    def _refusal(self, write: Write) -> Optional[Exception]:
         """Do a write; return what was wrong with it before it changed anything, or None."""
         try:
             write.value = write.work(*write.arguments)
             return None
         except Refused as error:
             return error
+        except DiskFull as error:
+            return self._noted(error)
 
     def _keep_counts(self) -> None:
         """Bring the counts in the database up to what this transaction did."""
@@ -736,7 +816,7 @@ class Store:
         """Forget the trouble, unless it is damage, or a full disk on which this just fitted."""
         if not self.trouble or isinstance(self.trouble, Damaged):
             return
-        if isinstance(self.trouble, DiskFull) and disk_full_error(self.path):
+        if isinstance(self.trouble, DiskFull) and self._full:
             return
         log.warning("the database can be written again")
         self.trouble = None

@@ -12,7 +12,7 @@ import sys
 import threading
 
 import pytest
-from conftest import KEY, ROOT, Server
+from conftest import KEY, ROOT, Server, until
 from test_wire import Wire
 
 from oqc.database import backup, check, take_lock
@@ -206,7 +206,7 @@ def in_trouble(server, gate, begin, end, answer):
 
 def test_a_full_disk_refuses_jobs_with_507_loses_no_status_and_recovers_by_itself(
         gated, gate, rigged, small_disk, tmp_path):
-    answer = (507, "no room on the disk", "room")
+    answer = (507, "KiB of room left on the disk", "KiB of room left on the disk")
     if small_disk:
         folder, fill, room = small_disk
         server = gated("--db", folder / "oqc.db")
@@ -225,7 +225,7 @@ def test_a_database_that_may_grow_no_more_is_a_full_disk(serve, rigged, tmp_path
     first = server.wait(server.add())
     (tmp_path / "full").touch()
     refused = add(server, BATCH)
-    assert (refused.status, ids(server)) == (507, [1]) and "no room on the disk" in refused.detail
+    assert (refused.status, ids(server)) == (507, [1]) and "KiB of room left on the disk" in refused.detail
     assert server.get(first) == first
     (tmp_path / "full").unlink()
     assert add(server, BATCH).status == 201 and server.request("GET", "/health/").status == 200
@@ -243,12 +243,21 @@ def test_a_disk_that_is_nearly_full_is_said_before_anything_fails(serve, small_d
     environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
     server = serve("--db", folder / "oqc.db", environment=environment)
     assert server.request("GET", "/health/").status == 200
+    first = server.add()
     (folder / "filler").write_bytes(bytes(5 << 20))
     answer = server.request("GET", "/health/")
     assert answer.status == 503 and " KiB of room left on the disk" in answer.json["reasons"][0]
-    assert server.wait(server.add())["status"] == "Success", "what fits is taken"
+    for _ in range(2):
+        refused = add(server, {"job": "X(90)", "mode": "echo"})
+        assert refused.status == 507 and refused.detail == answer.json["reasons"][0]
+    server.wait(first)
+    pruned = server.request("DELETE", "/jobs/list/?older-than=0s").json
+    assert pruned == {"deleted": 1}, "there is room for what is there already"
+    assert server.request("GET", "/health/").status == 503
     (folder / "filler").unlink()
     assert server.request("GET", "/health/").status == 200
+    assert server.wait(server.add())["status"] == "Success"
+    assert len(lines(server, " error database: ")) == 1
 
 
 def test_on_a_full_disk_a_server_starts_that_has_its_files_and_else_says_that_there_is_no_room(
@@ -384,6 +393,15 @@ def random_pages(path):
     overwrite(path, 4096, random.Random(4).randbytes(path.stat().st_size - 4096))
 
 
+def by_hand(begin, data):
+    """What makes the file a backup that somebody put there, and overwrites a page of it: one that
+    a server left when it stopped is not read at the start."""
+    def harm(path):
+        overwrite(path, 18, b"\1\1")
+        overwrite(path, begin, data)
+    return harm
+
+
 def another_program(path):
     """A database with the tables of another program in its place."""
     path.unlink()
@@ -425,9 +443,9 @@ HARMS = {                           # what there was, what happened to it, what 
     "pages overwritten after a kill": (
         KILLED, random_pages, "is damaged (", "put a backup in its place"),
     "one page overwritten": (
-        STOPPED, lambda path: overwrite(path, 8192, b"\xff" * 4096), "is damaged (", "backup"),
+        STOPPED, by_hand(8192, b"\xff" * 4096), "is damaged (", "backup"),
     "one page zeroed": (
-        STOPPED, lambda path: overwrite(path, 12288, bytes(4096)), "is damaged (", "backup"),
+        STOPPED, by_hand(12288, bytes(4096)), "is damaged (", "backup"),
     "its first bytes": (
         STOPPED, lambda path: overwrite(path, 0, b"garbage!"), "is not a database", "--db"),
     "truncated": (
@@ -820,6 +838,155 @@ def test_a_compact_gives_room_back_and_has_an_older_file_give_it_back_later(serv
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
     assert ids(serve()) == before
+
+
+# A disk that the database filled
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_disk_that_the_database_filled_has_room_for_a_prune_and_takes_jobs_again(
+        serve, tmp_path, version):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted")
+    try:
+        path = folder / "oqc.db"
+        if version == 1:
+            shutil.copy(ROOT / "tests" / "version_1.db", path)
+        server = serve("--db", path)
+        while (status := add(server, BATCH[:1000]).status) == 201:
+            pass
+        assert status == 507 and server.request("GET", "/health/").status == 503
+        assert shutil.disk_usage(folder).free > 1 << 20, "refused before the last megabytes"
+        assert server.stop() == 0
+        server = serve("--db", path)        # whose WAL begins anew, and is short
+        while (status := add(server, BATCH[:1000]).status) == 201:
+            pass
+        assert status == 507
+        full = path.stat().st_size
+        assert server.request("DELETE", "/jobs/list/?older-than=0s").json["deleted"] > 10_000
+        assert server.request("GET", "/health/").status == 200
+        assert add(server, BATCH[:1000]).status == 201
+        assert server.stop() == 0
+        if version == 1:
+            assert path.stat().st_size >= full, "its pages are used again"
+        else:
+            assert path.stat().st_size < full / 2, "they are given back"
+    finally:
+        server.stop()
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+MANY_OLD = """
+    WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < {})
+    INSERT INTO jobs (job, mode, status, runtime, return_code, created_time, start_time, end_time,
+                      attempts, shots, seed, echo_code, submitter)
+    SELECT 'X(90)', 'echo', 'Success', 'echo', 0, '2020', '2020', '2020', 1, 1, n, 0, 'bob' FROM n
+    """
+NOW = "INSERT OR REPLACE INTO notes VALUES ('seen', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"
+
+
+def sql(path, *statements):
+    """What the last of these statements gives, of a database that no server uses."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            rows = connection.execute(statement).fetchall()
+    return rows
+
+
+@pytest.mark.slow
+def test_signals_are_heard_during_a_prune(serve, tmp_path):
+    path = tmp_path / "oqc.db"
+    assert serve().stop() == 0
+    sql(path, MANY_OLD.format(300_000), NOW)
+    server = serve("--keep-days", "30")
+    first = server.request("GET", "/jobs/list/?limit=1").json
+    until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)
+    server.process.send_signal(signal.SIGHUP)
+    server.line("keys read again")
+    assert server.stop() == 0
+    server.line(" jobs that ended before ")
+    assert sql(path, "SELECT count(*) FROM jobs")[0][0] > 1000, "it was still at it"
+
+
+def test_a_prune_by_hand_says_how_many_how_old_and_whose_key(serve):
+    server = serve()
+    server.wait(server.add())
+    assert server.request("DELETE", "/jobs/list/?older-than=0s").json == {"deleted": 1}
+    line = server.line(" info 1 jobs that ended before 20")
+    assert line.endswith("Z are deleted, as documented asks for")
+
+
+# A clock that is wrong
+
+AHEAD = """
+import os, time
+now, now_ns = time.time, time.time_ns
+def ahead():
+    return 3650 * 86400 * os.path.exists("ahead")
+time.time = lambda: now() + ahead()
+time.time_ns = lambda: now_ns() + ahead() * 10 ** 9
+"""
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "from its jobs"])
+def test_a_clock_that_is_ten_years_ahead_deletes_nothing_by_itself(serve, tmp_path, seen):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(AHEAD, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    server = serve(environment=environment)
+    job = server.wait(server.add())
+    assert server.stop() == 0
+    if not seen:
+        sql(tmp_path / "oqc.db", "DELETE FROM notes")
+    (tmp_path / "ahead").touch()
+    for _ in range(2):              # it is no excuse that it was seen a moment ago
+        server = serve("--keep-days", "30", environment=environment)
+        server.line("warning no old jobs are deleted: by the clock no server ran for 36")
+        assert server.get(job) == job
+        assert server.stop() == 0
+    (tmp_path / "ahead").unlink()
+    server = serve("--keep-days", "30", environment=environment)
+    assert server.add() and "no old jobs are deleted" not in server.log
+    (tmp_path / "ahead").touch()
+    assert server.request("DELETE", "/jobs/list/?older-than=30d").json["deleted"], "as asked for"
+    assert server.stop() == 0
+    server = serve("--keep-days", "30", environment=environment)
+    server.add()
+    assert "no old jobs are deleted" not in server.log
+
+
+def test_what_ended_before_the_clock_was_set_back_did_not_end_in_the_last_minute(serve, tmp_path):
+    server = serve()
+    for _ in range(2):
+        job = server.wait(server.add())
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", f"UPDATE jobs SET end_time = '2999' WHERE id = {job['id']}")
+    status = serve().request("GET", "/status/").json
+    assert (status["ended_last_minute"], status["ended_last_hour"]) == (1, 1)
+
+
+# What is read at the start
+
+def test_after_a_clean_stop_the_database_is_not_read_through_and_after_a_kill_also_while_serving(
+        serve, tmp_path):
+    path = tmp_path / "oqc.db"
+    server = serve()
+    long = ", ".join(["X(90)"] * 500_000)
+    for _ in range(5):
+        server.add(long)
+    assert server.stop() == 0 and path.stat().st_size > 16 << 20
+    overwrite(path, path.stat().st_size - (6 << 20), b"\xff" * 4096)    # in the strings
+    server = serve()
+    server.add()
+    assert server.request("GET", "/health/").status == 200
+    server.process.kill()
+    server.stop()
+    server = serve()
+    assert "is damaged (" in server.line(" error database: ")
+    assert server.request("GET", "/health/").status == 503
+    assert add(server, BATCH[:1]).status == 503 and server.stop() == 0
 
 
 # Damage that comes later
