@@ -5,15 +5,18 @@ generated columns.
 """
 import contextlib
 import fcntl
+import json
 import logging
 import os
+import shutil
 import sqlite3
 import struct
+import tempfile
 from typing import Iterator, Optional, Sequence
 from urllib.parse import quote
 
 from oqc import jobs
-from oqc.jobs import DiskFull, StoreError
+from oqc.jobs import DamagedRow, DiskFull, StoreError
 
 log = logging.getLogger("oqc")
 
@@ -196,10 +199,36 @@ def open_observer(path: str) -> sqlite3.Connection:
     """Return a connection that leaves the file and its WAL as they are.
 
     A connection that is only query_only merges them if it is closed last, after a crash and before
-    the next server has seen them. Where there is no WAL, a connection has to make one.
+    the next server has seen them. Where there is no WAL, a connection has to make one, or, where
+    nothing can be written, to be told that the file does not change.
     """
-    mode = "ro" if os.path.exists(path + "-wal") else "rw"
+    mode = "rw"
+    if os.path.exists(path + "-wal"):
+        mode = "ro"
+    elif not _may_write(path):
+        mode = "ro&immutable=1"
     return connect_to(path, mode=mode)
+
+
+@contextlib.contextmanager
+def observed(path: str) -> Iterator[sqlite3.Connection]:
+    """Give a connection as open_observer does; of a copy, where the index of the WAL is missing
+    and cannot be made."""
+    has_index = os.path.exists(path + "-shm")
+    with contextlib.ExitStack() as stack:
+        if os.path.exists(path + "-wal") and not has_index and not _may_write(path):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            copy = os.path.join(folder, "copy.db")
+            for suffix in ("", "-wal"):
+                shutil.copyfile(path + suffix, copy + suffix)
+            path = copy
+        yield stack.enter_context(contextlib.closing(open_observer(path)))
+
+
+def _may_write(path: str) -> bool:
+    """Return whether files can be made beside this one, and it can be written."""
+    folder = os.path.dirname(os.path.abspath(path))
+    return os.access(folder, os.W_OK) and os.access(path, os.W_OK)
 
 
 def take_lock(path: str) -> int:
@@ -439,6 +468,8 @@ def as_store_error(path: str, error: BaseException) -> BaseException:
         return DiskFull(f"{path}: no room on the disk")
     if "readonly" in text or "unable to open" in text:
         return StoreError(f"{path}: cannot be written now ({text})")
+    if "decode" in text:            # invalid UTF-8
+        return DamagedRow(f"{path}: a row is damaged ({text}); check names it")
     if "malformed" in text or "not a database" in text:
         return Damaged(f"{path}: is damaged ({text}); "
                        "stop the server and put a backup in its place")
@@ -513,7 +544,7 @@ def backup(path: str, target: str) -> None:
     except OSError as error:
         raise StoreError(f"{target}: {error.strerror}") from None
     try:
-        with contextlib.closing(open_observer(path)) as source, \
+        with observed(path) as source, \
                 contextlib.closing(sqlite3.connect(target)) as copy:
             source.backup(copy, pages=-1)
             copy.execute(f"PRAGMA application_id = {APPLICATION_ID}")       # nobody uses it
@@ -572,7 +603,7 @@ def _copy_to_restore(source: str, copy: str, name: str) -> int:
     open."""
     inspect(source, whole=False)
     _remove(copy)
-    with contextlib.closing(open_observer(source)) as reader, \
+    with observed(source) as reader, \
             contextlib.closing(sqlite3.connect(copy)) as target:
         reader.backup(target, pages=-1)
         verdict = target.execute("PRAGMA integrity_check(1)").fetchone()[0]
@@ -661,17 +692,19 @@ def compact(path: str) -> str:
 def check(path: str) -> Iterator[str]:
     """Yield what is wrong with a database, a line each; raise StoreError.
 
-    That is what SQLite's integrity_check finds, and each job that breaks one of INVARIANTS. The
-    server may use the database meanwhile.
+    That is what SQLite's integrity_check finds, each job whose texts or result are not what a
+    server writes, and each that breaks one of INVARIANTS. The server may use the database
+    meanwhile.
     """
     path = _existing(path)
     sound = " AND ".join(f"coalesce({condition}, 1)" for _, condition in INVARIANTS)
     try:
-        with contextlib.closing(open_observer(path)) as reader:
+        with observed(path) as reader:
             for report, in reader.execute("PRAGMA integrity_check"):
                 yield from (line for line in report.splitlines() if line != "ok")
             if reader.execute("PRAGMA user_version").fetchone()[0] >= 2:
                 yield from _wrong_counts(reader)
+            yield from _wrong_texts(reader)
             if not reader.execute(f"SELECT 1 FROM jobs WHERE NOT ({sound}) LIMIT 1").fetchone():
                 return              # one scan of the table, where each of the following takes one
             for wrong, condition in INVARIANTS:
@@ -680,6 +713,44 @@ def check(path: str) -> Iterator[str]:
                     yield f"job {number}: {wrong}"
     except sqlite3.Error as error:
         raise as_store_error(path, error) from error
+
+
+def _wrong_texts(reader: sqlite3.Connection) -> Iterator[str]:
+    """Yield which jobs have texts, or a result, that are not what a server writes."""
+    reader.text_factory = bytes     # or an invalid one would end the loop
+    rows = reader.execute("SELECT * FROM jobs")
+    job_column = [name for name, *_ in rows.description].index("job")
+    for row in rows:
+        if not all(map(_is_utf_8, row)):
+            yield f"job {row[0]}: a text of it is no UTF-8"
+        elif not jobs.PATTERN.fullmatch(row[job_column].decode()):
+            yield f"job {row[0]}: its job string does not fit the pattern"
+    for number, result, is_json in reader.execute("SELECT id, result, is_json FROM results"):
+        if not _is_utf_8(result):
+            yield f"job {number}: its result is no UTF-8"
+        elif is_json and not is_json_text(result.decode()):
+            yield f"job {number}: its result is no JSON"
+    reader.text_factory = str
+
+
+def _is_utf_8(value: object) -> bool:
+    """Return whether a text is one, as bytes; what is no text is not looked at."""
+    if not isinstance(value, bytes) or value.isascii():
+        return True
+    try:
+        value.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def is_json_text(text: str) -> bool:
+    """Return whether a text is JSON."""
+    try:
+        json.loads(text)
+        return True
+    except (ValueError, RecursionError):
+        return False
 
 
 def _wrong_counts(reader: sqlite3.Connection) -> Iterator[str]:

@@ -20,11 +20,11 @@ from typing import (
 from oqc import jobs
 from oqc.database import (
     CHECKED_AT_START, STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal, connect_to,
-    disk_full_error, inspect, mark_in_file, needs_check, open_locked, open_writer, refuse_damaged,
-    resolve, sql_list, take_lock, unmark_in_file)
+    disk_full_error, inspect, is_json_text, mark_in_file, needs_check, open_locked, open_writer,
+    refuse_damaged, resolve, sql_list, take_lock, unmark_in_file)
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
-    Outcome, Refused, StoreError, Submission, Task, UnknownJob)
+    Addition, Attempt, Batch, DamagedRow, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused,
+    Log, Outcome, Refused, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
@@ -36,6 +36,7 @@ LARGE = 200                         # jobs; larger adds take turns, so that othe
 MOST_READERS = 8                    # connections kept for the next read
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
+ROW = "job {}: what is stored of it is damaged; `oqc check` says what, a backup may have it"
 CLOSED = "{}: is closed, the server is stopping"
 
 
@@ -267,10 +268,12 @@ class Store:
 
     def get(self, number: int) -> Job:
         """Return the job with this id; raise UnknownJob."""
-        rows = self._read(GET, (number,))
-        if not rows:
-            raise UnknownJob(number)
-        return Job._make(rows[0])
+        rows = self._read_job(GET, number)
+        job = Job._make(rows[0])
+        text = job.job
+        if not text.isprintable() or '"' in text or "\\" in text:     # an answer holds it as it is
+            raise DamagedRow(ROW.format(number))
+        return job
 
     def page(self, after: Optional[int], limit: int, descending: bool = False,
              **equal: Optional[str]) -> List[Job]:
@@ -298,18 +301,15 @@ class Store:
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON); null if it put out nothing.
         Raise UnknownJob."""
-        rows = self._read(RESULT, (number,))
-        if not rows:
-            raise UnknownJob(number)
-        result, is_json = rows[0]
+        result, is_json = self._read_job(RESULT, number)[0]
+        if is_json and not is_json_text(result):
+            raise DamagedRow(ROW.format(number))
         return result, bool(is_json)
 
     def details(self, number: int) -> Details:
         """Return what the members of a job do not hold, its attempts above all; raise
         UnknownJob."""
-        rows = self._read(DETAILS, (number,))
-        if not rows:
-            raise UnknownJob(number)
+        rows = self._read_job(DETAILS, number)
         *members, due, mode, attempt, runtime, start_time = rows[0][:DETAIL_COLUMNS]
         attempts = [Attempt(*row[DETAIL_COLUMNS:]) for row in rows
                     if row[DETAIL_COLUMNS] is not None]
@@ -328,7 +328,10 @@ class Store:
         if not rows:
             return Log()
         compressed, dropped = rows[0]
-        return Log(zlib.decompress(compressed), dropped)
+        try:
+            return Log(zlib.decompress(compressed), dropped)
+        except zlib.error as error:
+            raise DamagedRow(ROW.format(number)) from error
 
     def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
         """Yield pages of (id, mode, due) of the jobs that wait, in id order."""
@@ -380,6 +383,16 @@ class Store:
         return {"idle": idle, **open_jobs, "oldest_waiting_seconds": age,
                 "ended_last_minute": ended["minute"], "ended_last_hour": ended["hour"],
                 "database_bytes": sum(map(os.path.getsize, files))}
+
+    def _read_job(self, statement: str, number: int) -> List[Any]:
+        """Return the rows of a SELECT of one job; raise UnknownJob without any, DamagedRow."""
+        try:
+            rows = self._read(statement, (number,))
+        except DamagedRow as error:
+            raise DamagedRow(ROW.format(number)) from error
+        if not rows:
+            raise UnknownJob(number)
+        return rows
 
     def _read(self, statement: str, values: Union[Sequence[Any], Dict[str, Any]] = (),
               fetch: Callable[[sqlite3.Cursor], List[Any]] = sqlite3.Cursor.fetchall) -> List[Any]:
@@ -451,8 +464,8 @@ class Store:
         """Shorten the file by some pages; return whether there may be more. A file that began with
         version 1 of the database keeps them for new jobs."""
         before = self._writer.execute("PRAGMA freelist_count").fetchone()
-        # fetchall, since each step of it gives one page back
-        self._writer.execute(f"PRAGMA incremental_vacuum({PAGES_AT_ONCE})").fetchall()
+        for _ in range(PAGES_AT_ONCE):      # it gives back one page a step, and Python does one
+            self._writer.execute("PRAGMA incremental_vacuum(1)").fetchall()
         return bool(self._writer.execute("PRAGMA freelist_count").fetchone() < before)
 
     def _shorten(self) -> None:
@@ -806,6 +819,8 @@ class Store:
         """Return what an error means. One of the database is remembered, and said once; damage
         until the next start."""
         meaning = as_store_error(self.path, error)
+        if isinstance(meaning, DamagedRow):
+            return meaning
         if isinstance(meaning, StoreError) and not isinstance(self.trouble, Damaged):
             if not self.trouble or isinstance(meaning, Damaged):
                 log.error("database: %s", meaning)

@@ -225,7 +225,8 @@ def test_a_database_that_may_grow_no_more_is_a_full_disk(serve, rigged, tmp_path
     first = server.wait(server.add())
     (tmp_path / "full").touch()
     refused = add(server, BATCH)
-    assert (refused.status, ids(server)) == (507, [1]) and "KiB of room left on the disk" in refused.detail
+    assert (refused.status, ids(server)) == (507, [1])
+    assert "KiB of room left on the disk" in refused.detail
     assert server.get(first) == first
     (tmp_path / "full").unlink()
     assert add(server, BATCH).status == 201 and server.request("GET", "/health/").status == 200
@@ -989,7 +990,86 @@ def test_after_a_clean_stop_the_database_is_not_read_through_and_after_a_kill_al
     assert add(server, BATCH[:1]).status == 503 and server.stop() == 0
 
 
+# What may only be read
+
+@pytest.mark.parametrize("state", ["stopped", "killed", "killed, no index"])
+@pytest.mark.parametrize("medium", ["read-only", "not ours"])
+def test_a_check_and_a_backup_need_not_write_beside_the_database(left, tmp_path, state, medium):
+    folder = tmp_path / "medium"
+    shutil.copytree(left / state.split(",")[0], folder)
+    if "no index" in state:
+        remove_index(folder)
+    if medium == "not ours":
+        done = as_nobody(folder, tmp_path)
+    else:
+        mount = ["mount", "--bind", "-o", "ro", folder, folder]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("nothing can be mounted")
+        try:
+            done = [command(tmp_path, *ARGUMENTS[0]), command(tmp_path, *ARGUMENTS[1])]
+        finally:
+            subprocess.run(["umount", folder], check=True)
+    assert done == [(0, "medium/oqc.db: ok\n"), (0, "")]
+    jobs = 501 if state.startswith("killed") else 500
+    assert sql(tmp_path / "copy.db", "SELECT count(*) FROM jobs") == [(jobs,)]
+
+
+ARGUMENTS = (["check", "--db", "medium/oqc.db"], ["backup", "copy.db", "--db", "medium/oqc.db"])
+AS_NOBODY = """
+import gettext, locale, os, sys         # before they can be read no more
+from oqc import app, cli, commands
+os.setuid(65534)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def as_nobody(folder, tmp_path):
+    """What the two commands come to for somebody who may read the files and not write."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o777)
+    done = []
+    for arguments in ARGUMENTS:
+        ended = subprocess.run(
+            [sys.executable, "-B", "-c", AS_NOBODY, *arguments], cwd=tmp_path, check=False,
+            timeout=60, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done.append((ended.returncode, ended.stdout + ended.stderr))
+    return done
+
+
 # Damage that comes later
+
+DAMAGES = {                         # what is done to job 2, what check says
+    "a job string": ("UPDATE jobs SET job = 'X(90)\"' WHERE id = 2",
+                     "its job string does not fit the pattern"),
+    "a text": ("UPDATE jobs SET runtime_error = CAST(x'ff' AS TEXT) WHERE id = 2",
+               "a text of it is no UTF-8"),
+    "text of a result": ("INSERT INTO results VALUES (2, CAST(x'ff' AS TEXT), 0)",
+                         "its result is no UTF-8"),
+    "JSON of a result": ("INSERT INTO results VALUES (2, '[1', 1)", "its result is no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_row_is_500_for_that_job_and_nothing_else_and_a_check_names_it(
+        serve, tmp_path, name):
+    statement, says = DAMAGES[name]
+    server = serve()
+    for _ in range(3):
+        server.wait(server.add())
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", statement)
+    assert f"job 2: {says}" in list(check(str(tmp_path / "oqc.db")))
+    server = serve()
+    answer = server.request("GET", "/jobs/2/result/" if "result" in name else "/jobs/2/")
+    assert answer.status == 500 and "Retry-After" not in answer.headers
+    assert "job 2: what is stored of it is damaged" in answer.detail
+    assert server.request("GET", "/jobs/1/").status == server.request("GET", "/health/").status
+    assert server.add() and server.request("GET", "/health/").status == 200
+    assert "Traceback" not in server.log
 
 def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(
         left, serve, tmp_path):
