@@ -7,6 +7,7 @@ import base64
 import contextlib
 import functools
 import hashlib
+import ipaddress
 import itertools
 import json
 import pkgutil
@@ -18,8 +19,8 @@ from typing import (
 
 from oqc import __version__, bloch, jobs, manual
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, StoreError,
-    Submission, UnknownJob)
+    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
+    StoreError, Submission, UnknownJob)
 from oqc.messages import (
     PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
     json_response, number, parameters, problem_response, text_response, wants_text)
@@ -38,6 +39,10 @@ AGE_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}        # in seconds
 KEY_HEADERS = ("api_key", "x-api-key")
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
+NOT_HERE = ("the documented key is public, so while it is in force only requests to localhost are "
+            "answered, and none through a proxy; with keys of its own the server answers all: "
+            "`key NAME >keys; chmod 600 keys`, then start it with --keys-file keys")
+HOST_NAME = re.compile(rb"(\[[^\]]*\]|[^:]*)(?::[0-9]*)?")
 DETAILS = (                         # the members of a job's details, in their order
     "id", "submitter", "tag", "note", "priority", "asked_runtime", "shots", "seed", "sha256",
     "state", "due_time", "ahead", "waits_for", "attempts")
@@ -99,7 +104,7 @@ class Workers(Protocol):
     def cancel(self, number: int) -> Job:
         """End a job and return it; raise Ended, UnknownJob."""
 
-    def outlook(self, job: Job, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
+    def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs are before one that waits, what it waits for)."""
 
     def log(self, number: int) -> Optional[Log]:
@@ -129,10 +134,12 @@ class Waiting(Protocol):
 
     changes: int                    # how much has happened so far
 
-    def until_ended(self, numbers: Sequence[int], seconds: float, name: str) -> List[Job]:
+    def until_ended(self, numbers: Sequence[int], seconds: float, name: str,
+                    has_left: Callable[[], bool]) -> List[Job]:
         """Return jobs when they have ended; none if there is no room to wait."""
 
-    def for_change(self, since: int, seconds: float, name: str) -> None:
+    def for_change(self, since: int, seconds: float, name: str,
+                   has_left: Callable[[], bool]) -> None:
         """Return as soon as `changes` is not `since`."""
 
     def place(self, name: str) -> ContextManager[bool]:
@@ -178,8 +185,10 @@ PICTURE_HEADERS = (("Content-Security-Policy", "default-src 'none'"),
 class Keys:
     """The API keys: who a request comes from."""
 
-    def __init__(self, keys: Dict[str, bytes]) -> None:
-        """`keys`: {name: key}, the keys being any bytes that a header can carry."""
+    def __init__(self, keys: Dict[str, bytes], public: bytes = b"") -> None:
+        """`keys`: {name: key}, the keys being any bytes that a header can carry; `public`: a key
+        that everybody knows."""
+        self.are_public = public in keys.values()
         self.names = {self._digest(key): name for name, key in keys.items()}
 
     def name(self, headers: Dict[str, bytes]) -> Optional[str]:
@@ -270,6 +279,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def _endpoint(self, request: Request) -> Tuple[Endpoint, Tuple[str, ...], str]:
         """Return (function, what its path says, name of the key); raise Problem."""
+        if self.keys.are_public and not is_local(request.headers):
+            raise Problem(421, NOT_HERE)
         methods, arguments = route(request.path)
         if not methods and request.path != "*":         # OPTIONS * asks about the server itself
             path = json.dumps(request.path[:80])
@@ -305,7 +316,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             # Whatever became of them since: they were added, and that is what the answer says.
             with contextlib.suppress(UnknownJob, StoreError):
-                added, headers = self._wait_for_ends(added, seconds, request.key_name)
+                added, headers = self._wait_for_ends(added, seconds, request)
         return _created(added, many, addition.replayed, headers)
 
     def _parse_add(self, request: Request) -> Union[Batch, Exception]:
@@ -454,7 +465,9 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         stored = self.store.details(job.id)
         ahead = waits_for = None
         if stored.state == "waiting":
-            ahead, waits_for = self.workers.outlook(job, stored.due_time)
+            queued = Queued(
+                job.id, job.mode, stored.priority, stored.submitter, stored.asked_runtime)
+            ahead, waits_for = self.workers.outlook(queued, stored.due_time)
         details = stored._asdict()
         details["note"] = _parsed(stored.note)
         # The receipts of the attempts are to be compared with it.
@@ -471,19 +484,19 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         known_id = job_id(job_number)
         follow = choice(parameters(request.query, ("follow",)), "follow", ("1",))
         self.store.get(known_id)
-        pieces = self._log_pieces(known_id, request.key_name if follow else None)
+        pieces = self._log_pieces(known_id, request if follow else None)
         # Now, so that what is wrong is found before the response begins.
         first = next(pieces, b"")
         if not follow:
             return Response(200, first + b"".join(pieces), PLAIN)
         return Response(200, itertools.chain([first], pieces), PLAIN)
 
-    def _log_pieces(self, number: int, follower: Optional[str]) -> Iterator[bytes]:
-        """Yield a job's log, and with the name of a follower what is new, until it has ended."""
+    def _log_pieces(self, number: int, follower: Optional[Request]) -> Iterator[bytes]:
+        """Yield a job's log, and to a follower what is new, until it ends or they have left."""
         if follower is None:
             yield from self._new_log(LogText(), number, [])
             return
-        with self.waiting.place(follower) as has_room:
+        with self.waiting.place(follower.key_name) as has_room:
             if not has_room:
                 raise Problem(503, "too many requests wait or follow already; ask without follow, "
                               "or again later", ("Retry-After", "10"))
@@ -494,7 +507,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             while goes_on:
                 ended = self.store.get(number).end_time is not None     # first: then all is there
                 yield from self._new_log(text, number, over)
-                goes_on = not ended and self.waiting.for_more(number, FOLLOW_EVERY)
+                goes_on = (not ended and not follower.has_left()
+                           and self.waiting.for_more(number, FOLLOW_EVERY))
 
     def _new_log(self, text: LogText, number: int, over: List[Attempt]) -> Iterator[bytes]:
         """Yield what is new in a job's log, and add to `over` the attempts that are."""
@@ -529,14 +543,15 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         job = self.store.get(known_id)
         if not seconds or job.end_time is not None:
             return job, ()
-        (job,), headers = self._wait_for_ends([job], seconds, request.key_name)
+        (job,), headers = self._wait_for_ends([job], seconds, request)
         return job, headers
 
     def _wait_for_ends(self, waited_for: List[Job], seconds: float,
-                       name: str) -> Tuple[List[Job], Headers]:
+                       request: Request) -> Tuple[List[Job], Headers]:
         """Return these jobs as soon as all have ended, or as they are after so many seconds; and
         as they are now, with a Retry-After, when there is no room for another that waits."""
-        ended = self.waiting.until_ended([job.id for job in waited_for], seconds, name)
+        ended = self.waiting.until_ended([job.id for job in waited_for], seconds,
+                                         request.key_name, request.has_left)
         if not ended:
             return waited_for, (("Retry-After", "1"),)
         return ended, ()
@@ -587,7 +602,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if seconds:
             if since is None:
                 since = self.waiting.changes
-            self.waiting.for_change(since, seconds, request.key_name)
+            self.waiting.for_change(since, seconds, request.key_name, request.has_left)
         change = self.waiting.changes   # before the store is read: nothing after it goes unnoticed
         with self._heavy:
             stored = self.store.status()
@@ -631,6 +646,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         runtimes = [self.workers.describe(name) for name in self.workers.runtimes]
         if not wants_text(request):
             return Response(200, b"".join(array([runtimes], json.dumps)))
+        for runtime in runtimes:
+            del runtime["device"]       # too wide for a table
         rows = [[", ".join(map(str, value)) if isinstance(value, list) else value
                  for value in runtime.values()] for runtime in runtimes]
         return text_response(table(rows, [name.upper() for name in runtimes[0]]))
@@ -711,6 +728,32 @@ ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/runtimes/([^/]+)/resume/?", {"POST": Api.resume}),
 ))
 PUBLIC = (Api.root, Api.help, Api.topic, Api.openapi, Api.health)   # what needs no key
+
+
+def is_local(headers: Dict[str, bytes]) -> bool:
+    """Return whether a request was meant for this machine and came from it, as far as it says so.
+
+    A page of another site, whose name leads to 127.0.0.1 (DNS rebinding), sends that name.
+    """
+    if "via" in headers or "forwarded" in headers or "x-forwarded-" in " ".join(headers):
+        return False
+    host = headers.get("host")
+    return host is None or is_loopback(host)        # none: HTTP/1.0, which no browser speaks
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: bytes) -> bool:
+    """Return whether a Host header names this machine, by whatever port."""
+    match = HOST_NAME.fullmatch(host)
+    if not match:
+        return False
+    name = match[1].decode("latin-1").strip("[]").lower()
+    if name.rstrip(".") == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,17 +5,20 @@ The table of threads, with the locks that each takes:
 | name | runs | may block on | locks |
 |---|---|---|---|
 | main | start, until_stopped, stop | signals; a commit; threads | Store, Workers, Waiting |
-| signals | Signals._wait | sigwait | none |
+| signals | Signals._wait | a pipe | none |
 | log | LogLines._write | standard error | none |
 | listener | Server.serve_forever | select; a commit, see below | Store, Api, Workers, Waiting |
 | pool | Server.process_request_thread | its client; a commit; Waiting | all |
 | checker | Store.check_rest, once | the disk | Store._checking |
+| loader | Workers.load | no event: it ends when all that waits is queued | Workers |
 | alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
+| reaper | Instance._reap_always | its event | Instance |
 | NAME-n | Workers._work, one a slot | a bell; a runtime; a commit | Store, Workers, Waiting |
 
 The locks: Store._large, of large adds, and in it Store._lead, the leader's; Workers._pausing, of a
 pause that comes or goes, and in it Store._lead or Workers.lock; Workers.lock, over what runs;
-Waiting's, over who waits; Api._counting, over what is being stored; process.CHILDREN_LOCK. No other
+Waiting's, over who waits; Api._counting, over what is being stored; tree.INSTANCE's, over what
+was started. No other
 two are held together, and none while a runtime or a client is waited for. The listener commits
 while nobody else does and the last commit was quick, so that it waits for the disk alone; if a
 thread takes the lead just before it, it waits for that one's commit as well.
@@ -27,13 +30,15 @@ Store.add_together commit them and Workers.take_up put them on their queue, and 
 Responses; Server.shutdown_request gives each Connection back; Server._respond sends the response.
 Any other request goes from Server.process_request to a thread of the pool, where
 Server.finish_request makes a Handler that asks Api.handle, and comes back the same way. Then a
-worker thread takes the job: Workers._take, Store.claim, Slot.run, Store.settle, Waiting.notify.
+worker thread takes the job: Workers._take, Store.claim, Slot.run, Store.settle (or, with the next
+job, settle_and_claim), Waiting.notify.
 """
 import contextlib
 import functools
 import logging
 import os
 import random
+import resource
 import signal
 import threading
 from typing import Any, Tuple
@@ -43,10 +48,12 @@ from oqc.api import Api, Keys
 from oqc.clock import Clock
 # pylint: disable-next=unused-import # for cli
 from oqc.database import SQLITE_VERSION, backup, check, compact, restore
-from oqc.config import PROGRAM, ConfigError, Settings, read_keys
+from oqc.config import DOCUMENTED_KEY, PROGRAM, ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
+from oqc.keeper import Keeper
 from oqc.log import LogLines
 from oqc.store import Store
+from oqc.tree import INSTANCE
 from oqc.waiting import Waiting
 from oqc.workers import Workers
 # Last on purpose: what http.server brings reuses the memory that compiling the others has freed,
@@ -55,7 +62,10 @@ from oqc.server import Limits, Server, load_certificate_again, notify, tls_conte
 
 log = logging.getLogger("oqc")
 
+OWN_DESCRIPTORS = 32                # that a server needs beside connections and slots
+SLOT_DESCRIPTORS = 6                # that a slot needs while a job runs in it
 HOUR = 3600.0                       # seconds between the server's notes of when it was seen
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)    # and reset in what is started
 
 
 class StartError(Exception):
@@ -65,9 +75,10 @@ class StartError(Exception):
 class Signals:
     """The signals that came, as events that a thread of its own sets.
 
-    No handlers: they run only when the main thread happens to, so that a signal that comes just
-    before it waits is not heard, and one that comes while it holds an event's lock waits for that
-    lock for ever. Every thread that starts after this one has the signals blocked as well.
+    A handler runs only when the main thread happens to, so that a signal that comes just before it
+    waits is not heard, and one that comes while it holds an event's lock waits for that lock for
+    ever: these do nothing, and the thread reads what the interpreter writes at each signal. None is
+    blocked, since a runtime would inherit that; what is handled, it does not (execve(2)).
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -77,34 +88,56 @@ class Signals:
         self.stop = threading.Event()
         self.hurry = threading.Event()      # a second signal to stop
         self.reload = threading.Event()
-        signal.pthread_sigmask(signal.SIG_BLOCK, self.NUMBERS)
+        self._came, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        for number in self.NUMBERS:
+            signal.signal(number, _heard)
         threading.Thread(target=self._wait, name="signals", daemon=True).start()
 
     def _wait(self) -> None:
         while True:
-            if signal.sigwait(self.NUMBERS) == signal.SIGHUP:
+            number, = os.read(self._came, 1)
+            if number == signal.SIGHUP:
                 self.reload.set()
             elif self.stop.is_set():
                 self.hurry.set()
-            else:
+            elif number in self.NUMBERS:
                 self.stop.set()
             self.any.set()
+
+
+def reset_signals() -> None:
+    """Undo what whoever started this process has ignored or blocked: nohup SIGHUP, a shell SIGINT
+    and SIGQUIT for what runs in the background, a careless parent SIGCHLD, without which no end of
+    a child is seen. Runtimes would inherit it."""
+    for number in signal.valid_signals():
+        if signal.getsignal(number) == signal.SIG_IGN and number not in IGNORED_BY_PYTHON:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _heard(_number: int, _frame: object) -> None:
+    """Do nothing: Signals' thread is told."""
 
 
 def serve(settings: Settings) -> int:
     """Run a server until it is told to stop; return 0. Raise StartError."""
     _keep_standard_descriptors()
-    signals = Signals()
+    reset_signals()
     clock = Clock()
+    keeper = Keeper(clock)          # before there are threads
+    signals = Signals()
     lines = LogLines(clock, bool(os.environ.get("JOURNAL_STREAM")))
     log.handlers = [lines]
     log.propagate = False
     log.setLevel(settings.log_level.upper())
     try:
-        running = _Running(settings, clock, lines)
+        running = _Running(settings, clock, lines, keeper)
         running.start()
         running.until_stopped(signals)
         running.stop(signals)
+        keeper.stop()
         return 0
     except StoreError as error:
         raise StartError(str(error)) from None
@@ -115,7 +148,8 @@ def serve(settings: Settings) -> int:
 class _Running:
     """A server with all its parts."""
 
-    def __init__(self, settings: Settings, clock: Clock, lines: LogLines) -> None:
+    def __init__(self, settings: Settings, clock: Clock, lines: LogLines,
+                 keeper: Keeper) -> None:
         """Build it and listen; raise StoreError, StartError."""
         self.settings = settings
         self.clock = clock
@@ -123,14 +157,16 @@ class _Running:
         # Seeded by the system; a system call for each number is a 20th of an add.
         dice = random.Random()
         self.store = Store(settings.db, clock)
+        keeper.tell(INSTANCE.begin(self.store.instance, self.store.run, clock))
         waiting = Waiting(self.store, clock, max(1, settings.max_connections // 2))
         slots = [(spec, functools.partial(_slot, spec, clock, settings.kill_grace))
                  for spec in settings.runtimes]
-        self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting)
+        self.workers = Workers(self.store, slots, RetryPolicy(), clock, dice.random, waiting,
+                               INSTANCE.left_over)
         choose_seed = functools.partial(dice.getrandbits, MOST_SEED.bit_length())
-        self.api = Api(self.store, self.workers, waiting, Keys(dict(settings.keys)), choose_seed,
-                       settings.max_waiting)
-        limits = Limits(body=settings.max_body, connections=settings.max_connections)
+        keys = Keys(dict(settings.keys), DOCUMENTED_KEY)
+        self.api = Api(self.store, self.workers, waiting, keys, choose_seed, settings.max_waiting)
+        limits = Limits(body=settings.max_body, connections=_most_connections(settings))
         access = lines.access
         if not log.isEnabledFor(logging.INFO):
             access = _discard
@@ -214,7 +250,7 @@ class _Running:
 
     def _read_keys_again(self) -> None:
         try:
-            self.api.keys = Keys(read_keys(self.settings, os.environ))
+            self.api.keys = Keys(read_keys(self.settings, os.environ), DOCUMENTED_KEY)
             log.info("keys read again: %s", ", ".join(sorted(self.api.keys.names.values())))
         except ConfigError as error:
             log.error("keys not read again, the old ones stay: %s", error)
@@ -229,6 +265,17 @@ class _Running:
         except OSError as error:
             log.error("certificate not read again, the old one stays: %s: %s",
                       _tls_files(self.settings), error.strerror or error)
+
+
+def _most_connections(settings: Settings) -> int:
+    """Return how many connections there may be: what --max-connections says, if RLIMIT_NOFILE
+    leaves so many descriptors."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return settings.max_connections
+    slots = sum(spec.slots for spec in settings.runtimes)
+    room = max(1, limit - OWN_DESCRIPTORS - SLOT_DESCRIPTORS * slots)
+    return min(room, settings.max_connections)
 
 
 def _slot(spec: RuntimeSpec, clock: Clock, kill_grace: float) -> runtimes.Slot:
@@ -271,6 +318,10 @@ def _log_startup(settings: Settings, address: Tuple[str, int]) -> None:
     if any(spec.name == "emulator" for spec in settings.runtimes):
         log.warning("verbatim jobs go to an emulator, not to hardware; --runtime NAME=COMMAND "
                     "names a runtime")
+    most = _most_connections(settings)
+    if most < settings.max_connections:
+        log.warning("%d connections at most, not %d: too few descriptors (ulimit -n)",
+                    most, settings.max_connections)
     log.info("manual: %s help, or %shelp/", PROGRAM, url)
 
 

@@ -78,23 +78,27 @@ def _device(name: str, arguments: Sequence[str]) -> Optional[qubit.Device]:
 
 def _answer(line: bytes, device: Optional[qubit.Device]) -> Dict[str, Any]:
     """Return the answer to a question's line, from this device or, without one, an exact result."""
+    number = None
     try:
-        job, shots, seed = _task(line)
+        question = json.loads(line.decode("utf-8"), parse_constant=jobs.refuse_constant)
+        if isinstance(question, dict):
+            number = question.get("id")
+        job, shots, seed = _task(question)
     except (ValueError, RecursionError) as error:
-        return {"return_code": jobs.DATAERR, "runtime_error": f"not a job: {error}"}
+        error_text = f"not a job: {error}"
+        return {"id": number, "return_code": jobs.DATAERR, "runtime_error": error_text}
     if device is None:
         result = qubit.simulation(job, shots, seed)
     else:
         result = qubit.emulation(job, shots, seed, device)
-    return {"return_code": 0, "runtime_error": None, "result": result}
+    return {"id": number, "return_code": 0, "runtime_error": None, "result": result}
 
 
-def _task(line: bytes) -> Tuple[str, int, int]:
-    """Return job, shots and seed in a question's line; raise ValueError if it is none.
+def _task(question: Any) -> Tuple[str, int, int]:
+    """Return job, shots and seed in a question; raise ValueError if it is none.
 
     Shots and seed may be left out, by people who type a question.
     """
-    question = json.loads(line.decode("utf-8"), parse_constant=jobs.refuse_constant)
     if isinstance(question, dict):
         members = {name: question[name] for name in ("job", "shots", "seed") if name in question}
         question = {"mode": "simulation", **members}

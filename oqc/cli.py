@@ -5,13 +5,15 @@ These are 2 for wrong usage, 78 for an invalid configuration, 130 after Ctrl-C, 
 import argparse
 import os
 import secrets
+import signal
 import sys
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NoReturn, Sequence
 
 from oqc import __version__
 from oqc.config import NAME, Command, ConfigError, add_flags, settings
 
 EX_FAILED, EX_USAGE, EX_CONFIG, EX_INTERRUPTED = 1, 2, 78, 130
+BROKEN_PIPE, TERMINATED = 128 + 13, 128 + 15        # the shell
 
 DESCRIPTION = """\
 A job server for quantum-control pulses. Started without arguments it listens on 127.0.0.1:12021, \
@@ -27,6 +29,24 @@ def main(arguments: List[str]) -> int:
     """Run the command line; return the exit status."""
     # Where it is closed, argparse before Python 3.10 fails.
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    try:
+        return _run(arguments)
+    except SystemExit as ended:         # argparse, which has printed help or an error
+        if ended.code:          # pylint: disable=using-constant-test # not always None
+            raise
+        return _write("")
+    except MemoryError:
+        return _fail("too little memory (ulimit -v)", EX_FAILED)
+    except RuntimeError as error:
+        if "new thread" not in str(error):
+            raise
+        return _fail("no thread can be started (ulimit -u), or too little memory (ulimit -v)",
+                     EX_FAILED)
+
+
+def _run(arguments: List[str]) -> int:
+    """Run the command line; return the exit status."""
     try:
         if not arguments or arguments[0].startswith("-"):
             return _serve(arguments)
@@ -49,12 +69,33 @@ def _fail(reason: str, status: int) -> int:
     return status
 
 
+def _write(text: str) -> int:
+    """Write to standard output all that there is to write; return the exit status."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            return BROKEN_PIPE          # who does not read on has seen enough
+        return _fail(f"standard output: {error.strerror}", EX_FAILED)
+    return 0
+
+
+def _terminate(*_: Any) -> NoReturn:
+    """End by SIGTERM as by Ctrl-C: what has begun is cleared away."""
+    raise SystemExit(TERMINATED)
+
+
 def _app() -> Any:
     """Return the server side, which takes long to import and may miss sqlite3."""
     try:
         from oqc import app                 # pylint: disable=import-outside-toplevel # as said
         return app
     except ImportError as error:
+        if not error.name or isinstance(error.__context__, MemoryError):
+            raise MemoryError from None     # a part of Python that could not be loaded
         raise SystemExit(_fail(f"this Python lacks {error.name}; install it, or use another Python",
                                EX_FAILED)) from None
 
@@ -115,8 +156,7 @@ def _key(arguments: Sequence[str]) -> int:
     name = parser.parse_args(arguments[1:]).name
     if not NAME.fullmatch(name):
         parser.error("NAME is made of letters, digits, '.', '_' and '-', 64 at most")
-    print(f"{name}:{secrets.token_urlsafe(32)}")
-    return 0
+    return _write(f"{name}:{secrets.token_urlsafe(32)}\n")
 
 
 def _backup(arguments: Sequence[str]) -> int:
@@ -127,6 +167,7 @@ def _backup(arguments: Sequence[str]) -> int:
                         help="the new file; an existing file is never replaced")
     _add_database(parser)
     options = parser.parse_args(arguments[1:])
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app.backup(options.db, options.file)
     except app.StoreError as error:
@@ -144,8 +185,10 @@ def _check(arguments: Sequence[str]) -> int:
         faults = list(app.check(options.db))
     except app.StoreError as error:
         return _fail(str(error), EX_FAILED)
-    print("\n".join(faults) or f"{options.db}: ok")
-    return EX_FAILED if faults else 0
+    status = _write(("\n".join(faults) or f"{options.db}: ok") + "\n")
+    if faults:
+        return EX_FAILED
+    return status
 
 
 def _restore(arguments: Sequence[str]) -> int:
@@ -203,9 +246,9 @@ def _help(arguments: Sequence[str]) -> int:
     if sys.stdout.isatty():
         import pydoc    # pylint: disable=import-outside-toplevel # it takes long
         pydoc.pager(text)
-    else:
-        sys.stdout.buffer.write(text.encode())
-    return 0
+        return 0
+    sys.stdout.reconfigure(encoding="utf-8")
+    return _write(text)
 
 
 COMMANDS = {

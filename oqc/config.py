@@ -5,6 +5,7 @@ ConfigError in one line.
 """
 import argparse
 import configparser
+import errno
 import functools
 import ipaddress
 import os
@@ -13,13 +14,15 @@ import shlex
 import shutil
 import stat
 import sys
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any, BinaryIO, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple)
 
 from oqc.jobs import RuntimeSpec, whole_number
 
 DOCUMENTED_KEY = b"$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(rb"[\t\x20-\x7e\x80-\xff]+")     # what a header can carry (RFC 9110, section 5.5)
+HEADER = re.compile(r"\[[^][;]+\]\s*(\s;.*)?")
 DECIMAL = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")   # float() also takes 1_0, nan and ٣
 BUILT_IN = {"verbatim": "emulator", "simulation": "simulator", "echo": "echo"}      # by their modes
 LEVELS = ("debug", "info", "warning", "error")
@@ -243,8 +246,9 @@ def _read_ini(path: str, specs: List[RuntimeSpec]) -> None:
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=(";",),
                                        default_section="\0")
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+        with open_file(path) as file:
+            text = file.read().decode("utf-8-sig")      # Windows begins it with a BOM
+        _check_headers(path, text)
         parser.read_string(text, path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
@@ -266,6 +270,15 @@ def _read_ini(path: str, specs: List[RuntimeSpec]) -> None:
         specs.append(_read_section(section, dict(parser[name]), specs))
 
 
+def _check_headers(path: str, text: str) -> None:
+    """Raise ConfigError for a line that looks like a section's header and is none to configparser,
+    which would skip what stands behind it, or take an indented one for a part of a value."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip().startswith("[") and not HEADER.fullmatch(line):
+            raise ConfigError(f"{path}: line {number}: expected [runtime NAME] alone on its line, "
+                              "from its beginning", "configuration")
+
+
 def _read_section(section: Section, texts: Dict[str, str],
                   others: Sequence[RuntimeSpec]) -> RuntimeSpec:
     """Return the runtime that a section describes; raise ConfigError."""
@@ -279,8 +292,9 @@ def _read_section(section: Section, texts: Dict[str, str],
         for key in texts:
             if key not in READERS:
                 raise ValueError(f"unknown key; known are {', '.join(READERS)}")
+        readers = _readers_beside(section.path)
         for key, text in {"command": "", **texts}.items():
-            values[key] = READERS[key](text)
+            values[key] = readers[key](text)
     except ValueError as error:
         raise section.error(error, key) from None
     return RuntimeSpec(name.strip(), **values)
@@ -297,13 +311,25 @@ def _check_name(name: str, others: Sequence[RuntimeSpec]) -> None:
 
 # The values of a section's keys: each reader takes a text and raises ValueError.
 
-def _command(text: str) -> Tuple[str, ...]:
+def _command(text: str, folder: str = "") -> Tuple[str, ...]:
+    """Return a command, its program looked for in a folder and, a mere name, on PATH."""
     words = tuple(shlex.split(text))        # raises ValueError: No closing quotation
     if not words:
         raise ValueError("expected a program and its arguments")
-    if not shutil.which(words[0]):
-        raise ValueError(f"{words[0]}: no such program, or it is not executable")
+    program, *arguments = words
+    beside = os.path.abspath(os.path.join(folder, program))
+    if (folder or "/" in program) and shutil.which(beside):
+        return (beside, *arguments)
+    if "/" in program or not shutil.which(program):
+        raise ValueError(f"{program}: no such program, or it is not executable")
     return words
+
+
+def _directory(text: str, folder: str = "") -> str:
+    path = os.path.abspath(os.path.join(folder, text))
+    if not os.path.isdir(path):
+        raise ValueError(f"{path}: no such directory")
+    return path
 
 
 def _one_of(allowed: Sequence[str], text: str) -> str:
@@ -312,9 +338,9 @@ def _one_of(allowed: Sequence[str], text: str) -> str:
     return text
 
 
-def _whole(most: int, text: str) -> int:
+def _whole(least: int, most: int, text: str) -> int:
     try:
-        return whole_number(text, 1, most)
+        return whole_number(text, least, most)
     except ValueError as error:
         raise ValueError(f"{error}, found {text!r}") from None
 
@@ -325,24 +351,45 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
+def _yes_or_no(text: str) -> bool:
+    return _one_of(("yes", "no"), text) == "yes"
+
+
 def _modes(text: str) -> Tuple[str, ...]:
     modes = [_one_of(("verbatim", "simulation"), mode.strip()) for mode in text.split(",")]
     return tuple(dict.fromkeys(modes))      # each of them once
 
 
 def _return_codes(text: str) -> Tuple[int, ...]:
-    return tuple(_whole(255, code.strip()) for code in text.split(","))
+    return tuple(_whole(1, 255, code.strip()) for code in text.split(","))
 
 
 READERS: Dict[str, Callable[[str], Any]] = {
     "command": _command,
     "modes": _modes,
     "protocol": functools.partial(_one_of, ("exec", "lines")),
-    "slots": functools.partial(_whole, 1000),
+    "slots": functools.partial(_whole, 1, 1000),
     "timeout": _seconds,
+    "start_timeout": _seconds,
+    "warm": _yes_or_no,
+    "attempts": functools.partial(_whole, 1, 1000),
     "retry_codes": _return_codes,
+    "pause_after": functools.partial(_whole, 0, 1_000_000),
     "interrupted": functools.partial(_one_of, ("retry", "fail")),
+    "cwd": _directory,
+    "result_bytes": functools.partial(_whole, 1024, 8 << 20),
+    "log_bytes": functools.partial(_whole, 1024, 8 << 20),
 }
+
+
+def _readers_beside(path: str) -> Dict[str, Callable[[str], Any]]:
+    """Return the readers of an INI file, by whose folder its relative paths go."""
+    folder = os.path.dirname(os.path.abspath(path))
+    return {
+        **READERS,
+        "command": functools.partial(_command, folder=folder),
+        "cwd": functools.partial(_directory, folder=folder),
+    }
 
 
 # Keys
@@ -381,6 +428,15 @@ def read_keys(values: Settings, environment: Mapping[str, str]) -> Dict[str, byt
     return keys or {"documented": DOCUMENTED_KEY}
 
 
+def open_file(path: str) -> BinaryIO:
+    """Open a file to read it; raise OSError, also for a pipe, where that might wait for ever."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "is a pipe; expected a file")
+    return file
+
+
 def key_of_variable(environment: Mapping[str, str]) -> bytes:
     """Return the key in OQC_API_KEY, b"" without one."""
     return os.fsencode(environment.get("OQC_API_KEY", "")).strip(b" \t")
@@ -400,7 +456,7 @@ def _read_keys_file(path: str, secret: bool) -> Dict[str, bytes]:
     `secret`: nobody but its owner may be able to read it.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             mode = os.fstat(file.fileno()).st_mode
             lines = file.read(1 << 20).splitlines()
     except OSError as error:

@@ -4,6 +4,7 @@ It has one owner at a time: the listener, but while it is ANSWERING the thread t
 in hand. Of that one's the listener touches only `state` and `events`, and at the end of a shutdown
 it closes the connection. No sockets are read or written here.
 """
+import select
 from typing import Any, Dict, Optional, Tuple, Union
 
 from oqc.messages import Request, Response
@@ -28,13 +29,16 @@ TRANSITIONS: Dict[str, Tuple[str, ...]] = {
     CLOSED: (),
 }
 READING = (IDLE, HEAD, BODY)        # the client is to go on
+# Linux has a name of its own for the end of a client's half; others say the whole has ended.
+LEFT = getattr(select, "POLLRDHUP", select.POLLHUP)
 
 
 class Connection:                   # pylint: disable=too-many-instance-attributes # each says why
     """A client's connection; socketserver calls it a request."""
 
     __slots__ = ("sock", "address", "state", "since", "deadline", "events", "buffer", "head",
-                 "request", "response", "began", "keep", "size", "unsent", "dropped")
+                 "request", "response", "began", "keep", "size", "unsent", "dropped", "counted",
+                 "aborted")
 
     def __init__(self, sock: Any, address: Tuple[Any, ...], now: float, deadline: float) -> None:
         """Take over an accepted socket; `now` and `deadline` are monotonic seconds."""
@@ -53,6 +57,8 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
         self.size = 0                   # bytes of the response's body, for the access log
         self.unsent: Union[bytes, memoryview] = b""     # what the socket has not taken yet
         self.dropped = 0                # bytes that arrived while it was LEAVING
+        self.counted = 0                # bytes of its body among those that are still arriving
+        self.aborted = False            # whether closing it resets it
 
     def become(self, state: str) -> None:
         """Change the state as TRANSITIONS allows; anything else is a defect."""
@@ -69,10 +75,12 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
     def parse(self, limits: Limits) -> None:
         """Go on to BODY when the head is whole, to ANSWERING when the request is; raise Problem."""
         if self.state == HEAD:
-            raw, self.buffer = split_head(self.buffer, limits)
+            raw, rest = split_head(self.buffer, limits)
             if raw is None:
+                self.buffer = rest
                 return
             self.head = parse_head(raw, limits)
+            self.buffer = rest
             if len(self.buffer) < self.head.length:
                 self.buffer = bytearray(self.buffer)    # grows without being copied each time
                 self.become(BODY)
@@ -80,8 +88,25 @@ class Connection:                   # pylint: disable=too-many-instance-attribut
         if head is not None and len(self.buffer) >= head.length:
             body = bytes(self.buffer[:head.length])
             self.buffer = bytes(self.buffer[head.length:])
-            self.request = Request(head.method, head.path, head.query, head.headers, body)
+            self.request = Request(head.method, head.path, head.query, head.headers, body,
+                                   has_left=self.has_left)
             self.become(ANSWERING)
+
+    def has_left(self) -> bool:
+        """Return whether the client has closed its half of the connection, so that it will hardly
+        read on. A system call; for who has the request in hand."""
+        watch = select.poll()
+        try:
+            watch.register(self.sock, LEFT)
+            return bool(watch.poll(0))
+        except (OSError, ValueError):       # closed at the end of a shutdown
+            return True
+
+    def asks_for_head(self) -> bool:
+        """Return whether the method is HEAD, also where the head could not be parsed."""
+        if self.head is not None:
+            return self.head.method == "HEAD"
+        return self.buffer.lstrip(b"\r\n").startswith(b"HEAD ")
 
     def streams(self) -> bool:
         """Return whether the response goes out piece by piece, by whoever has the request."""

@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import struct
 import tempfile
-from typing import Iterator, Optional, Sequence
+from typing import Iterator, Optional, Sequence, Tuple
 from urllib.parse import quote
 
 from oqc import jobs
@@ -254,6 +254,23 @@ def take_lock(path: str) -> int:
         raise StoreError(f"{path}: its file system has no locks ({error.strerror}); "
                          "name a file on a local disk with --db") from error
     return lock_file
+
+
+def mark_in_use(lock_file: int) -> Tuple[str, int]:
+    """Write into the lock file that a server uses the database; return that server's instance and
+    which run of it this is.
+
+    The instance stays the same from a kill to the next start; a copy of the file is another one.
+    """
+    words = os.pread(lock_file, 100, 0).split()
+    run = 1
+    if len(words) == 4 and words[3].isdigit():          # "in use", instance, run
+        instance = words[2].decode("ascii", "replace")
+        run += int(words[3])
+    else:
+        instance = os.urandom(8).hex()
+    os.pwrite(lock_file, f"in use\n{instance} {run}\n".encode(), 0)
+    return f"{instance}-{os.fstat(lock_file).st_ino:x}", run
 
 
 def open_locked(path: str) -> int:

@@ -140,6 +140,7 @@ class Addition(NamedTuple):
     jobs: List[Job]
     replayed: bool = False          # they were added before
     endings: Sequence["Ending"] = ()        # of those that ended with it
+    queued: Sequence["Queued"] = ()         # those that wait
 
 
 class IdempotencyKey(NamedTuple):
@@ -162,6 +163,18 @@ class Task(NamedTuple):
     submitter: str = ""             # the name of the key that the job came with
     tag: Optional[str] = None
     note: Optional[str] = None      # a JSON object as text
+    priority: int = 0
+    asked_runtime: Optional[str] = None     # only on that one
+
+
+class Queued(NamedTuple):
+    """A job that waits, as the queue knows it."""
+
+    id: int
+    mode: str
+    priority: int = 0               # the highest is started first
+    submitter: str = ""
+    runtime: Optional[str] = None   # only on that one
 
 
 class RuntimeSpec(NamedTuple):
@@ -175,6 +188,13 @@ class RuntimeSpec(NamedTuple):
     timeout: float = 60.0           # seconds an attempt may take
     retry_codes: Tuple[int, ...] = (TEMPFAIL,)
     interrupted: str = "retry"      # or "fail": a job that a crash of the server cut off
+    start_timeout: float = 60.0     # seconds more for the first answer of a process, over `lines`
+    warm: bool = False              # over `lines`: started with the server, not at its first job
+    attempts: int = 5               # that a job gets; with 1 it never runs twice
+    pause_after: int = 0            # jobs that fail in a row, until it is paused; 0: never
+    result_bytes: int = 1 << 20     # that a result may have
+    log_bytes: int = 1 << 16        # of its standard error that are kept, an attempt
+    cwd: Optional[str] = None       # its current directory; None: the server's
 
 
 class Log(NamedTuple):
@@ -197,6 +217,7 @@ class Outcome(NamedTuple):
     log: Log = Log()
     sent_sha256: Optional[bytes] = None     # of the job's bytes as they were written, if all were
     device: Optional[str] = None    # JSON: what the runtime said of itself, as the attempt began
+    pause: Optional[str] = None     # why the runtime must be given no other job
 
 
 class Attempt(NamedTuple):

@@ -25,6 +25,7 @@ PHRASES = {
     413: "Content Too Large",
     414: "URI Too Long",
     417: "Expectation Failed",
+    421: "Misdirected Request",
     422: "Unprocessable Content",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
@@ -46,6 +47,11 @@ class Problem(Exception):
         self.headers = headers
 
 
+def _stays() -> bool:
+    """Say of a client that it has not left."""
+    return False
+
+
 class Request(NamedTuple):
     """An HTTP request, parsed. Header names are in lower case, values are bytes."""
 
@@ -55,6 +61,7 @@ class Request(NamedTuple):
     headers: Dict[str, bytes]
     body: bytes = b""
     key_name: str = ""              # of the key that it came with; empty where none is needed
+    has_left: Callable[[], bool] = _stays       # whether its client has, for who makes it wait
 
 
 class Response(NamedTuple):

@@ -1,56 +1,55 @@
 """A child process: start it, feed it, listen to it, and end it with all that it has started.
 
-The only room that starts processes. Each child leads a process group of its own. `Process.end` ends
-that group; if the server dies before it could, however it dies, GUARD does.
+What it starts, and how all of that ends, is tree.py's concern.
 """
 import contextlib
 import fcntl
-import functools
 import os
 import select
-import signal
 import struct
 import termios
 import threading
-from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple
+from typing import Callable, Dict, Optional, Sequence, Tuple
 
-MOST_OUTPUT = 1 << 20               # bytes of standard output that are kept, from its beginning
-MOST_ERROR = 2048                   # bytes of standard error that are kept, from its end
+from oqc.tree import INSTANCE, POLL_EVERY, Clock, Tree
+
+MOST_ERROR = 2048                   # bytes at the end of standard error that have its last line
 PIPE_READ = 1 << 16                 # bytes that one read asks for
-POLL_EVERY = 0.05                   # seconds between looks at a child that no descriptor watches
+LARGEST_PIPE = 1 << 20              # bytes that a pipe may hold (pipe(7), pipe-max-size)
 LONGEST_POLL = 3600.0               # seconds; poll(2) takes no more than 24 days
 
-# A tiny shell in the child's process group holds the read end of a pipe whose write end only the
-# server has. When the server dies, the read ends and the shell ends the group. (PR_SET_PDEATHSIG
-# would fire when the thread that started the child ends, and would not reach grandchildren.) It is
-# started from a subshell that is gone at once, so that the command is not handed a child that it
-# did not start; the descriptor is closed before the command begins.
-GUARD = """( ( trap '' HUP INT TERM; exec >/dev/null 2>&1; read -r line <&3
-kill -TERM 0; sleep 2; kill -KILL 0 ) & )
-exec 3<&-; exec "$@" """
 
-EXITED = os.WEXITED | os.WNOHANG | os.WNOWAIT   # waitid(2): look for an end, and leave it there
-PR_SET_CHILD_SUBREAPER = 36                     # prctl(2)
+class Tail:
+    """The last bytes of what a process writes. One thread adds to it, any thread may look."""
 
-# The children that are not reaped yet. The lock is held while one is started and entered here, and
-# while orphans are reaped: a child that is not entered yet would be taken for an orphan.
-CHILDREN: List[int] = []
-CHILDREN_LOCK = threading.Lock()
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.total = 0                  # bytes that were added
+        self._text = bytearray()
+        self._lock = threading.Lock()
 
+    def add(self, data: bytes) -> None:
+        """Keep these bytes, and as many before them as there is room for."""
+        with self._lock:
+            self.total += len(data)
+            self._text += data
+            del self._text[:-self.most]
 
-class Clock(Protocol):
-    """The clock of deadlines."""
-
-    def monotonic(self) -> float:
-        """Return seconds that never jump."""
+    def kept(self) -> Tuple[bytes, int]:
+        """Return what is kept, and how many bytes before it are not."""
+        with self._lock:
+            return bytes(self._text), self.total - len(self._text)
 
 
-class Process:
-    """A child that leads a process group of its own, and the pipes to it.
+class Process:                      # pylint: disable=too-many-instance-attributes # each says why
+    """A child that leads a session of its own, and the pipes to it.
 
     It belongs to one thread, which does all reading and writing while it listens. Output beyond
     what is kept is read and dropped.
     """
+
+    most_output = 0                 # bytes that are kept of `output`, from its beginning
+    heard = 0                       # bytes of both that were read
 
     def __init__(
         self,
@@ -59,27 +58,31 @@ class Process:
         feed: Optional[int],
         wake: int,
         clock: Clock,
+        cwd: Optional[str] = None,
     ) -> None:
-        """Start `command` with this environment; raise OSError if there is no room for it.
+        """Start `command` with this environment; raise OSError, with a text, if that fails.
 
         `feed` is the open file that becomes its standard input; None stands for a pipe, which
         `send` writes to. As soon as the descriptor `wake` can be read, `listen` and `send` read it
         and ask their `is_over`.
         """
-        self.output = bytearray()       # with one byte more than MOST_OUTPUT there was too much
-        self.error = bytearray()
+        self.output = bytearray()       # with one byte more than that there was too much
+        self.error = bytearray()        # the last MOST_ERROR bytes
+        self.log = Tail(MOST_ERROR)     # of standard error, and of what the owner adds
         self._wake = wake
         self._clock = clock
         self._input = -1                # our end of the pipe to its standard input, if there is one
         self._unsent = memoryview(b"")
-        self._sent = 0                  # bytes
+        self._data = b""                # what is sent, and how many bytes of it were written
+        self._sent = 0
         with contextlib.ExitStack() as at_end, contextlib.ExitStack() as after_start:
             output, childs_output = _pipe(at_end, after_start)
             error, childs_error = _pipe(at_end, after_start)
             if feed is None:
                 feed, self._input = _pipe(after_start, at_end)
                 os.set_blocking(self._input, False)
-            self.pid = _spawn(command, environment, (feed, childs_output, childs_error))
+            standard = (feed, childs_output, childs_error)
+            self._tree = Tree(command, environment, cwd, standard, clock)
             self._descriptors = at_end.pop_all()
         self._sinks = {output: self.output, error: self.error}
         self._poll = select.poll()
@@ -95,11 +98,8 @@ class Process:
             self._longest_poll = LONGEST_POLL
 
     def exited(self) -> bool:
-        """Return whether the process itself has ended; its children may go on.
-
-        It is not reaped yet, so that its id and its group's stay taken.
-        """
-        return os.waitid(os.P_PID, self.pid, EXITED) is not None
+        """Return whether the process itself has ended; its children may go on."""
+        return self._tree.exited()
 
     def listen(self, deadline: float, is_over: Callable[[], bool] = lambda: False) -> bool:
         """Read what it writes until it has ended or `is_over`; return False at the deadline.
@@ -117,51 +117,64 @@ class Process:
     def send(self, data: bytes, deadline: float, is_over: Callable[[], bool]) -> bool:
         """Write `data` to its standard input while listening; arguments and result as `listen`.
 
-        What the process has not taken by then is dropped.
+        A later `listen` writes what is left, until `send_no_more`.
         """
+        self._data = data
+        self._sent = 0
         self._unsent = memoryview(data)
         self._poll.register(self._input, select.POLLOUT)
-        try:
-            self._write()
-            return self.listen(deadline, is_over)
-        finally:
-            if self._unsent:
-                self._end_of_data()
+        self._write()
+        return self.listen(deadline, is_over)
+
+    def send_no_more(self) -> None:
+        """Drop what the process has not taken of what it was sent."""
+        if self._unsent:
+            self._end_of_data()
+
+    def written(self) -> Optional[bytes]:
+        """Return what was sent last, as it was written; None if not all of it was."""
+        return self._data if self._sent == len(self._data) else None
 
     def took_some(self) -> bool:
-        """Return whether it has read anything of what it was sent."""
+        """Return whether it has read anything of what it was sent last."""
         number = fcntl.ioctl(self._input, termios.FIONREAD, bytes(4))
         left_in_pipe: int = struct.unpack("i", number)[0]
         return self._sent > left_in_pipe
 
     def read_on(self) -> None:
         """Read what it has written by now, but no more than a pipe holds: it may never stop."""
-        for descriptor in list(self._sinks):
-            for _ in range(MOST_OUTPUT // PIPE_READ + 1):
+        for descriptor, sink in list(self._sinks.items()):
+            for _ in range(LARGEST_PIPE // PIPE_READ + 1):
                 if not self._read(descriptor):
                     break
+                if sink is self.output and len(sink) > self.most_output:
+                    break
+
+    @property
+    def pid(self) -> int:
+        """Its id."""
+        return self._tree.pid
+
+    @property
+    def survivors(self) -> str:
+        """What of it could not be ended, as a line; known when `end` has returned."""
+        if not self._tree.survivors:
+            return ""
+        return INSTANCE.survivors(self._tree.runtime)
 
     def end(self, grace: float) -> int:
-        """End the whole process group; return the exit code, or -n after signal n.
+        """End it with all that it started; return the exit code, or -n after signal n.
 
-        It gets TERM, and KILL as soon as the process has ended, or after `grace` seconds. This is
+        All get TERM, and KILL as soon as the process has ended, or after `grace` seconds. This is
         the last call to a process.
         """
         if not self.exited():
-            self._signal_group(signal.SIGTERM)
+            self._tree.terminate()
             self.listen(self._clock.monotonic() + grace)
         self.read_on()
-        # Before the process is reaped: until then nobody else can get the number of its group.
-        self._signal_group(signal.SIGKILL)
-        _, status = os.waitpid(self.pid, 0)
-        with contextlib.suppress(ChildProcessError):
-            while True:         # orphans of the group are our children: it has ended with the last
-                os.waitpid(-self.pid, 0)
-        with CHILDREN_LOCK:
-            CHILDREN.remove(self.pid)
-        _reap_orphans()
+        code = self._tree.end()
         self._descriptors.close()
-        return os.waitstatus_to_exitcode(status)
+        return code
 
     def _wait_for_event(self, seconds: float) -> None:
         """Wait until something can be read or written, or for so long; read and write it."""
@@ -184,12 +197,14 @@ class Process:
             self._poll.unregister(descriptor)
             del self._sinks[descriptor]
             return False
+        self.heard += len(data)
         sink = self._sinks[descriptor]
         if sink is self.error:
             sink += data
             del sink[:-MOST_ERROR]
-        else:
-            sink += data[:MOST_OUTPUT + 1 - len(sink)]
+            self.log.add(data)
+        elif len(sink) <= self.most_output:
+            sink += data[:self.most_output + 1 - len(sink)]
         return True
 
     def _write(self) -> None:
@@ -209,10 +224,6 @@ class Process:
         self._unsent = memoryview(b"")
         self._poll.unregister(self._input)
 
-    def _signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, number)
-
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
     """Return the two ends of a new pipe, (to read, to write), closed with these stacks."""
@@ -220,52 +231,3 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[i
     reader.callback(os.close, ends[0])
     writer.callback(os.close, ends[1])
     return ends
-
-
-def _spawn(
-    command: Sequence[str],
-    environment: Dict[str, str],
-    standard: Tuple[int, int, int],
-) -> int:
-    """Start a command under its guard and return its id; it has `standard` as its 0, 1 and 2."""
-    with CHILDREN_LOCK:
-        pid = os.posix_spawn(
-            "/bin/sh",
-            ["/bin/sh", "-c", GUARD, "oqc", *command],
-            environment,
-            file_actions=[
-                *((os.POSIX_SPAWN_DUP2, ours, number) for number, ours in enumerate(standard)),
-                (os.POSIX_SPAWN_DUP2, _lifeline(), 3),
-            ],
-            setpgroup=0,
-            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],     # Python ignores these
-            setsigmask=[],
-        )
-        CHILDREN.append(pid)
-    return pid
-
-
-@functools.lru_cache(maxsize=None)
-def _lifeline() -> int:
-    """Return the read end of the pipe whose closing tells every guard that the server is gone.
-
-    It is made at the first child. Its write end is never closed: the kernel does that when we die.
-    """
-    read_end, _write_end = os.pipe()
-    lifeline = fcntl.fcntl(read_end, fcntl.F_DUPFD_CLOEXEC, 10)     # 3 is what guards see
-    os.close(read_end)
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import ctypes       # pylint: disable=import-outside-toplevel # a server at rest spares it
-        # Linux: orphans of a group become our children, so that all of it can be waited for
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    return lifeline
-
-
-def _reap_orphans() -> None:
-    """Reap what left its process group and has ended: as orphans they became our children."""
-    with CHILDREN_LOCK, contextlib.suppress(ChildProcessError):     # there is no child at all
-        while True:
-            ended = os.waitid(os.P_ALL, 0, EXITED)
-            if ended is None or ended.si_pid in CHILDREN:   # whose own thread reaps it
-                return
-            os.waitpid(ended.si_pid, 0)

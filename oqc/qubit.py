@@ -95,8 +95,13 @@ def amplitudes(job: str) -> Tuple[complex, complex]:
     for pulse in job.split(", "):
         m00, m01, m10, m11 = matrices[pulse]
         a, b = m00 * a + m01 * b, m10 * a + m11 * b
-    norm = math.hypot(abs(a), abs(b))
+    norm = math.sqrt(_squared(a) + _squared(b))
     return a / norm, b / norm
+
+
+def _squared(amplitude: complex) -> float:
+    """Return |amplitude|². math.hypot and abs give another last digit on other Pythons."""
+    return amplitude.real * amplitude.real + amplitude.imag * amplitude.imag
 
 
 def bloch(a: complex, b: complex) -> Vector:
@@ -105,8 +110,8 @@ def bloch(a: complex, b: complex) -> Vector:
     It has the length 1, also where the state is not normalised.
     """
     product = a.conjugate() * b
-    p0 = abs(a) ** 2
-    p1 = abs(b) ** 2
+    p0 = _squared(a)
+    p1 = _squared(b)
     norm = p0 + p1
     return 2 * product.real / norm, 2 * product.imag / norm, (p0 - p1) / norm
 
@@ -160,7 +165,7 @@ def simulation(job: str, shots: int, seed: int) -> Dict[str, Any]:
     """
     a, b = amplitudes(job)
     return {
-        **_readings(shots, seed, abs(b) ** 2),
+        **_readings(shots, seed, _squared(b)),
         "statevector": [[_rounded(part.real), _rounded(part.imag)] for part in (a, b)],
         "bloch": [_rounded(value) for value in bloch(a, b)],
     }
@@ -193,7 +198,12 @@ class Device(NamedTuple):
                 ("readout_0", 0 <= self.readout_0 <= 1, "a probability from 0 to 1"),
                 ("readout_1", 0 <= self.readout_1 <= 1, "a probability from 0 to 1")):
             if not holds:
-                raise ValueError(f"{name}: expected {expected}, not {getattr(self, name):g}")
+                raise ValueError(f"{name}: expected {expected}, not {_shown(getattr(self, name))}")
+
+
+def _shown(value: float) -> str:
+    """Return a number as it was given: with all its digits, and 5 rather than 5.0."""
+    return repr(value)[:-2] if value.is_integer() and abs(value) < 1e16 else repr(value)
 
 
 def emulation(job: str, shots: int, seed: int, device: Device) -> Dict[str, Any]:
@@ -221,6 +231,6 @@ def emulation(job: str, shots: int, seed: int, device: Device) -> Dict[str, Any]
     # rounding makes the vector of a perfect device a little longer than 1
     z = max(-1.0, min(vector[2], 1.0))
     p1 = (1 - z) / 2 * (1 - device.readout_1) + (1 + z) / 2 * device.readout_0
-    parameters = {name: value if math.isfinite(value) else None
+    parameters = {name: value + 0.0 if math.isfinite(value) else None
                   for name, value in device._asdict().items()}
     return {**_readings(shots, seed, p1), "device": parameters}

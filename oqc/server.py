@@ -28,6 +28,7 @@ import selectors
 import socket
 import socketserver
 import ssl
+import struct
 import threading
 from http.server import ThreadingHTTPServer
 from typing import Any, Callable, Deque, Dict, List, Optional, Protocol, Tuple
@@ -44,6 +45,9 @@ NEVER = float("inf")
 TICK = 0.25                         # seconds between two looks at the deadlines
 PAUSE = 0.1                         # seconds without new connections when no descriptor is free
 READ = 1 << 16                      # bytes read at once
+BODIES = 64 << 20                   # bytes that the bodies which are still arriving take together
+AT_REST = 1.0                       # seconds after which an idle connection may make room
+MADE_AT_ONCE = 8                    # connections that make room when no descriptor is free
 ACCEPTED_AT_ONCE = 64
 MOST_LEAVING = 64                   # connections over the limit that are told so before they end
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -51,6 +55,10 @@ REST = 60.0                         # seconds that a thread of the pool waits fo
 NOT_NOW = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 OVERLOADED = problem_response(Problem(
     503, "no connection or no thread is free; try again soon", ("Retry-After", "1")))
+NO_MEMORY = problem_response(Problem(
+    503, f"the bodies that are arriving take {BODIES >> 20} MiB already; try again soon",
+    ("Retry-After", "1")))
+ABORT = struct.pack("ii", 1, 0)     # SO_LINGER with no time: closing resets (socket(7))
 
 
 class Clock(Protocol):
@@ -86,6 +94,9 @@ class Handler(socketserver.BaseRequestHandler):
         except Exception:   # pylint: disable=broad-exception-caught # of what makes the pieces
             log.exception("an answer is cut short")
             connection.keep = False     # HTTP/1.1 clients see that the last chunk is missing
+            if connection.head.minor == 0:      # others only see a reset
+                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, ABORT)
+                connection.aborted = True
 
     def _send_pieces(self, connection: Connection) -> None:
         """Send the head and each piece, chunked (RFC 9112, section 7.1); raise what goes wrong."""
@@ -130,6 +141,7 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         self.date = clock.date()
         self.connections: Dict[Connection, None] = {}       # in the order in which they came
         self._adds: List[Connection] = []       # small adds, to be stored together
+        self._arriving = 0                      # bytes of the bodies that are still arriving
         self._returned: Deque[Connection] = collections.deque()     # given back by shutdown_request
         self._pool = Pool(rest)
         self._deadlines_at = 0.0                # monotonic: when deadlines are looked at next
@@ -267,12 +279,14 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._guarded(self._ready if has_room else self._turn_away, connection)
 
     def _pause_accepting(self, error: OSError) -> None:
-        """Accept nothing for a while; the connection that waited longest gives up its descriptor.
+        """Accept nothing for a while; those that waited longest give up their descriptors.
 
         The listening socket stays readable meanwhile, and would have the listener spin.
         """
         log.warning("no connection can be accepted: %s", error.strerror)
-        self._make_room()
+        for _ in range(MADE_AT_ONCE):
+            if not self._make_room():
+                break
         self._selector.unregister(self.socket)
         self._accept_at = self.clock.monotonic() + PAUSE
 
@@ -280,20 +294,38 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         return len(self.connections) < self.limits.connections or self._make_room()
 
     def _make_room(self) -> bool:
-        """Close the connection that was idle or incomplete longest; False if all are at work."""
+        """Close the connection that was idle or incomplete longest; False if all are at work.
+
+        An idle one only after AT_REST: a client that was just answered is about to ask again, and
+        would be reset.
+        """
         leaving = [other for other in self.connections if other.state == LEAVING]
-        candidates = [other for other in self.connections if other.state in READING]
         if leaving and len(self.connections) - len(leaving) < self.limits.connections:
-            candidates = leaving        # they have their answers
-        if candidates:
-            self.close_request(min(candidates, key=lambda other: other.since))
-        return bool(candidates)
+            self.close_request(min(leaving, key=_since))    # they have their answers
+            return True
+        before = self.clock.monotonic() - AT_REST
+        candidates = [other for other in self.connections
+                      if other.state in READING and other.since <= before]
+        for connection in sorted(candidates, key=_since):
+            if not self._has_arrived(connection):
+                self.close_request(connection)
+                return True
+        return False
+
+    @staticmethod
+    def _has_arrived(connection: Connection) -> bool:
+        """Return whether bytes wait to be read, so that closing would reset the connection."""
+        try:
+            return bool(socket.socket.recv(connection.sock, 1, socket.MSG_PEEK))
+        except OSError:
+            return False
 
     def _turn_away(self, connection: Connection) -> None:
         """Say that there is no room, as long as that takes no room itself."""
         if self.tls or len(self.connections) > self.limits.connections + MOST_LEAVING:
             self.close_request(connection)
         else:
+            connection.buffer = self._received(connection) or b""   # a HEAD gets no body
             self._refuse(connection, OVERLOADED)
 
     # Requests
@@ -325,6 +357,8 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
     def _received(self, connection: Connection) -> Optional[bytes]:
         """Read once: the bytes, none at the end, None where nothing has arrived."""
         try:
+            if connection.state == LEAVING:     # dropped, and after the end of TLS if there was any
+                return socket.socket.recv(connection.sock, READ)
             data: bytes = connection.sock.recv(READ)
             # What TLS has decrypted already, the selector does not see.
             while data and self.tls and connection.sock.pending():
@@ -353,6 +387,11 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         except Problem as problem:
             self._refuse(connection, problem_response(problem))
             return
+        if connection.state == BODY or connection.counted:
+            self._count_body(connection)
+            if self._arriving > max(BODIES, self.limits.body):
+                self._refuse(connection, NO_MEMORY)
+                return
         if connection.state == ANSWERING:
             connection.began = self.clock.monotonic()
             self.process_request(connection, connection.address)
@@ -361,6 +400,14 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._await_body(connection)
         if connection.state in READING:
             self._watch(connection, selectors.EVENT_READ)
+
+    def _count_body(self, connection: Connection) -> None:
+        """Keep count of what the bodies that are still arriving take."""
+        size = 0
+        if connection.state == BODY:
+            size = len(connection.buffer)
+        self._arriving += size - connection.counted
+        connection.counted = size
 
     def _await_body(self, connection: Connection) -> None:
         """Refuse what can be refused once the head is read, or let the client send the body."""
@@ -488,16 +535,17 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         """Answer a request that is not read to its end, and leave. What the client still sends is
         read and dropped, up to a limit: closing at once would reset the connection, and the
         answer would be lost with it."""
-        head = connection.head
         body = response.body
-        if head is not None and head.method == "HEAD":
+        if connection.asks_for_head():
             body = b""
         connection.become(LEAVING)
+        self._count_body(connection)
         self._log_access(connection, response.status, len(body), connection.since)
         connection.deadline = self.clock.monotonic() + self.limits.leave_seconds
         connection.buffer = b""
         try:
             connection.sock.send(response_head(response, self.date, False) + body)
+            self._end_tls(connection)
             # An SSLSocket's own shutdown() forgets its TLS.
             socket.socket.shutdown(connection.sock, socket.SHUT_WR)
             self._watch(connection, selectors.EVENT_READ)
@@ -508,10 +556,20 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
         """End a connection; one that has ended stays so."""
         if request.state == CLOSED:
             return
+        if request.state != LEAVING and not request.aborted:
+            self._end_tls(request)
         request.become(CLOSED)
+        self._count_body(request)
         self.connections.pop(request, None)
         self._watch(request, 0)
         request.sock.close()
+
+    def _end_tls(self, connection: Connection) -> None:
+        """Say that nothing follows (RFC 8446, section 6.1: close_notify), without waiting for the
+        client to say so, too: else what was cut off looks the same."""
+        if self.tls:
+            with contextlib.suppress(OSError, ValueError):      # no handshake yet; it has gone
+                connection.sock.unwrap()
 
     def service_actions(self) -> None:
         """End what is past its deadline; called at least every TICK."""
@@ -529,7 +587,17 @@ class Server(ThreadingHTTPServer):  # pylint: disable=too-many-instance-attribut
             self._guarded(self._end_late, connection)
 
     def _end_late(self, connection: Connection) -> None:
-        """Say what did not arrive in time, if a client had begun to send it, and close."""
+        """Say what did not arrive in time, if a client had begun to send it, and close.
+
+        First take what has arrived: it may have been this server that was late.
+        """
+        while connection.state in READING:
+            data = self._received(connection)
+            if not data:
+                break
+            self._arrived(connection, data)
+        if connection.state in (ANSWERING, CLOSED) or connection.deadline >= self.clock.monotonic():
+            return
         if connection.state not in (HEAD, BODY):
             self.close_request(connection)
             return
@@ -595,6 +663,10 @@ class Pool:
                 if self._resting.acquire(blocking=False):   # pylint: disable=consider-using-with
                     return
                 function, arguments = self._work.get()      # submitted at this moment
+
+
+def _since(connection: Connection) -> float:
+    return connection.since
 
 
 def notify(address: Optional[str], state: str) -> None:

@@ -20,11 +20,11 @@ from typing import (
 from oqc import jobs
 from oqc.database import (
     CHECKED_AT_START, STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal, connect_to,
-    disk_full_error, inspect, is_json_text, mark_in_file, needs_check, open_locked, open_writer,
-    refuse_damaged, resolve, sql_list, take_lock, unmark_in_file)
+    disk_full_error, inspect, is_json_text, mark_in_file, mark_in_use, needs_check, open_locked,
+    open_writer, refuse_damaged, resolve, sql_list, take_lock, unmark_in_file)
 from oqc.jobs import (
     Addition, Attempt, Batch, DamagedRow, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused,
-    Log, Outcome, Refused, StoreError, Submission, Task, UnknownJob)
+    Log, Outcome, Queued, Refused, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
@@ -122,12 +122,13 @@ INSERT_ENDED = _insert(NEW + ENDED)
 INSERT_EXTRA = _insert(NEW + EXTRA)
 INSERT_ENDED_EXTRA = _insert(NEW + ENDED + EXTRA)
 GET = f"SELECT {MEMBERS} FROM jobs WHERE id = ?"
-TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter, tag, note, status "
-        "FROM jobs WHERE id = ?")
+TASK = ("SELECT id, job, mode, attempts, shots, seed, echo_code, submitter, tag, note, priority, "
+        "asked_runtime, status FROM jobs WHERE id = ?")
+QUEUED = "id, mode, priority, submitter, asked_runtime"     # the members of a Queued
 RESULT = ("SELECT coalesce(result, 'null'), coalesce(is_json, 1) "
           "FROM jobs LEFT JOIN results USING (id) WHERE id = ?")
 PRUNE = "DELETE FROM jobs WHERE id IN (SELECT id FROM jobs WHERE end_time < ? LIMIT ?)"
-WAITS = f"SELECT mode, {STATE} FROM jobs WHERE id = ? AND end_time IS NULL AND {IF_WAITING}"
+WAITS = f"SELECT {QUEUED}, {STATE} FROM jobs WHERE id = ? AND end_time IS NULL AND {IF_WAITING}"
 COUNT = "UPDATE counts SET jobs = jobs + ? WHERE state = ? AND mode = ?"
 STATUS = f"""
     SELECT state, mode, jobs, '' FROM counts
@@ -211,7 +212,7 @@ class Store:
             self._writer = prepare(path)
             mark_in_file(self._writer)
             self._watch = Watch(path, self._file)
-            os.pwrite(self._lock_file, b"in use\n", 0)
+            self.instance, self.run = mark_in_use(self._lock_file)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
             raise as_store_error(path, error) from None
@@ -333,9 +334,10 @@ class Store:
         except zlib.error as error:
             raise DamagedRow(ROW.format(number)) from error
 
-    def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
-        """Yield pages of (id, mode, due) of the jobs that wait, in id order."""
-        return self._pages(_of_open_jobs("id, mode, due", IF_WAITING))
+    def waiting(self) -> Iterator[List[Tuple[Queued, Optional[float]]]]:
+        """Yield pages of (job, when it is due) of the jobs that wait, in id order."""
+        for page in self._pages(_of_open_jobs(f"{QUEUED}, due", IF_WAITING)):
+            yield [(Queued(*row[:-1]), row[-1]) for row in page]
 
     def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
         """Yield pages of (id, attempt, mode, runtime) of the jobs that run; at a start: of those
@@ -502,9 +504,15 @@ class Store:
         """Replace what was said in the last attempt that has this number and is over."""
         self._write(self._keep_log, number, attempt, _compressed(said), said.dropped)
 
-    def cancel(self, number: int) -> bool:
-        """End a job that waits as cancelled; return False if it does not wait."""
-        return bool(self._write(self._cancel, number))
+    def settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
+        """End an attempt and start the one that follows it, in one transaction; as `settle` and
+        `claim`."""
+        compressed = _compressed(ending.outcome.log)
+        return self._write(self._settle_and_claim, ending, compressed, number, runtime)
+
+    def cancel(self, number: int) -> Optional[Queued]:
+        """End a job that waits as cancelled, and return it; None if it does not wait."""
+        return self._write(self._cancel, number)
 
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
         """Remember that a runtime is paused, why, and by whose key; return since when."""
@@ -584,6 +592,7 @@ class Store:
         now = self.clock.now()
         added = []
         endings = []
+        queued = []
         outcomes = batch.outcomes or [None] * len(batch.submissions)
         for submission, outcome in zip(batch.submissions, outcomes):
             values = (*submission[:PLAIN_MEMBERS], now, batch.submitter)
@@ -591,6 +600,7 @@ class Store:
             job, mode, *asked = submission      # asked: shots, seed, return_code, tag, note
             if outcome is None:
                 self._counted["waiting", mode] += 1
+                queued.append(Queued(number, mode, 0, batch.submitter, None))
             else:
                 event = "failed" if outcome.return_code else "succeeded"
                 endings.append(Ending(Task(number, job, mode, 1, *asked[:3]), event, outcome))
@@ -600,7 +610,7 @@ class Store:
             self._writer.execute(
                 "INSERT OR REPLACE INTO idempotency VALUES (?, ?, ?, ?, ?, ?)",
                 (batch.submitter, *batch.key, self.clock.unix(), added[0].id, added[-1].id))
-        return Addition(added, endings=endings)
+        return Addition(added, endings=endings, queued=queued)
 
     def _insert(self, submission: Submission, values: Tuple[Any, ...],
                 outcome: Optional[Outcome]) -> int:
@@ -650,15 +660,21 @@ class Store:
         self._counted["running", task.mode] += 1
         return task
 
-    def _cancel(self, number: int) -> bool:
-        rows = self._writer.execute(WAITS, (number,)).fetchall()
-        if not rows:
-            return False
-        (mode, state), = rows
+    def _cancel(self, number: int) -> Optional[Queued]:
+        row = self._writer.execute(WAITS, (number,)).fetchone()
+        if row is None:
+            return None
+        *members, state = row
+        queued = Queued(*members)
         values = (jobs.CANCELLED, "cancelled", self.clock.now(), number)
         self._writer.execute(CANCEL_WAITING, values)
-        self._counted[state, mode] -= 1
-        return True
+        self._counted[state, queued.mode] -= 1
+        return queued
+
+    def _settle_and_claim(self, ending: Ending, compressed: bytes, number: int,
+                          runtime: str) -> Optional[Task]:
+        self._settle([ending], [compressed])
+        return self._claim(number, runtime)
 
     def _settle(self, endings: Sequence[Ending], logs: Sequence[bytes]) -> None:
         now = self.clock.now()

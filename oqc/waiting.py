@@ -5,9 +5,11 @@ name for only half of them.
 """
 import contextlib
 import threading
-from typing import Counter, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence
+from typing import Callable, Counter, Dict, Iterable, Iterator, List, Optional, Protocol, Sequence
 
 from oqc.jobs import Job
+
+LOOK_EVERY = 1.0                    # seconds between two looks whether who waits has left
 
 
 class Store(Protocol):
@@ -25,6 +27,11 @@ class Clock(Protocol):
 
     def wait(self, event: threading.Event, seconds: Optional[float]) -> bool:
         """Wait until `event` is set, `seconds` at most; return whether it is set."""
+
+
+def _stays() -> bool:
+    """Say of who waits that they have not left."""
+    return False
 
 
 class Waiting:
@@ -76,41 +83,53 @@ class Waiting:
                 if not self._waits[name]:
                     del self._waits[name]
 
-    def until_ended(self, numbers: Sequence[int], seconds: float, name: str = "") -> List[Job]:
-        """Return these jobs as soon as all have ended, or as they are after `seconds`; none at
-        all, and at once, when there is no place for another that waits. Raise UnknownJob."""
+    def until_ended(self, numbers: Sequence[int], seconds: float, name: str = "",
+                    has_left: Callable[[], bool] = _stays) -> List[Job]:
+        """Return these jobs as soon as all have ended, or as they are after `seconds` or soon after
+        who waits has left; none at all, and at once, when there is no place for another that waits.
+        Raise UnknownJob."""
         with self.place(name) as has_room:
             if not has_room:
                 return []
             deadline = self.clock.monotonic() + seconds
-            return [self._until_ended(number, deadline) for number in numbers]
+            return [self._until_ended(number, deadline, has_left) for number in numbers]
 
-    def _until_ended(self, number: int, deadline: float) -> Job:
+    def _until_ended(self, number: int, deadline: float,
+                     has_left: Callable[[], bool] = _stays) -> Job:
         ended = threading.Event()
         with self._changed:
             self._waiters.setdefault(number, []).append(ended)
         try:
             job = self.store.get(number)        # only now: it cannot end unnoticed any more
-            left = deadline - self.clock.monotonic()
+            if job.end_time is not None:
+                return job
             # `_stopped` without the lock: a stop that comes now sets the event.
-            if job.end_time is None and left > 0 and not self._stopped:
-                if self.clock.wait(ended, left):
-                    job = self.store.get(number)
-            return job
+            while not (ended.is_set() or self._stopped or has_left()):
+                left = deadline - self.clock.monotonic()
+                if left <= 0:
+                    break
+                self.clock.wait(ended, min(left, LOOK_EVERY))
+            return self.store.get(number)
         finally:
             with self._changed:
                 self._waiters[number].remove(ended)
                 if not self._waiters[number]:
                     del self._waiters[number]
 
-    def for_change(self, since: int, seconds: float, name: str = "") -> None:
-        """Return as soon as `changes` is not `since`, or after `seconds` of real time; at once
-        when there is no place for another that waits."""
+    def for_change(self, since: int, seconds: float, name: str = "",
+                   has_left: Callable[[], bool] = _stays) -> None:
+        """Return as soon as `changes` is not `since`, or after `seconds`, or soon after who waits
+        has left; at once when there is no place for another that waits."""
         with self.place(name) as has_room:
             if not has_room:
                 return
+            deadline = self.clock.monotonic() + seconds
             with self._changed:
-                self._changed.wait_for(lambda: self.changes != since or self._stopped, seconds)
+                while self.changes == since and not self._stopped and not has_left():
+                    left = deadline - self.clock.monotonic()
+                    if left <= 0:
+                        return
+                    self._changed.wait(min(left, LOOK_EVERY))
 
     def for_more(self, number: int, seconds: float) -> bool:
         """Wait for a job to end, `seconds` at most, in a place that is held; return whether there

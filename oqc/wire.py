@@ -17,6 +17,7 @@ FIELD_LINE = re.compile(rb"(%s):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 HOST = re.compile(rb"[0-9A-Za-z\-._~!$&'()*+,;=%:\[\]]*")   # RFC 3986, section 3.2.2
 ABSOLUTE = re.compile(                                      # RFC 9112, section 3.2.2: MUST be taken
     rb"(?i:https?)://(%s)(?=[/?]|\Z)" % HOST.pattern)
+BEGIN = re.compile(rb"%s|\r?\Z|\r\n" % TOKEN)
 HEAD_END = b"\r\n\r\n"
 ONCE = ("host", "content-length", "transfer-encoding")      # decide where a request ends or goes
 UNUSED_BODY = 1 << 16               # bytes of the body of anything but a POST: nobody reads it
@@ -57,6 +58,9 @@ def split_head(buffer: bytes, limits: Limits) -> Tuple[Optional[bytes], bytes]:
     line, or None if it is not whole; the rest). Raise Problem."""
     if len(buffer) > 2 and buffer.startswith(b"\r\n"):
         buffer = buffer[2:]         # RFC 9112, section 2.2: an empty line may come before
+    if not BEGIN.match(buffer):
+        # Now: of what is not HTTP, TLS above all, the end of a line may never come.
+        raise Problem(400, "this is not HTTP/1.1; HTTPS needs --tls-cert")
     line = buffer.find(b"\r\n")
     if line > limits.line or (line < 0 and len(buffer) > limits.line):
         raise Problem(414, f"the request line is longer than {limits.line} bytes")

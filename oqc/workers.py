@@ -1,5 +1,4 @@
-"""Who runs what, when: a queue of ids for each mode, a worker thread for each slot, retries,
-cancelling, pausing.
+"""Who runs what, when: the queue, a worker thread for each slot, retries, cancelling, pausing.
 
 The database is the truth; what is here holds ids, is rebuilt from it at start, and is changed after
 it.
@@ -7,17 +6,21 @@ it.
 import bisect
 import contextlib
 import heapq
+import itertools
+import json
 import logging
 import queue
 import threading
 from collections import Counter
 from typing import (
-    Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Tuple)
+    Any, Callable, Dict, Iterator, List, Optional, Protocol, Sequence, Set, Tuple,
+    Union)
 
 from oqc import jobs
 from oqc.jobs import (
-    Addition, Ended, Ending, Job, Log, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission,
-    Task)
+    Addition, Ended, Ending, Job, Log, Outcome, Queued, RetryPolicy, RuntimeSpec, StoreError,
+    Submission, Task)
+from oqc.turns import TurnQueue
 from oqc.waiting import Waiting
 
 log = logging.getLogger("oqc")
@@ -29,12 +32,22 @@ INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=T
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
+HELD_AGAIN = 0.1                    # seconds between looks at what a crash has left of an attempt
+
+
+def _nothing_left(_number: int, _runtime: str) -> bool:
+    return False
 
 
 def _as_cancelled(outcome: Outcome) -> Outcome:
     """Return the outcome of a job that was cancelled, with what its runtime had said by then."""
     return outcome._replace(
         return_code=jobs.CANCELLED, runtime_error="cancelled", interrupted=True)
+
+
+def _queued(task: Task) -> Queued:
+    """Return the job of a task as the queue knows it."""
+    return Queued(task.id, task.mode, task.priority, task.submitter, task.asked_runtime)
 
 
 class _Stopping(Exception):
@@ -53,8 +66,14 @@ class Store(Protocol):
     def settle(self, endings: Sequence[Ending]) -> None:
         """End these attempts."""
 
-    def cancel(self, number: int) -> bool:
-        """End a job that waits as cancelled; return False if it does not wait."""
+    def settle_and_claim(self, ending: Ending, number: int, runtime: str) -> Optional[Task]:
+        """End an attempt, and start one at another job, as `settle` and `claim` do."""
+
+    def keep_log(self, number: int, attempt: int, said: Log) -> None:
+        """Replace the log of a job's last attempt that has this number and is over."""
+
+    def cancel(self, number: int) -> Optional[Queued]:
+        """End a job that waits as cancelled, and return it; None if it does not wait."""
 
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
         """Remember that a runtime is paused, why and by whose key; return since when."""
@@ -68,21 +87,34 @@ class Store(Protocol):
     def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
         """Yield pages of (id, attempt, mode, runtime) of the jobs that a crash cut off."""
 
-    def waiting(self) -> Iterator[List[Tuple[int, str, Optional[float]]]]:
-        """Yield pages of (id, mode, due) of the jobs that wait."""
+    def waiting(self) -> Iterator[List[Tuple[Queued, Optional[float]]]]:
+        """Yield pages of (job, when it is due) of the jobs that wait."""
 
 
 class Slot(Protocol):
     """Room for one attempt at a time on a runtime."""
 
+    survivors: str                  # what of its last attempt could not be ended, as a line
+
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt to its end, or until `interrupted()`; then the outcome says so."""
 
-    def log(self) -> Log:
-        """Return what the attempt that runs has written on standard error. For any thread."""
+    def log(self, number: int) -> Log:
+        """Return what the attempt that runs at this job has written on standard error. For any
+        thread."""
+
+    device: Optional[str]           # JSON: what its runtime says of itself
+
+    def rest(self, is_over: Callable[[], bool], may_start: bool) -> Optional[Outcome]:
+        """Wait between attempts until `is_over()`, or sooner; return an outcome if a process has
+        started without a job, or failed to, which only happens if it `may_start`."""
+
+    def late_logs(self) -> List[Tuple[int, int, Log]]:
+        """Return (job, attempt, log) of attempts whose log has grown since they were over."""
 
     def wake(self) -> None:
-        """Have a running attempt ask `interrupted()` again. For any thread."""
+        """Have a running attempt ask `interrupted()` again, or a rest its `is_over()`. For any
+        thread."""
 
     def close(self) -> None:
         """End what is left between attempts."""
@@ -110,8 +142,12 @@ class _Attempt:
     A cancel counts if it is set before `_decide` reads it: both hold Workers.lock.
     """
 
-    def __init__(self, slot: Slot) -> None:
+    def __init__(self, runtime: "_Runtime", number: int, slot: Slot) -> None:
+        self.runtime = runtime
+        self.number = number            # of its job
         self.slot = slot
+        self.task: Optional[Task] = None            # once the job is claimed
+        self.began = 0.0                # monotonic seconds
         self.cancelled = False          # somebody wants the job ended
         self.stopped = False            # the server stops
         self.ending: Optional[Ending] = None        # how it ended, once that is on disk
@@ -122,19 +158,36 @@ class _Attempt:
         return self.cancelled or self.stopped
 
 
-class _Runtime:
+class _Worker:
+    """What a worker thread has of its own. `is_rung` is changed under its runtime's lock of the
+    bell."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.is_rung = True             # it looks at the queues before it rests
+
+
+class _Runtime:                     # pylint: disable=too-many-instance-attributes # each says why
     """A runtime and its state. Changed under Workers.lock."""
 
-    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Slot], since: str) -> None:
+    def __init__(self, spec: RuntimeSpec, make_slot: Callable[[], Slot], since: str,
+                 policy: RetryPolicy) -> None:
+        if spec.attempts == 1:          # no job runs twice, whatever cut it off
+            spec = spec._replace(interrupted="fail")
         self.spec = spec
+        self.policy = policy._replace(attempts=spec.attempts)
         self.make_slot = make_slot
         self.since = since              # UTC time of the last change of state
-        self.bell: "queue.Queue[None]" = queue.Queue(maxsize=spec.slots)    # its workers wait on it
+        self.workers: List[_Worker] = []
+        self._bell = threading.Lock()   # held while a worker goes to rest, or is rung
+        self._resting: List[_Worker] = []
         self.paused: Optional[str] = None       # the reason
         self.paused_by: Optional[str] = None    # the name of a key, while it is paused
         self.failed_starts = 0          # in a row
         self.aside_until = 0.0          # monotonic seconds
         self.start_error: Optional[str] = None      # the last one, once it is set aside
+        self.failed_by: Optional[Queued] = None     # the job that it failed to start with last
+        self.failed_jobs = 0            # in a row
         self.running: Dict[int, _Attempt] = {}
         self.jobs_ended = 0
         self.jobs_failed = 0
@@ -154,6 +207,10 @@ class _Runtime:
             return "busy"
         return "idle"
 
+    def may_run(self, mode: str, asked_runtime: Optional[str]) -> bool:
+        """Return whether it runs jobs of this mode that ask for that runtime, or for any."""
+        return mode in self.spec.modes and asked_runtime in (None, self.spec.name)
+
     def obstacle(self) -> Optional[str]:
         """Return why it starts no job, or None."""
         if self.paused is not None:
@@ -162,12 +219,37 @@ class _Runtime:
             return f"{self.spec.name} cannot be started: {self.start_error}"
         return None
 
+    @property
+    def device(self) -> Optional[str]:
+        """What it says of itself, as JSON."""
+        devices = [worker.slot.device for worker in self.workers if worker.slot.device]
+        return devices[-1] if devices else None
+
+    def lie_down(self, worker: _Worker) -> None:
+        """Have a worker rung from now on. It looks at the queues once more before it rests, or a
+        ring between the two would be lost."""
+        with self._bell:
+            worker.is_rung = False
+            self._resting.append(worker)
+
+    def rise(self, worker: _Worker) -> bool:
+        """Have a worker rung no more; return whether it was."""
+        with self._bell:
+            was_rung = worker.is_rung
+            if not was_rung:
+                self._resting.remove(worker)
+                worker.is_rung = True
+            return was_rung
+
     def ring(self, times: int = 0) -> None:
-        """Have so many workers that wait look at the queues, or all. If the bell is full, each has
-        a ring before it already."""
-        with contextlib.suppress(queue.Full):
-            for _ in range(times or self.spec.slots):
-                self.bell.put_nowait(None)
+        """Have so many workers that rest look at the queues, or all."""
+        with self._bell:
+            rung = self._resting[-times:]       # who has worked last
+            del self._resting[-times:]
+            for worker in rung:
+                worker.is_rung = True
+        for worker in rung:
+            worker.slot.wake()
 
 
 class Workers:                      # pylint: disable=too-many-instance-attributes # each says why
@@ -175,18 +257,25 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
 
     def __init__(self, store: Store, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]],
                  policy: RetryPolicy, clock: Clock, dice: Callable[[], float],
-                 waiting: Waiting) -> None:
+                 waiting: Waiting,
+                 left_over: Callable[[int, str], bool] = _nothing_left) -> None:
         """`runtimes`: each with what makes a slot of it. `dice` gives numbers from 0 to 1, for the
-        delays. `waiting` is told of every change, after it is on disk."""
+        delays. `waiting` is told of every change, after it is on disk. `left_over`: whether
+        processes are left of an attempt at a job on a runtime, which a crash cut off."""
         self.store = store
         self.policy = policy
         self.clock = clock
         self.dice = dice
         self.waiting = waiting
-        self.runtimes = {spec.name: _Runtime(spec, make, clock.now()) for spec, make in runtimes}
+        self.left_over = left_over
+        self._cut_off_on: Dict[int, str] = {}   # jobs that a crash cut off, and their runtimes
+        self.runtimes = {spec.name: _Runtime(spec, make, clock.now(), policy)
+                         for spec, make in runtimes}
         self._echo = self.runtimes.get("echo")
-        self._queues: Dict[str, "queue.PriorityQueue[int]"] = {
-            mode: queue.PriorityQueue() for mode in jobs.MODES}
+        self._queue = TurnQueue({spec.name: spec.modes for spec, _ in runtimes})
+        self._loading = True            # what waits in the database is not all in the queue yet
+        self._arrived: List[Queued] = []        # what came meanwhile
+        self._cancelled: Set[int] = set()       # while they waited, but not in the queue
         self._began = clock.monotonic()
         self.draining = threading.Event()       # no more jobs are started
         self._stopped = threading.Event()
@@ -194,18 +283,31 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         self._threads: List[threading.Thread] = []
         self._pausing = threading.Lock()        # held while a pause comes or goes, on disk and here
         self.lock = threading.Lock()            # over every _Runtime and _Attempt, and what follows
-        # A heap of (monotonic seconds, mode, id): then the job is queued; with the id 0 the mode's
-        # workers look again.
-        self._alarms: List[Tuple[float, str, int]] = []
+        # A heap of (monotonic seconds, serial, what then: a job to queue, a runtime to ring).
+        self._alarms: List[Tuple[float, int, Union[Queued, _Runtime]]] = []
+        self._alarm_serial = itertools.count()
         self._alarm_set = threading.Event()
         self._durations: Dict[Tuple[str, str], List[float]] = {}
-        self._cancelled_in_queue = 0            # cancelled jobs that are on a queue, or will be
 
     # Life
 
     def start(self) -> None:
-        """Take up what the database says: decide on what a crash cut off, queue what waits, start
-        the threads."""
+        """Take over what the database says, and start the threads."""
+        self.take_over()
+        for target, name in ((self.load, "loader"), (self._ring_alarms, "alarms")):
+            self._threads.append(threading.Thread(target=target, name=name, daemon=True))
+        for name, runtime in self.runtimes.items():
+            for number in range(runtime.spec.slots):
+                worker = _Worker(runtime.make_slot())
+                runtime.workers.append(worker)
+                self._threads.append(threading.Thread(
+                    target=self._work, name=f"{name}-{number}", args=(runtime, worker),
+                    daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def take_over(self) -> None:
+        """Take over the pauses, and decide on what a crash cut off."""
         for name, (reason, since, by) in self.store.pauses().items():
             if name in self.runtimes:
                 self.runtimes[name].paused = reason
@@ -213,29 +315,49 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                 self.runtimes[name].since = since
         for page in self.store.running():
             self.store.settle([self._cut_off(*row) for row in page])
+
+    def load(self) -> None:
+        """The loader thread: queue what waits in the database, the oldest first, and then what came
+        meanwhile. Until then no job is started."""
+        last = 0
         for page in self.store.waiting():
-            for number, mode, due in page:
-                delay = 0.0
-                if due is not None:
-                    # A wall clock that jumped must hold no job back for longer than a delay can.
-                    delay = min(due - self.clock.unix(), self.policy.most)
-                self._enqueue_in(delay, mode, number)
-        self._threads.append(
-            threading.Thread(target=self._ring_alarms, name="alarms", daemon=True))
-        for name, runtime in self.runtimes.items():
-            for number in range(runtime.spec.slots):
-                self._threads.append(threading.Thread(
-                    target=self._work, name=f"{name}-{number}",
-                    args=(runtime, runtime.make_slot()), daemon=True))
-        for thread in self._threads:
-            thread.start()
+            if self._stopped.is_set():
+                return
+            for job, due in page:
+                last = job.id
+                self._load_job(job, due)
+        with self.lock:
+            for job in self._arrived:
+                if job.id > last:       # else the database had it already
+                    self._put(job)
+            self._arrived.clear()
+            self._loading = False
+        for runtime in self.runtimes.values():
+            runtime.ring()
+
+    def _load_job(self, job: Queued, due: Optional[float]) -> None:
+        """Queue a job, at once or when it is due."""
+        delay = 0.0
+        if due is not None:
+            # A wall clock that jumped must hold no job back for longer than a delay can.
+            delay = min(due - self.clock.unix(), self.policy.most)
+        if self._is_held(job.id):
+            log.warning("job %d waits until its attempt on %s has ended, which goes on since the "
+                        "server was killed", job.id, self._cut_off_on[job.id])
+            delay = max(delay, HELD_AGAIN)
+        if delay <= 0:
+            self._put(job)
+            return
+        with self.lock:
+            self._set_alarm(self.clock.monotonic() + delay, job)
 
     def _cut_off(self, number: int, attempt: int, mode: str, name: str) -> Ending:
         """Return the end of an attempt that ran when the server was killed."""
         runtime = self.runtimes.get(name)
         again = runtime is None or runtime.spec.interrupted == "retry"
         outcome = INTERRUPTED._replace(transient=again)
-        event = jobs.decide(outcome, attempt, self.policy)
+        self._cut_off_on[number] = name
+        event = jobs.decide(outcome, attempt, runtime.policy if runtime else self.policy)
         fate = "it is tried again" if event == "retry" else "ended as interrupted"
         log.warning("job %d was running on %s when the server was killed: %s", number, name, fate)
         return Ending(Task(number, "", mode, attempt, 0, 0, 0), event, outcome)
@@ -279,7 +401,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         echo = self._echo
         if submission.mode != "echo" or echo is None or echo.paused is not None:
             return None
-        if not self._queues["echo"].empty():
+        if self._loading or self._queue.count("echo"):
             return None
         outcome = jobs.echo(submission.return_code, echo.spec.retry_codes)
         return None if outcome.transient else outcome
@@ -287,181 +409,317 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
     def take_up(self, additions: Sequence[Addition]) -> None:
         """Have new jobs run, once the store has them; count and announce those that ended."""
         endings = []
-        numbers: Dict[str, List[int]] = {}
+        queued: List[Queued] = []
         for addition in additions:
-            if addition.replayed:
-                continue
             endings += addition.endings
-            ended = {ending.task.id for ending in addition.endings}
-            for job in addition.jobs:
-                if job.id not in ended:
-                    numbers.setdefault(job.mode, []).append(job.id)
+            queued += addition.queued
         if endings and self._echo:
             self._announce(self._echo, endings)
-        for mode, numbers_of_mode in numbers.items():
-            self.enqueue(mode, numbers_of_mode)
+        if queued and not self._have_to_wait(queued):
+            self._enqueue(queued)
 
-    def enqueue(self, mode: str, numbers: Sequence[int]) -> None:
-        """Have these jobs run, oldest first, once the store has them."""
-        for number in numbers:
-            self._queues[mode].put(number)
-        self._ring(mode, len(numbers))
+    def _have_to_wait(self, queued: Sequence[Queued]) -> bool:
+        """Return whether new jobs have to wait until older ones are loaded; keep them for then."""
+        if self._loading:
+            with self.lock:             # the loader ends under it
+                if self._loading:
+                    self._arrived += queued
+                    return True
+        return False
+
+    def _enqueue(self, queued: Sequence[Queued]) -> None:
+        """Put these jobs on the queue and wake the workers of their runtimes."""
+        for job in queued:
+            self._put(job)
+        kinds = Counter((job.mode, job.runtime) for job in queued)
+        for runtime in self.runtimes.values():
+            rings = sum(count for kind, count in kinds.items() if runtime.may_run(*kind))
+            if rings:
+                runtime.ring(rings)
         self.waiting.notify()
+
+    def _put(self, job: Queued) -> None:
+        """Put a job on the queue, unless it was cancelled on its way."""
+        if self._cancelled and job.id in self._cancelled:
+            self._cancelled.discard(job.id)
+        else:
+            self._queue.put(job)
 
     def queued(self) -> int:
         """Return how many jobs wait to be run now."""
-        queued = sum(one.qsize() for one in self._queues.values())
-        return max(0, queued - self._cancelled_in_queue)
+        return self._queue.qsize() + len(self._arrived)
 
-    def _enqueue_in(self, delay: float, mode: str, number: int) -> None:
-        """Have a job run after `delay` seconds; it holds no thread and no runtime until then."""
-        if delay <= 0:
-            self.enqueue(mode, [number])
-            return
-        with self.lock:
-            self._set_alarm(self.clock.monotonic() + delay, mode, number)
+    def _is_held(self, number: int) -> bool:
+        """Return whether something is left of a job's attempt that a crash cut off."""
+        name = self._cut_off_on.get(number)
+        if name is None:
+            return False
+        if self.left_over(number, name):
+            return True
+        del self._cut_off_on[number]
+        return False
 
-    def _set_alarm(self, at: float, mode: str, number: int = 0) -> None:
-        heapq.heappush(self._alarms, (at, mode, number))
+    def _set_alarm(self, at: float, then: Union[Queued, _Runtime]) -> None:
+        """Have a job queued at that time, until when it holds no thread and no runtime; or have a
+        runtime's workers look again. Under the lock."""
+        heapq.heappush(self._alarms, (at, next(self._alarm_serial), then))
         self._alarm_set.set()
 
     def _ring_alarms(self) -> None:
-        """The alarm thread: put on its queue what has become due."""
+        """The alarm thread: ring what is due, and wait for the next alarm."""
         while not self._stopped.is_set():
             self._alarm_set.clear()
-            due = []
+            self.ring_due()
             pause = None
             with self.lock:
-                now = self.clock.monotonic()
-                while self._alarms and self._alarms[0][0] <= now:
-                    due.append(heapq.heappop(self._alarms))
                 if self._alarms:
-                    pause = self._alarms[0][0] - now
-            for _, mode, number in due:
-                if number:
-                    self.enqueue(mode, [number])
-                else:
-                    self._ring(mode)
+                    pause = self._alarms[0][0] - self.clock.monotonic()
             self.clock.wait(self._alarm_set, pause)
 
-    def _ring(self, mode: str, times: int = 0) -> None:
-        for runtime in self.runtimes.values():
-            if mode in runtime.spec.modes:
-                runtime.ring(times)
+    def ring_due(self) -> List[int]:
+        """Do what has become due; return the ids of the jobs that were queued."""
+        due = []
+        with self.lock:
+            now = self.clock.monotonic()
+            while self._alarms and self._alarms[0][0] <= now:
+                due.append(heapq.heappop(self._alarms)[2])
+        queued = []
+        for then in due:
+            if isinstance(then, _Runtime):
+                then.ring()
+            elif self._is_held(then.id):
+                with self.lock:
+                    self._set_alarm(self.clock.monotonic() + HELD_AGAIN, then)
+            else:
+                self._enqueue([then])
+                queued.append(then.id)
+        return queued
 
     # Work
 
-    def _work(self, runtime: _Runtime, slot: Slot) -> None:
-        """A worker thread: take the oldest job that is due, run it, settle it."""
-        while not self.draining.is_set():
-            number = self._take(runtime, slot)
-            if not number:
-                runtime.bell.get()
-                continue
-            attempt = runtime.running[number]
+    def _work(self, runtime: _Runtime, worker: _Worker) -> None:
+        """A worker thread: a turn after the other, and a rest when there is nothing to run."""
+        slot = worker.slot
+        attempt: Optional[_Attempt] = None
+        while attempt or not self.draining.is_set():
             try:
-                try:
-                    self._run(runtime, attempt, number)
-                finally:
-                    self._finish(runtime, attempt, number)
+                attempt = attempt or self.begin(runtime, slot) or self._rest(runtime, worker)
+                if attempt is not None:
+                    attempt = self.end(attempt, self._outcome(attempt))
+                self._keep_late_logs(slot)
             except _Stopping:       # the next start decides on the job
-                pass
+                attempt = None
             except Exception:       # pylint: disable=broad-exception-caught # the thread goes on
-                log.exception("worker of %s: job %d", runtime.spec.name, number)
+                log.exception("worker of %s", runtime.spec.name)
+                if attempt is None:     # or it would do nothing else any more
+                    self.clock.wait(self._stopped, STORE_AGAIN)
+                attempt = None
         slot.close()
+        with contextlib.suppress(_Stopping):
+            self._keep_late_logs(slot)
 
-    def _take(self, runtime: _Runtime, slot: Slot) -> Optional[int]:
-        """Return the id to run next on this slot, already entered as running; None if there is
-        nothing or it may not run."""
+    def _rest(self, runtime: _Runtime, worker: _Worker) -> Optional[_Attempt]:
+        """Rest until somebody rings, or there is something to be stored; return the attempt at a
+        job that came meanwhile, if there is one."""
+        runtime.lie_down(worker)
+        outcome = None
+        try:
+            attempt = self.begin(runtime, worker.slot)
+            if attempt is None:
+                outcome = worker.slot.rest(
+                    lambda: worker.is_rung or self.draining.is_set(),
+                    self._may_start(runtime, worker))
+        finally:
+            was_rung = runtime.rise(worker)
+        if attempt is not None and was_rung:
+            runtime.ring(1)         # for another job, perhaps
+        if outcome is not None:
+            with self.lock:
+                if runtime.set_aside or not outcome.started:
+                    self._note_start(runtime, outcome)
+        return attempt
+
+    def _may_start(self, runtime: _Runtime, worker: _Worker) -> bool:
+        """Return whether a runtime that is to be warm may be started now: if it is set aside, by
+        one worker, and when its pause is over."""
+        with self.lock:
+            if runtime.paused is not None:
+                return False
+            if not runtime.set_aside:
+                return True
+            if runtime.aside_until > self.clock.monotonic():
+                return False
+            return worker is runtime.workers[0] and not runtime.running
+
+    def _keep_late_logs(self, slot: Slot) -> None:
+        """Store what a runtime has said since its attempts were over."""
+        for number, attempt, said in slot.late_logs():
+            self._write_until_stored(self.store.keep_log, number, attempt, said)
+
+    def begin(self, runtime: _Runtime, slot: Slot) -> Optional[_Attempt]:
+        """Start an attempt at the next job for this slot; return None if there is none for it, or
+        it may not run."""
+        while attempt := self._take(runtime, slot):
+            try:
+                attempt.task = self._write_until_stored(
+                    self.store.claim, attempt.number, runtime.spec.name)
+            finally:
+                if attempt.task is None:    # it was cancelled meanwhile, or cannot be stored
+                    self._cancelled.discard(attempt.number)
+                    self._finish(attempt)
+            if attempt.task is not None:
+                attempt.began = self.clock.monotonic()
+                self.waiting.notify()
+                return attempt
+        return None
+
+    def end(self, attempt: _Attempt, outcome: Outcome) -> Optional[_Attempt]:
+        """End an attempt with this outcome. After a success return the next one of its slot, begun
+        with the same commit, if there is one."""
+        following = None
+        try:
+            ending = self._decide(attempt, outcome)
+            ending = ending._replace(seconds=self.clock.monotonic() - attempt.began)
+            reason = self._reason_to_pause(attempt.runtime, ending)
+            if reason:              # first, so that who is told of the end can read it
+                self._write_until_stored(self.pause, attempt.runtime.spec.name, reason)
+            if ending.event == "succeeded":     # which never keeps a runtime from its next job
+                following = self._take(attempt.runtime, attempt.slot)
+            if following is None:
+                self._write_until_stored(self.store.settle, [ending])
+            else:
+                self._settle_and_claim(ending, following)
+            attempt.ending = ending
+        finally:
+            self._finish(attempt)
+        if following is None or following.task is None:
+            return None
+        return following
+
+    def _settle_and_claim(self, ending: Ending, following: _Attempt) -> None:
+        """Store how an attempt ended and that another begins, in one transaction: a commit takes as
+        long as a short job."""
+        try:
+            following.task = self._write_until_stored(
+                self.store.settle_and_claim, ending, following.number,
+                following.runtime.spec.name)
+            following.began = self.clock.monotonic()
+        finally:
+            if following.task is None:      # it was cancelled meanwhile
+                self._cancelled.discard(following.number)
+                self._finish(following)
+
+    def _take(self, runtime: _Runtime, slot: Slot) -> Optional[_Attempt]:
+        """Return an attempt at the job to run next on this slot, already entered as running; None
+        if there is nothing or it may not run."""
         with self.lock:             # whoever takes from a queue holds it
-            if self.draining.is_set() or runtime.paused is not None:
+            if self.draining.is_set() or self._loading or runtime.paused is not None:
                 return None
             if runtime.set_aside:
                 if runtime.aside_until > self.clock.monotonic() or runtime.running:
                     return None     # set aside, or one job is trying it out already
-            queues = [self._queues[mode] for mode in runtime.spec.modes
-                      if not self._queues[mode].empty()]
-            if not queues:
+            number = self._queue.take(runtime.spec.name)
+            if number is None:
                 return None
-            oldest = min(queues, key=lambda one: one.queue[0])
-            number = oldest.get_nowait()
-            runtime.running[number] = _Attempt(slot)
-            return number
+            if runtime.set_aside and runtime.failed_by and runtime.failed_by.id == number:
+                number = self._instead_of(runtime.failed_by, runtime)
+            attempt = _Attempt(runtime, number, slot)
+            runtime.running[number] = attempt
+            return attempt
 
-    def _run(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
-        """Claim a job, make an attempt at it and store how it ended."""
-        task = self._write_until_stored(self.store.claim, number, runtime.spec.name)
-        if not task:                # it was cancelled meanwhile
-            with self.lock:
-                self._cancelled_in_queue -= 1
-            return
-        self.waiting.notify()
-        began = self.clock.monotonic()
-        outcome = NEVER_RUN
-        has_run = not attempt.must_end()
-        if has_run:
-            outcome = self._outcome(runtime, attempt, task)
-        ending = self._decide(runtime, task, attempt, outcome, has_run)
-        ending = ending._replace(seconds=self.clock.monotonic() - began)
-        self._write_until_stored(self.store.settle, [ending])
-        attempt.ending = ending
+    def _instead_of(self, job: Queued, runtime: _Runtime) -> int:
+        """Return another job to try a runtime out with than the one that it did not start with; the
+        same if there is no other."""
+        other = self._queue.take(runtime.spec.name)
+        if other is None:
+            return job.id
+        self._queue.put(job)
+        return other
 
-    def _finish(self, runtime: _Runtime, attempt: _Attempt, number: int) -> None:
+    def _finish(self, attempt: _Attempt) -> None:
         """Enter an attempt as over, and tell those who wait."""
         with self.lock:         # first: what they read when they are told shows it as over
-            del runtime.running[number]
+            del attempt.runtime.running[attempt.number]
         try:
             if attempt.ending is not None:
-                self._announce(runtime, [attempt.ending])
+                self._announce(attempt.runtime, [attempt.ending])
         finally:
             attempt.over.set()
             if self.draining.is_set() and not self.busy():
                 self._idle.set()
 
-    def _outcome(self, runtime: _Runtime, attempt: _Attempt, task: Task) -> Outcome:
+    def _outcome(self, attempt: _Attempt) -> Outcome:
         """Run a job on its slot."""
+        assert attempt.task is not None, "it is claimed"
+        if attempt.must_end():
+            return NEVER_RUN
         try:
-            return attempt.slot.run(task, attempt.must_end)
+            return attempt.slot.run(attempt.task, attempt.must_end)
         except Exception:           # pylint: disable=broad-exception-caught # the job has to end
-            log.exception("%s: job %d", runtime.spec.name, task.id)
+            log.exception("%s: job %d", attempt.runtime.spec.name, attempt.number)
             return Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
 
-    def _decide(self, runtime: _Runtime, task: Task, attempt: _Attempt,
-                outcome: Outcome, has_run: bool) -> Ending:
+    def _decide(self, attempt: _Attempt, outcome: Outcome) -> Ending:
         """Return what becomes of a job after this outcome; if it was interrupted, it was cancelled
         or the server stops. Exactly one of an answer and a cancel wins."""
+        runtime = attempt.runtime
+        task = attempt.task
+        assert task is not None, "it is claimed"
         with self.lock:
+            survivors = attempt.slot.survivors
+            if survivors:           # the device may still be driven by what nobody can end
+                failure = Outcome(jobs.NOT_EXECUTABLE, survivors, started=False)
+                self._note_start(runtime, failure, failures=SET_ASIDE_AFTER)
             if outcome.interrupted:
                 if attempt.cancelled:
                     return Ending(task, "failed", _as_cancelled(outcome))
-                failed = has_run and runtime.spec.interrupted == "fail"
+                failed = outcome.started and runtime.spec.interrupted == "fail"
                 outcome = outcome._replace(
                     return_code=INTERRUPTED.return_code, runtime_error=INTERRUPTED.runtime_error)
                 return Ending(task, "failed" if failed else "release", outcome)
-            self._note_start(runtime, outcome)
-            event = jobs.decide(outcome, task.attempt, self.policy)
+            if not survivors:
+                self._note_start(runtime, outcome, _queued(task))
+            event = jobs.decide(outcome, task.attempt, runtime.policy)
             if not outcome.started and runtime.set_aside:
                 event = "release"       # the runtime's fault: it costs the job no attempt
             if attempt.cancelled and event in ("release", "retry"):
                 return Ending(task, "failed", _as_cancelled(outcome))
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
 
-    def _note_start(self, runtime: _Runtime, outcome: Outcome) -> None:
+    def _reason_to_pause(self, runtime: _Runtime, ending: Ending) -> Optional[str]:
+        """Count jobs that fail in a row; return why the runtime must be paused, or None."""
+        outcome = ending.outcome
+        with self.lock:
+            if ending.event == "succeeded":
+                runtime.failed_jobs = 0
+            elif ending.event == "failed" and not outcome.interrupted:
+                runtime.failed_jobs += 1
+            if runtime.paused is not None:
+                return None
+            if outcome.pause:
+                return outcome.pause
+            if 0 < runtime.spec.pause_after <= runtime.failed_jobs:
+                return (f"{runtime.failed_jobs} jobs failed in a row, the last, job "
+                        f"{ending.task.id}, with {outcome.return_code}: {outcome.runtime_error}")
+        return None
+
+    def _note_start(self, runtime: _Runtime, outcome: Outcome, job: Optional[Queued] = None,
+                    failures: int = 1) -> None:
         """Set a runtime aside that fails to start again and again, and take it back when it starts;
-        say so once."""
+        say so once. `job`: that it was started for. `failures`: for how many a failure counts."""
         was_set_aside = runtime.set_aside
         if outcome.started:
             runtime.failed_starts = 0
             runtime.start_error = None
         else:
-            runtime.failed_starts += 1
+            runtime.failed_starts += failures
+            runtime.failed_by = job
         if runtime.set_aside:
             runtime.start_error = outcome.runtime_error
             doublings = min(30, runtime.failed_starts - SET_ASIDE_AFTER)
             pause = min(MOST_PAUSE, FIRST_PAUSE * 2 ** doublings)
             runtime.aside_until = self.clock.monotonic() + pause
-            for mode in runtime.spec.modes:
-                self._set_alarm(runtime.aside_until, mode)
+            self._set_alarm(runtime.aside_until, runtime)
         if runtime.set_aside == was_set_aside:
             return
         runtime.since = self.clock.now()
@@ -481,7 +739,8 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             task = ending.task
             outcome = ending.outcome
             if ending.event in ("retry", "release"):
-                self._enqueue_in(ending.delay, task.mode, task.id)
+                with self.lock:
+                    self._set_alarm(self.clock.monotonic() + ending.delay, _queued(task))
                 if ending.event == "retry":
                     log.info("job %d, attempt %d on %s: return code %d, %s; tried again in %.1f s",
                              task.id, task.attempt, runtime.spec.name, outcome.return_code,
@@ -528,16 +787,17 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         Return the ended job; raise Ended if it had ended (or did so by itself meanwhile),
         UnknownJob, and StoreError if its end cannot be stored now: then it comes later."""
         while True:
-            attempt = self._interrupt(number)
+            attempt = self.interrupt(number)
             if attempt is not None:
                 while not self.clock.wait(attempt.over, STORE_AGAIN):
                     self.store.cancel(number)   # changes nothing, but raises if it could not
                 if attempt.ending is not None and attempt.ending.event == "failed" \
                         and attempt.ending.outcome.interrupted:
                     return self.store.get(number)       # ended by this, not by itself
-            elif self.store.cancel(number):
-                with self.lock:
-                    self._cancelled_in_queue += 1
+            elif queued := self.store.cancel(number):
+                if not self._queue.remove(queued):      # it is on its way there, or taken
+                    with self.lock:
+                        self._cancelled.add(number)
                 self.waiting.notify([number])
                 return self.store.get(number)
             job = self.store.get(number)
@@ -547,7 +807,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             if self.clock.wait(self._stopped, CANCEL_AGAIN):
                 raise StoreError("the server is stopping")
 
-    def _interrupt(self, number: int) -> Optional[_Attempt]:
+    def interrupt(self, number: int) -> Optional[_Attempt]:
         """Return the attempt that runs at a job, asked to end; None if none does."""
         with self.lock:
             for runtime in self.runtimes.values():
@@ -578,6 +838,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         with self._pausing:
             self.store.resume(name)
             with self.lock:
+                runtime.failed_jobs = 0
                 if runtime.paused is not None:
                     runtime.paused = None
                     runtime.paused_by = None
@@ -597,7 +858,7 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     "state": runtime.state(), "reason": reason,
                     "paused_by": runtime.paused_by, "running": sorted(runtime.running),
                     "ended": runtime.jobs_ended, "failures": runtime.jobs_failed,
-                    "since": runtime.since}
+                    "since": runtime.since, "device": json.loads(runtime.device or "null")}
 
     def log(self, number: int) -> Optional[Log]:
         """Return what was said so far in the attempt that runs at a job; None if none does."""
@@ -605,20 +866,21 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             for runtime in self.runtimes.values():
                 attempt = runtime.running.get(number)
                 if attempt is not None:
-                    return attempt.slot.log()
+                    return attempt.slot.log(number)
         return None
 
-    def outlook(self, job: Job, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
+    def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs would be started before one that waits, what it waits for); no
         number before its `due_time`."""
         if due_time is not None:
             return None, f"tried again at {due_time}"
         with self.lock:
             its_own = [runtime for runtime in self.runtimes.values()
-                       if job.mode in runtime.spec.modes]
+                       if runtime.may_run(job.mode, job.runtime)]
+            if not its_own:
+                return None, f"{job.runtime}, which is not configured for this mode"
             obstacles = [runtime.obstacle() for runtime in its_own]
-        modes = {mode for runtime in its_own for mode in runtime.spec.modes}
-        ahead = sum(number < job.id for mode in modes for number in list(self._queues[mode].queue))
+        ahead = min(self._queue.ahead(job, runtime.spec.name) for runtime in its_own)
         if None not in obstacles:
             return ahead, "; ".join(filter(None, obstacles))
         if ahead == 1:

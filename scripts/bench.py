@@ -34,15 +34,20 @@ VERBATIM = {"job": JOB, "mode": "verbatim"}
 THOUSAND = [VERBATIM] * 1000
 # A runtime of the protocol `lines` that answers each job at once.
 INSTANT = r"""
-import sys
+import json, sys
 for line in sys.stdin:
-    sys.stdout.write('{"return_code": 0}\n')
+    sys.stdout.write('{"id": %d, "return_code": 0}\n' % json.loads(line)["id"])
     sys.stdout.flush()
 """
 INSTANT_CONFIG = """
 [runtime instant]
 command = {python} -IS {program}
 protocol = lines
+"""
+TRUE_CONFIG = """
+[runtime true]
+command = /bin/true
+slots = {slots}
 """
 # As many ended jobs as it is given, straight into the database: adding and running them would take
 # minutes.
@@ -273,6 +278,43 @@ def lines(options):
             yield Figure("lines: jobs ended", count / taken, "jobs/s")
 
 
+def programs(options):
+    """A runtime of the protocol `exec` that does nothing, in one slot and in four; and how often a
+    bare loop runs the same program."""
+    count = 100 if options.quick else 500
+    bare, run = [], {1: [], 4: []}
+    with tempfile.TemporaryDirectory(prefix="oqc-bench-") as folder:
+        servers = {}
+        with contextlib.ExitStack() as stack:
+            for slots in run:
+                config = Path(folder, f"{slots}.ini")
+                config.write_text(TRUE_CONFIG.format(slots=slots), encoding="utf-8")
+                servers[slots] = stack.enter_context(serving(options, "--config", str(config)))
+            for _ in range(3):      # in turns, so that a disturbance hits all of them
+                bare.append(seconds(functools.partial(run_bare, count)))
+                for slots, server in servers.items():
+                    run[slots].append(seconds(functools.partial(run_jobs, server, count)))
+    loop = count / statistics.median(bare)
+    yield Figure("exec: /bin/true in a bare loop", loop, "runs/s")
+    for slots, taken in run.items():
+        rate = count / statistics.median(taken)
+        yield Figure(f"exec: jobs of /bin/true, slots = {slots}", rate, "jobs/s")
+        yield Figure(f"exec: the same against the bare loop, {slots}", rate / loop, "times")
+
+
+def run_bare(count):
+    """Run a program that does nothing so many times."""
+    for _ in range(count):
+        subprocess.run(["/bin/true"], check=True)
+
+
+def run_jobs(server, count):
+    """Add so many jobs, and wait until they have ended."""
+    jobs = server.add([VERBATIM] * count)
+    for job in jobs[-4:]:           # with several slots the last one may not end last
+        server.ask("GET", f"/jobs/{job['id']}/?wait=300")
+
+
 def seconds_to_start(server):
     """Add a job; return the seconds from then to its start, when it has ended."""
     number = server.add(VERBATIM)["id"]
@@ -303,6 +345,7 @@ PARTS = {
     "listing": listing,
     "growth": growth,
     "lines": lines,
+    "programs": programs,
     "simulation": simulation,
 }
 

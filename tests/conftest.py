@@ -147,9 +147,16 @@ class Server:
         runtimes = self.request("GET", "/runtimes/").json
         return next(runtime for runtime in runtimes if runtime["name"] == name)
 
+    def keeper(self):
+        """The id of its keeper, the one child that is a fork of it and so has its command line."""
+        below = descendants(self.process.pid)
+        return next(pid for pid in below if command_line(pid) == command_line(self.process.pid))
+
     def children(self):
-        """The ids of all processes below the server, zombies included."""
-        return descendants(self.process.pid)
+        """The ids of all processes below the server but its keeper, zombies included."""
+        ours = command_line(self.process.pid)
+        below = descendants(self.process.pid)
+        return [pid for pid in below if not ours or command_line(pid) != ours]
 
     def stop(self, number=signal.SIGTERM, timeout=40):
         """End it by a signal; its exit status."""
@@ -163,6 +170,14 @@ class Server:
 
 def _id(job):
     return job["id"] if isinstance(job, dict) else job
+
+
+def command_line(pid):
+    """The command line of a process, as bytes; none of one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def descendants(pid):

@@ -162,7 +162,7 @@ def test_an_id_that_was_never_given_out_is_404_with_a_zero_until_it_is(server):
 
 
 def test_the_digits_of_another_script_are_no_id_even_unencoded(server):
-    request = ("GET /jobs/٣/ HTTP/1.1\r\nHost: x\r\n"
+    request = ("GET /jobs/٣/ HTTP/1.1\r\nHost: localhost\r\n"
                f"api_key: {KEY}\r\nConnection: close\r\n\r\n")
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         client.sendall(request.encode())
@@ -642,7 +642,7 @@ def test_a_wrong_parameter_of_a_listing_is_400_and_is_named(server, query, named
 def test_many_clients_at_once_are_all_answered_with_a_job_of_their_own(serve):
     server = serve()
     body = b'{"job": "X(0)", "mode": "echo"}'
-    head = f"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\nConnection: close\r\n"
+    head = f"POST /jobs/add/ HTTP/1.1\r\nHost: localhost\r\napi_key: {KEY}\r\nConnection: close\r\n"
     request = head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     address = ("127.0.0.1", server.port)
     clients = [socket.create_connection(address, timeout=20) for _ in range(100)]

@@ -224,7 +224,7 @@ def test_after_kill_9_what_ran_and_what_waited_is_run_and_what_had_ended_is_as_i
 def test_what_was_answered_201_is_there_after_kill_9_and_has_ended(serve):
     server = serve()
     body = b'{"job": "Y(1)", "mode": "echo"}'
-    head = f"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\n"
+    head = f"POST /jobs/add/ HTTP/1.1\r\nHost: localhost\r\napi_key: {KEY}\r\n"
     request = head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(8)]
     for client in clients:
@@ -336,7 +336,8 @@ def test_it_stops_although_clients_hold_connections_open(serve):
     server = serve()
     clients = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(3)]
     clients[1].sendall(b"GET /jobs/li")
-    clients[2].sendall(f"GET /jobs/list/ HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\n\r\n".encode())
+    clients[2].sendall(b"GET /jobs/list/ HTTP/1.1\r\nHost: localhost\r\n"
+                       b"api_key: %b\r\n\r\n" % KEY.encode())
     assert clients[2].recv(12) == b"HTTP/1.1 200"
     assert server.stop() == 0
     for client in clients:
@@ -347,7 +348,7 @@ def test_a_client_that_waits_for_a_job_is_answered_when_the_server_stops(serve, 
     server = serve(*gate.flags, "--drain", "0")
     job = server.add("X(4)", "verbatim")
     held = gate.reached()
-    rest_of_head = f" HTTP/1.1\r\nHost: x\r\napi_key: {KEY}\r\n\r\n"
+    rest_of_head = f" HTTP/1.1\r\nHost: localhost\r\napi_key: {KEY}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
         client.sendall(f"GET /jobs/{job['id']}/?wait=300{rest_of_head}"
                        f"GET /jobs/0/{rest_of_head}".encode())

@@ -28,6 +28,7 @@ def test_a_built_in_runtime_answers_lines_on_the_command_line(name):
     first, second = (json.loads(line) for line in ran.stdout.splitlines())
     assert (first["return_code"], first["runtime_error"], first["result"]["shots"]) == (0, None, 10)
     assert first == second
+    assert first["id"] == 1
     assert (ran.returncode, ran.stderr) == (0, "")
 
 

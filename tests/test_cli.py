@@ -327,3 +327,67 @@ def test_a_python_without_sqlite3_gets_one_line(tmp_path):
 def test_a_closed_standard_error_changes_no_status(tmp_path, arguments, status):
     ended = run(tmp_path, "-c", 'exec "$@" 2>&-', "sh", *PYTHON, *arguments, command=("sh",))
     assert (ended.returncode, ended.stderr) == (status, "")
+
+
+COMMANDS = (["key", "alice"], ["--help"], ["--version"], ["help", "keys"], ["list", "--help"],
+            ["check", "--help"])
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_output_that_nobody_reads_or_that_has_no_room_is_one_line_at_most(tmp_path, arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)       # argparse would keep the error to itself
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run([*PYTHON, *arguments], cwd=tmp_path, env=environment, check=False,
+                               stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (
+        1, "oqc: standard output: No space left on device\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as closed:
+        ended = subprocess.run([*PYTHON, *arguments], cwd=tmp_path, env=environment, check=False,
+                               stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("text, line", [
+    ("[runtime a] x\ncommand = cat\n", 1), ("[runtime a]]\ncommand = cat\n", 1),
+    ("[runtime a]\ncommand = cat\n  [runtime b]\ncommand = cat\n", 3)])
+def test_a_section_that_is_not_alone_on_its_line_is_one_line(tmp_path, text, line):
+    (tmp_path / "oqc.ini").write_text(text, encoding="ascii")
+    said = one_line(run(tmp_path, "--port", 0, "--config", "oqc.ini"), 78)
+    assert f"oqc.ini: line {line}: expected [runtime NAME] alone" in said
+
+
+def test_an_ini_file_may_begin_with_a_byte_order_mark(tmp_path, serve):
+    (tmp_path / "oqc.ini").write_bytes(b"\xef\xbb\xbf[runtime a] ; b\r\ncommand = cat\r\n")
+    serve("--config", "oqc.ini").line("verbatim on a;")
+
+
+@pytest.mark.parametrize("flag", ["--keys-file", "--config"])
+def test_a_fifo_in_place_of_a_file_is_one_line(tmp_path, flag):
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    assert "fifo: is a pipe" in one_line(run(tmp_path, "--port", 0, flag, "fifo"), 78)
+
+
+@pytest.mark.parametrize("kib", [60_000, 80_000, 120_000, 200_000])
+def test_too_little_memory_is_one_line(tmp_path, kib):
+    limited = ("sh", "-c", f'ulimit -v {kib}; exec timeout 5 "$0" "$@"', *PYTHON)
+    ended = run(tmp_path, "--port", 0, command=limited)
+    assert "Traceback" not in ended.stderr
+    if ended.returncode == 1:       # it may have said before that it listens
+        assert ended.stderr.count("oqc: ") == 1
+        assert ended.stderr.splitlines()[-1].startswith("oqc: ")
+
+
+def test_a_backup_that_is_told_to_end_leaves_no_part(tmp_path, serve):
+    serve().stop()
+    program = ("import os, signal, sys\nfrom oqc import cli, database\n"
+               "opened = database.open_observer\n"
+               "def told(path):\n"
+               "    os.kill(os.getpid(), signal.SIGTERM)\n"
+               "    return opened(path)\n"
+               "database.open_observer = told\nsys.exit(cli.main(['backup', 'copy.db']))")
+    ended = run(tmp_path, command=(sys.executable, "-c", program))
+    assert (ended.returncode, ended.stderr) == (143, "")
+    assert not list(tmp_path.glob("copy.db*"))

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import KEY, ROOT
@@ -146,7 +147,7 @@ def test_runtimes_on_the_command_line_serve_verbatim_and_the_built_in_ones_the_r
     assert made.runtimes[:2] == (
         RuntimeSpec("qpu-1", (program, "--flag", "two words", 'a"b', "c=d")),
         RuntimeSpec("B.2_x", ("true",)))
-    assert made.runtimes[:2][0][2:] == (("verbatim",), "exec", 1, 60.0, (75,), "retry")
+    assert made.runtimes[:2][0][2:8] == (("verbatim",), "exec", 1, 60.0, (75,), "retry")
     assert [spec.name for spec in made.runtimes[2:]] == ["simulator", "echo"]
 
 
@@ -225,20 +226,61 @@ slots = 1000
 timeout = 0.25
 retry_codes = 75, 3,255 ; busy
 interrupted = fail
+cwd = /
+start_timeout = 90
+warm = yes
+attempts = 1
+pause_after = 3
+result_bytes = 8388608
+log_bytes = 1024
 
 [runtime qpu-2]
 Command: {program}
 """))
     assert made.runtimes == (
         RuntimeSpec("qpu-1", (program, "--device", "1", "two words"), ("verbatim", "simulation"),
-                    "lines", 1000, 0.25, (75, 3, 255), "fail"),
+                    "lines", 1000, 0.25, (75, 3, 255), "fail",
+                    90.0, True, 1, 3, 8 << 20, 1024, "/"),
         RuntimeSpec("qpu-2", (program,)),
         RuntimeSpec("echo", None, ("echo",), "echo"))
 
 
 def test_what_a_section_leaves_out_has_the_documented_default(ini):
     assert settings("--config", ini("[runtime q]\ncommand = true")).runtimes[0] == RuntimeSpec(
-        "q", ("true",), ("verbatim",), "exec", 1, 60.0, (75,), "retry")
+        "q", ("true",), ("verbatim",), "exec", 1, 60.0, (75,), "retry",
+        60.0, False, 5, 0, 1 << 20, 1 << 16)
+
+
+def test_a_relative_program_is_looked_for_beside_the_file_then_on_path(ini, tmp_path, monkeypatch):
+    other = tmp_path / "elsewhere"
+    path = Path(ini(""))
+    for program in (path.parent / "true", path.parent / "sub" / "drive", other / "mine"):
+        program.parent.mkdir(exist_ok=True)
+        program.write_text("#!/bin/sh\n", encoding="ascii")
+        program.chmod(0o755)
+    monkeypatch.chdir(other)
+
+    def command(text):
+        path.write_text(f"[runtime q]\ncommand = {text}\n", encoding="ascii")
+        return settings("--config", os.path.relpath(path)).runtimes[0].command
+    for text in ("true", "./true", "../$HERE/true", str(path.parent / "true")):
+        assert command(text.replace("$HERE", path.parent.name)) == (str(path.parent / "true"),)
+    assert command("sub/drive -x") == (str(path.parent / "sub" / "drive"), "-x")
+    assert command("false ./true") == ("false", "./true")
+    for text in ("mine", "./mine", "sub"):
+        with pytest.raises(ConfigError, match="no such program"):
+            command(text)
+    assert settings("--runtime", "q=./mine").runtimes[0].command == (str(other / "mine"),)
+
+
+def test_a_relative_working_directory_goes_from_the_folder_of_the_file(ini, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = Path(ini("[runtime q]\ncommand = true\ncwd = data\n"))
+    with pytest.raises(ConfigError, match=f"line 3: .*cwd: {path.parent}/data: no such directory"):
+        settings("--config", str(path))
+    (path.parent / "data").mkdir()
+    assert settings("--config", str(path)).runtimes[0].cwd == str(path.parent / "data")
 
 
 def test_a_percent_sign_and_a_number_sign_are_nothing_special(ini):
@@ -265,7 +307,8 @@ GOOD = "; first\n\n[runtime good]\ncommand = true\n\n"       # five lines before
 WRONG = {
     "an unknown key": ("[runtime a]\ncommand = true\nspeed = 9\n",
                        "line 8: [runtime a]: speed: unknown key; known are "
-                       "command, modes, protocol, slots, timeout, retry_codes, interrupted"),
+                       "command, modes, protocol, slots, timeout, start_timeout, warm, attempts, "
+                       "retry_codes, pause_after, interrupted, cwd, result_bytes, log_bytes"),
     "name as a key": ("[runtime a]\nname = b\ncommand = true\n",
                       "line 7: [runtime a]: name: unknown key"),
     "an unknown mode": ("[runtime a]\ncommand = true\nmodes = verbatim, real\n",
@@ -288,6 +331,22 @@ WRONG = {
                         "no such program, or it is not executable"),
     "an open quote": ("[runtime a]\ncommand = true 'x\n",
                       "line 7: [runtime a]: command: No closing quotation"),
+    "start_timeout 0": ("[runtime a]\ncommand = true\nstart_timeout = 0\n",
+                        "line 8: [runtime a]: start_timeout: expected a number of seconds above 0"),
+    "warm true": ("[runtime a]\ncommand = true\nwarm = true\n",
+                  "line 8: [runtime a]: warm: expected yes or no, found 'true'"),
+    "attempts 0": ("[runtime a]\ncommand = true\nattempts = 0\n",
+                   "line 8: [runtime a]: attempts: expected a whole number from 1 to 1000, "
+                   "found '0'"),
+    "pause_after -1": ("[runtime a]\ncommand = true\npause_after = -1\n",
+                       "line 8: [runtime a]: pause_after: expected a whole number from 0 to "
+                       "1000000, found '-1'"),
+    "result_bytes 1023": ("[runtime a]\ncommand = true\nresult_bytes = 1023\n",
+                          "line 8: [runtime a]: result_bytes: expected a whole number from 1024 "
+                          "to 8388608, found '1023'"),
+    "log_bytes 8388609": ("[runtime a]\ncommand = true\nlog_bytes = 8388609\n",
+                          "line 8: [runtime a]: log_bytes: expected a whole number from 1024 to "
+                          "8388608, found '8388609'"),
     "slots 0": ("[runtime a]\ncommand = true\nslots = 0\n",
                 "line 8: [runtime a]: slots: expected a whole number from 1 to 1000, found '0'"),
     "slots 1001": ("[runtime a]\ncommand = true\nslots = 1001\n",

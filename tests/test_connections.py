@@ -19,9 +19,10 @@ from oqc.clock import Clock
 from oqc.jobs import Addition, Job, StoreError, UnknownJob
 from oqc.messages import Request, Response
 from oqc.server import TICK, Limits, Server, tls_context
+from oqc.waiting import Waiting
 
-GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-UPLOAD = (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+UPLOAD = (b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
           b"Expect: 100-continue\r\n\r\n")
 
 
@@ -42,6 +43,17 @@ class Scripted:
         self.is_small_add = lambda request: together is not None
 
 
+class Ahead(Clock):
+    """The machine's clock, moved on by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = 0
+
+    def monotonic(self):    # pylint: disable=arguments-differ # a static method
+        return super().monotonic() + self.seconds
+
+
 class Listening:
     """A server in this process."""
 
@@ -49,7 +61,8 @@ class Listening:
                  **limits):
         self.lines = []
         self.api = Scripted(handle, quick, together)
-        self.server = make(("127.0.0.1", 0), self.api, Clock(), limits=Limits(**limits),
+        self.clock = Ahead()
+        self.server = make(("127.0.0.1", 0), self.api, self.clock, limits=Limits(**limits),
                            access=self.lines.append, tls=tls, rest=0.05)
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(tick,))
@@ -130,7 +143,7 @@ def test_clients_that_were_refused_and_stay_do_not_keep_others_out(listen):
     with contextlib.ExitStack() as stack:
         refused = [stack.enter_context(Wire(server, b"no request\r\n\r\n")) for _ in range(2)]
         assert [client.answer()[0] for client in refused] == [400, 400]
-        for _ in range(3):
+        for _ in range(2):
             assert stack.enter_context(Wire(server, GET)).answer()[0] == 200
 
 
@@ -147,8 +160,164 @@ def test_a_client_that_has_its_answer_is_not_at_work_any_more(listen):
     server = listen(connections=1, make=GivesBackLate)
     with Wire(server, GET) as first:
         assert first.answer()[0] == 200
+        until(lambda: server.connections[0].state == "idle")
+        server.clock.seconds += 2
         with Wire(server, GET) as second:
             assert second.answer()[0] == 200
+
+
+def test_a_client_that_was_just_answered_keeps_its_connection_and_a_new_one_gets_503(listen):
+    server = listen(connections=2)
+    with Wire(server, GET) as first, Wire(server, GET) as second:
+        assert first.answer()[0] == second.answer()[0] == 200
+        for _ in range(5):
+            assert ask(server, GET)[0] == 503
+            for client in (first, second):
+                client.sock.sendall(GET)
+                assert client.answer()[0] == 200
+
+
+def test_a_client_whose_next_request_waits_to_be_read_does_not_make_room(listen):
+    """They were idle for long when the listener comes to a new client and their requests."""
+    server = listen(connections=3)
+    with Wire(server, GET) as first, Wire(server, GET) as second:
+        assert first.answer()[0] == second.answer()[0] == 200
+        with contextlib.ExitStack() as stack:
+            with server.held():
+                server.clock.seconds += 2
+                new = stack.enter_context(Wire(server, GET))
+                for client in (first, second):
+                    client.sock.sendall(GET)
+            assert [client.answer()[0] for client in (first, second)] == [200, 200]
+            assert new.answer()[0] in (200, 503)
+
+
+def leaves(client, how):
+    """The client goes away, or closes its half alone, as nc -N does."""
+    if how == "half":
+        client.sock.shutdown(socket.SHUT_WR)
+    else:
+        client.__exit__()
+
+
+class OpenJob:
+    """A store of a job that does not end."""
+
+    def get(self, number):
+        """Return the job."""
+        return Job(number, "X(1)", "verbatim", "Starting", None, None, None, "T", None, None)
+
+
+@pytest.mark.parametrize("how", ["half", "whole"])
+@pytest.mark.parametrize("behind", [b"", GET], ids=["alone", "with a request behind it"])
+def test_a_client_that_has_left_waits_no_more_and_is_answered(listen, how, behind):
+    waiting = Waiting(OpenJob(), Clock(), most=2)
+    entered = threading.Semaphore(0)
+    over = threading.Semaphore(0)
+
+    def wait(request):
+        entered.release()
+        if request.path == "/status":
+            waiting.for_change(waiting.changes, 300, "", request.has_left)
+        elif request.path == "/job":
+            waiting.until_ended([1], 300, "", request.has_left)
+        over.release()
+        return Response(200, b"ok\n")
+    server = listen(wait)
+    for path in (b"/job", b"/status"):
+        client = Wire(server, GET.replace(b"GET /", b"GET " + path))
+        assert entered.acquire(timeout=20)
+        client.sock.sendall(behind)
+        leaves(client, how)
+        assert over.acquire(timeout=20)
+        if how == "half":
+            assert client.answer()[0] == 200
+            client.__exit__()
+
+
+def test_an_answer_to_http_1_0_that_is_cut_short_ends_with_a_reset(listen):
+    """Else it looks whole: it ends where the connection does."""
+    def pieces():
+        yield b"one"
+        raise ValueError("no more")
+    server = listen(lambda request: Response(200, pieces()))
+    with Wire(server, b"GET / HTTP/1.0\r\n\r\n") as client:
+        with pytest.raises(ConnectionResetError):
+            client.file.read()
+
+
+@pytest.mark.parametrize("data", [
+    b"HEAD / HTTP/1.1\r\n\r\n", b"HEAD /\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost x\r\n\r\n",
+    b"\r\nHEAD / HTTP/3.0\r\n\r\n", b"HEAD / HTTP/1.1\r\nHost: x\r\nContent-Length: y\r\n\r\n",
+    b"HEAD /" + b"a" * 9000, b"HEAD / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 40_000,
+    b"HEAD / HTTP/1.1\nHost: x\n\n"])
+def test_a_head_request_gets_no_body_whatever_is_wrong_with_it(listen, data):
+    with Wire(listen(), data) as client:
+        status, headers, _ = client.answer(body=False)
+        assert 400 <= status <= 505 and int(headers[b"content-length"]) > 0
+        assert client.closed()
+
+
+def test_a_head_request_that_finds_no_room_or_comes_too_late_gets_no_body(listen, gate):
+    server = listen(gate, connections=1, head_seconds=0.1)
+    with Wire(server, b"HEAD / HTTP/1.1\r\n") as late:
+        assert late.answer(body=False)[0] == 408 and late.closed()
+    with Wire(server, GET):
+        assert gate.entered.acquire(timeout=20)
+        with Wire(server, GET.replace(b"GET", b"HEAD")) as client:
+            assert client.answer(body=False)[0] == 503 and client.closed()
+
+
+def test_what_arrived_while_the_server_stood_still_is_not_late(listen):
+    server = listen(head_seconds=5.0)
+    upload = UPLOAD.replace(b"Content-Length: 9", b"Content-Length: 200000")
+    with Wire(server, b"GET / HTTP/1.1\r\n") as head, Wire(server) as body, Wire(server) as idle:
+        body.sock.sendall(upload)
+        assert body.answer()[0] == 100
+        until(lambda: sorted(one.state for one in server.connections) == ["body", "head", "idle"])
+        service = server.server.service_actions
+        held = threading.Event()
+        go = threading.Event()
+
+        def stand_still():
+            server.server.service_actions = service
+            held.set()
+            go.wait(20)
+            server.clock.seconds += 60
+            service()
+        server.server.service_actions = stand_still
+        assert held.wait(20)
+        head.sock.sendall(b"Host: x\r\n\r\n")
+        body.sock.sendall(b"b" * 200_000)
+        idle.sock.sendall(GET)
+        go.set()
+        assert [client.answer()[0] for client in (head, body, idle)] == [200] * 3
+
+
+def test_bodies_that_are_arriving_take_so_much_together_and_no_more(listen, monkeypatch):
+    monkeypatch.setattr("oqc.server.BODIES", 1 << 20)
+    server = listen(body=1 << 20)
+    part = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 500000\r\n\r\n" + b"b" * 400_000
+    with Wire(server, part) as first, Wire(server, part) as second:
+        until(lambda: sum(len(one.buffer) for one in server.connections) == 800_000)
+        with Wire(server) as third:
+            third.sock.sendall(part)
+            status, headers, _ = third.answer()
+            assert (status, headers[b"retry-after"]) == (503, b"1")
+        for client in (first, second):
+            client.sock.sendall(b"b" * 100_000)
+            assert client.answer()[0] == 200
+        assert [ask(server, part + b"b" * 100_000)[0] for _ in range(5)] == [200] * 5
+
+
+def test_tls_on_the_plain_port_is_refused_at_once(listen):
+    server = listen(head_seconds=60.0)
+    context = ssl.create_default_context()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        with pytest.raises(ssl.SSLError):
+            context.wrap_socket(client, server_hostname="localhost")
+    for begin in (b"\x16\x03\x01", b"\x80", b"\0", b"\r\n\x16"):
+        assert ask(server, begin)[0] == 400
 
 
 def test_clients_that_were_turned_away_leave_no_room_for_another(listen, gate):
@@ -170,6 +339,7 @@ def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(li
         until(lambda: any(one.buffer for one in server.connections))
         body.sock.sendall(UPLOAD)
         assert body.answer()[0] == 100
+        server.clock.seconds += 2
         with Wire(server, GET) as first, Wire(server, GET) as second:
             assert first.answer()[0] == second.answer()[0] == 200
             assert head.closed() and body.closed()
@@ -177,7 +347,7 @@ def test_an_incomplete_head_and_an_incomplete_body_make_room_for_a_new_client(li
 
 @pytest.mark.parametrize("part", [
     b"GET / HTTP/1.1\r\nHost",
-    b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"], ids=["head", "body"])
+    b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"], ids=["head", "body"])
 def test_a_head_or_a_body_that_does_not_arrive_in_time_is_answered_408(listen, part):
     with Wire(listen(head_seconds=0.3), part) as client:
         assert client.answer()[0] == 408 and client.closed()
@@ -414,6 +584,7 @@ def test_an_upload_that_goes_on_does_not_make_room_for_others(listen):
         until(lambda: len(connection.buffer) == 2)
         with Wire(one) as silent, contextlib.ExitStack() as stack:
             until(lambda: len(one.connections) == 2)
+            one.clock.seconds += 2
             upload.sock.sendall(b"me")
             until(lambda: len(connection.buffer) == 4)
             another = stack.enter_context(Wire(one))
@@ -459,7 +630,7 @@ def test_stopping_ends_all_connections_and_lets_those_at_work_be_answered(listen
     with contextlib.ExitStack() as stack:
         at_work, silent, head, body = [stack.enter_context(Wire(server, sent)) for sent in (
             GET, b"", b"GET / HT",
-            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n123")]
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n123")]
         assert gate.entered.acquire(timeout=20)
         until(lambda: len(server.connections) == 4)
         threading.Thread(target=server.server.shutdown, args=(20,)).start()
@@ -628,6 +799,7 @@ def test_clients_that_never_shake_hands_make_room_for_one_that_does(listen, tls)
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(Wire(server)) for _ in range(3)]
         until(lambda: len(server.connections) == 3)
+        server.clock.seconds += 2
         for _ in range(2):
             client = stack.enter_context(shake_hands(server, tls))
             client.sendall(GET)
@@ -654,3 +826,27 @@ def test_an_answer_over_tls_that_does_not_fit_the_socket_arrives_whole(listen, t
         for _ in range(2):
             skip_head(file)
             assert file.read(len(body)) == body
+
+
+def test_plain_http_on_the_tls_port_is_closed_at_once(listen, tls):
+    server = listen(tls=tls_context(str(tls / "certificate"), str(tls / "key")), idle_seconds=60.0)
+    for data in (GET, b"GET /", b"hello\r\n"):
+        with Wire(server, data) as client, contextlib.suppress(ConnectionResetError):
+            client.file.read()
+
+
+def test_the_end_of_tls_is_said_before_the_connection_ends(listen, tls):
+    server = listen(tls=tls_context(str(tls / "certificate"), str(tls / "key")), body=1 << 20)
+    closes = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+    large = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n" + b"b" * 500_000
+    for data, status in ((closes, b"200"), (b"no request\r\n\r\n", b"400"), (large, b"413")):
+        with shake_hands(server, tls) as client:
+            client.suppress_ragged_eofs = False
+            client.sendall(data)
+            answer = b""
+            while True:
+                piece = client.recv(65536)      # raises SSLEOFError without a close_notify
+                if not piece:
+                    break
+                answer += piece
+            assert answer.split()[1] == status

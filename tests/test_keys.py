@@ -38,7 +38,7 @@ def keys(tmp_path):
 def status(server, key, header="api_key"):
     """The status of an answer that needs a key, to a key of any bytes."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
-        client.sendall(b"GET /jobs/list/ HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        client.sendall(b"GET /jobs/list/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
                        b"%b: %b\r\n\r\n" % (header.encode(), key))
         return int(client.makefile("rb").readline().split()[1])
 
@@ -61,6 +61,49 @@ def test_the_documented_key_works_on_loopback(serve, host):
     with contextlib.closing(client), client.makefile("rb") as answer:
         client.sendall(b"HEAD /jobs/list/ HTTP/1.0\r\napi_key: %b\r\n\r\n" % KEY.encode())
         assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+
+
+ELSEWHERE = ["evil.example", "evil.example:12021", "localhost.evil.example", "127.0.0.1.evil", "",
+             "192.0.2.1", "[::2]:80", "0x7f.1", "localhost:80:80"]
+HERE = ["localhost", "LocalHost:8", "localhost.:12021", "127.0.0.1:1", "127.9.9.9", "[::1]:12021"]
+PROXY = ["Forwarded: for=1.2.3.4", "X-Forwarded-For: 1.2.3.4", "X-Forwarded-Proto: https",
+         "X-Forwarded-Anything: x", "Via: 1.1 squid"]
+
+
+def status_of(server, line, *fields):
+    """The status and the body of an answer to this request line and these header lines."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        head = "\r\n".join([line, *fields, "Connection: close", "", ""])
+        client.sendall(head.encode())
+        answer = client.makefile("rb").read()
+        return int(answer.split()[1]), answer.partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize("line", [
+    "GET /jobs/list/ HTTP/1.1", "GET /nothing HTTP/1.1", "GET / HTTP/1.1", "PUT /health/ HTTP/1.1",
+    "OPTIONS * HTTP/1.1"])
+def test_with_the_documented_key_only_this_machine_is_answered_before_all_else(server, line):
+    for host in ELSEWHERE:
+        found, body = status_of(server, line, f"Host: {host}")
+        assert found == 421 and b"key NAME" in body and b"--keys-file" in body, host
+    for host in HERE:
+        assert status_of(server, line, f"Host: {host}")[0] != 421, host
+        for field in PROXY:
+            assert status_of(server, line, f"Host: {host}", field)[0] == 421, (host, field)
+
+
+def test_with_the_documented_key_adds_are_refused_too_and_old_clients_are_answered(server):
+    for length in (b"2", b"9000"):          # in the round with others, and before its body came
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+            client.sendall(b"POST /jobs/add/ HTTP/1.1\r\nHost: evil\r\nContent-Length: "
+                           b"%b\r\napi_key: %b\r\n\r\n{}" % (length, KEY.encode()))
+            assert client.makefile("rb").readline().startswith(b"HTTP/1.1 421 ")
+    assert status_of(server, "GET /health/ HTTP/1.0")[0] == 200
+
+
+def test_with_keys_of_its_own_a_server_is_reached_by_any_name_and_through_a_proxy(serve, keys):
+    server = serve("--keys-file", keys(b"alice:secret\n"))
+    assert status_of(server, "GET /health/ HTTP/1.1", "Host: oqc.lab", PROXY[1])[0] == 200
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "lab.invalid"])
@@ -181,7 +224,8 @@ def test_the_name_stands_in_the_log_and_beside_the_job_and_the_key_nowhere(serve
 
 def test_a_request_refused_before_its_body_came_stands_in_the_log_as_what_it_is(serve):
     server = serve()
-    head = b"POST /jobs/add/ HTTP/1.1\r\nHost: x\r\napi_key: wrong\r\nContent-Length: 9\r\n\r\n"
+    head = (b"POST /jobs/add/ HTTP/1.1\r\nHost: localhost\r\napi_key: wrong\r\n"
+            b"Content-Length: 9\r\n\r\n")
     client = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     with client, client.makefile("rb") as answer:
         client.sendall(head)
@@ -225,7 +269,8 @@ def test_sighup_reads_the_keys_again_and_a_bad_file_keeps_the_old_ones_and_says_
     assert status(server, b"second-key") == 200
     with kept, kept.makefile("rb") as answer:       # a connection from before
         for key, expected in ((b"first-key", b"401"), (b"second-key", b"200")):
-            kept.sendall(b"HEAD /jobs/list/ HTTP/1.1\r\nHost: x\r\napi_key: %b\r\n\r\n" % key)
+            kept.sendall(b"HEAD /jobs/list/ HTTP/1.1\r\nHost: localhost\r\n"
+                         b"api_key: %b\r\n\r\n" % key)
             assert answer.readline().split()[1] == expected
             while answer.readline().strip():
                 pass
@@ -309,7 +354,7 @@ def test_sighup_reads_the_certificate_again_and_a_wrong_pair_keeps_the_old_one(
         certificate.unlink()
         assert "No such file" in reload("certificate not read again, the old one stays")
         assert shown(server) == pairs["second"][0].strip()
-        kept.sendall(b"HEAD /health/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        kept.sendall(b"HEAD /health/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer.readline() == b"HTTP/1.1 200 OK\r\n", "the connection from before goes on"
     assert "Traceback" not in server.log
 
@@ -351,5 +396,6 @@ def test_a_runtime_gets_no_secret_of_the_server(serve, keys, tmp_path):
     assert told["environment"]["PLAIN"] == "kept" and told["descriptors"] == [0, 1, 2]
     ours = ("OQC_", "CREDENTIALS", "NOTIFY")
     assert {name for name in told["environment"] if name.startswith(ours)} == {
-        "OQC_JOB_ID", "OQC_MODE", "OQC_ATTEMPT", "OQC_SHOTS", "OQC_SEED", "OQC_RUNTIME"}
+        "OQC_JOB_ID", "OQC_MODE", "OQC_ATTEMPT", "OQC_SHOTS", "OQC_SEED", "OQC_RUNTIME",
+        "OQC_TIMEOUT", "OQC_SUBMITTER", "OQC_TAG", "OQC_NOTE", "OQC_MARK"}
     assert not any(secret in str(told) for secret in ("file-key-1", "env-key-3", str(path)))

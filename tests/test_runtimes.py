@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 from conftest import RUNTIMES, descendants
 
-from oqc import jobs, process, runtimes
+from oqc import jobs, runtimes
 from oqc.clock import Clock
-from oqc.jobs import Outcome, RuntimeSpec, Task
+from oqc.jobs import RuntimeSpec, Task
 from oqc.process import Process
+from oqc.tree import INSTANCE
 
 TASK = Task(7, "X(90)", "verbatim", 2, 100, 42, 0)
-TRUE = '{"return_code": 0}\n'
+TRUE = '{"id": ID, "return_code": 0}\n'
 
 
 class Impatient:
@@ -44,7 +45,8 @@ def slot_for(command, kill_grace=20.0, clock=None, start=Process, **spec):
     """A slot of a runtime `qpu` with this command."""
     if isinstance(command, str):
         command = [command]
-    runtime = RuntimeSpec("qpu", tuple(map(str, command)), **{"timeout": 30.0, **spec})
+    spec = {"timeout": 30.0, "start_timeout": 0.01, **spec}
+    runtime = RuntimeSpec("qpu", tuple(map(str, command)), **spec)
     return runtimes.slot(runtime, clock or Clock(), kill_grace, start)
 
 
@@ -122,7 +124,7 @@ def nothing_is_left():
     before, began = possessions(), Clock.monotonic()
     yield
     assert possessions() - before == set()
-    assert not process.CHILDREN
+    assert not INSTANCE.trees
     assert Clock.monotonic() - began < 40
 
 
@@ -138,12 +140,15 @@ def test_exec_gives_the_documented_environment_and_nothing_of_oqc_besides(monkey
                  "NOTIFY_SOCKET"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("LAB", "kept")
-    environment = json.loads(run(hostile("tells")).result)["environment"]
+    task = TASK._replace(submitter="alice", tag="t1", note='{"angle": 3}')
+    environment = json.loads(run(hostile("tells"), task=task).result)["environment"]
     ours = {name: value for name, value in environment.items()
             if name.startswith(("OQC_", "QRMI_"))}
     assert ours == {"OQC_JOB_ID": "7", "OQC_MODE": "verbatim", "OQC_RUNTIME": "qpu",
                     "OQC_ATTEMPT": "2", "OQC_SHOTS": "100", "OQC_SEED": "42",
-                    "QRMI_JOB_QPU_RESOURCES": "qpu"}
+                    "OQC_TIMEOUT": "30", "OQC_SUBMITTER": "alice", "OQC_TAG": "t1",
+                    "OQC_NOTE": '{"angle": 3}', "QRMI_JOB_QPU_RESOURCES": "qpu",
+                    "OQC_MARK": ours["OQC_MARK"]}
     assert environment["LAB"] == "kept"
     assert "secret" not in environment.values()
 
@@ -157,17 +162,13 @@ def test_lines_inherits_no_descriptor_of_this_process_but_the_standard_ones():
     look = ("import os, sys\nsys.stdin.readline()\n"
             "open_ones = [number for number in map(int, os.listdir('/proc/self/fd'))\n"
             "             if os.path.exists(f'/proc/self/fd/{number}')]\n"
-            "print('{\"return_code\": 0, \"result\": %s}' % open_ones, flush=True)")
+            "print('{\"id\": 7, \"return_code\": 0, \"result\": %s}' % open_ones, flush=True)")
     outcome = run(sys.executable, "-c", look, protocol="lines")
     assert set(json.loads(outcome.result)) - passed_on() == {0, 1, 2}
 
 
 def test_a_runtime_is_started_without_a_shell_in_a_group_of_its_own_with_no_signal_blocked():
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    try:
-        told = json.loads(run(hostile("tells"), "$HOME; `id` *", "a 'b'").result)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+    told = json.loads(run(hostile("tells"), "$HOME; `id` *", "a 'b'").result)
     assert told["arguments"] == ["$HOME; `id` *", "a 'b'"]
     assert told["group"] == told["pid"]
     assert told["blocked"] == []
@@ -178,7 +179,8 @@ def test_a_runtime_has_no_child_that_it_did_not_start(script):
     assert outcome.result == "[]"
 
 
-@pytest.mark.parametrize("code", [1, 3, 74, 76, 123, 124, 125, 128, 130, 137, 255])
+@pytest.mark.parametrize("code", [1, 3, 70, 74, 76, 123, 124, 125, 126, 127, 128, 130, 137, 180,
+                                  255])
 def test_the_exit_status_of_exec_is_the_return_code_and_an_answer(code, script):
     outcome = run(script(f"exit {code}"))
     assert (outcome.return_code, outcome.runtime_error) == (code, f"exit status {code}")
@@ -192,21 +194,23 @@ def test_exit_status_75_is_worth_another_attempt_unless_retry_codes_say_otherwis
     assert run(script("exit 4"), retry_codes=(3, 4)).transient is True
 
 
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
 @pytest.mark.parametrize("name", ["KILL", "TERM", "SEGV", "HUP"])
-def test_dying_of_a_signal_is_128_and_its_number_and_worth_another_attempt(name):
-    outcome = run(hostile("dies"), name)
+def test_dying_of_a_signal_is_128_and_its_number_and_worth_another_attempt(name, protocol):
+    outcome = run(hostile("dies"), name, protocol=protocol)
     assert outcome.return_code == 128 + signal.Signals["SIG" + name]
     assert outcome.runtime_error == f"died of SIG{name}; last words"
     assert (outcome.transient, outcome.started) == (True, True)
 
 
-def test_a_program_that_is_gone_is_127_and_one_that_cannot_be_executed_126(tmp_path):
-    gone = run(tmp_path / "gone")
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_program_that_is_gone_is_127_and_one_that_cannot_be_executed_126(protocol, tmp_path):
+    gone = run(tmp_path / "gone", protocol=protocol)
     assert (gone.return_code, gone.transient, gone.started) == (127, True, False)
-    assert "not found" in gone.runtime_error
+    assert gone.runtime_error == f"could not be started: {tmp_path}/gone: not found"
     unfit = tmp_path / "unfit"
     unfit.write_text("#!/bin/sh\n")
-    refused = run(unfit)
+    refused = run(unfit, protocol=protocol)
     assert (refused.return_code, refused.transient, refused.started) == (126, True, False)
 
 
@@ -234,7 +238,7 @@ def test_a_result_is_json_where_it_parses_and_else_text(script):
     assert run("printf", r"\377\303\251")[2:4] == ("\ufffd\u00e9", False)
 
 
-def test_of_a_result_the_first_mib_is_kept_and_the_rest_is_read_and_dropped(script):
+def test_of_a_result_that_fails_the_beginning_is_kept_and_the_rest_is_read_and_dropped(script):
     outcome = run(script("head -c 1048576 /dev/zero | tr '\\0' a; head -c 3000000 /dev/zero\n"
                          "echo done >&2; exit 5"))
     assert (outcome.return_code, outcome.runtime_error) == (5, "done")
@@ -256,7 +260,7 @@ def test_a_job_of_3_mib_reaches_both_protocols_whole():
     task, digest = TASK._replace(job=job), hashlib.sha256(job.encode() + b"\n").hexdigest()
     assert json.loads(run(hostile("tells"), task=task).result)["digest"] == digest
     count = "import json, sys; n = len(json.loads(sys.stdin.readline())['job']); " \
-            "print(json.dumps({'return_code': 0, 'result': n}), flush=True)"
+            "print(json.dumps({'id': 7, 'return_code': 0, 'result': n}), flush=True)"
     assert run(sys.executable, "-c", count, task=task, protocol="lines").result == str(len(job))
 
 
@@ -276,24 +280,26 @@ def lines(*answers, tasks=1, **more):
 
 
 def test_lines_gives_a_job_as_a_json_line_with_the_documented_members():
-    outcome, = lines('{"return_code": 0, "result": {}}\n')
+    outcome, = lines('{"id": ID, "return_code": 0, "result": {}}\n')
     assert json.loads(outcome.result) == {
-        "id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 2, "shots": 100, "seed": 42}
+        "id": 1, "job": "X(90)", "mode": "verbatim", "attempt": 2, "shots": 100, "seed": 42,
+        "timeout": 30.0, "submitter": "", "tag": None, "note": None}
     assert (outcome.return_code, outcome.is_json, outcome.started) == (0, True, True)
 
 
 def test_lines_keeps_one_process_for_all_jobs():
     pid = ("import os, sys\nfor line in sys.stdin:\n"
-           "    print('{\"return_code\": 0, \"result\": %d}' % os.getpid(), flush=True)")
+           "    print('{\"id\": 7, \"return_code\": 0, \"result\": %d}' % os.getpid(), flush=True)")
     with contextlib.closing(slot_for([sys.executable, "-c", pid], protocol="lines")) as slot:
         assert len({slot.run(TASK, lambda: False).result for _ in range(3)}) == 1
 
 
 def test_lines_passes_return_code_and_error_on():
     failed, busy, unnamed, ignored = lines(
-        '{"return_code": 3, "runtime_error": "too warm", "result": [1]}\n', '{"return_code": 75}\n',
-        '{"return_code": 9, "runtime_error": null, "more": 1}\n',
-        '{"return_code": 0, "runtime_error": "x"}\n', tasks=4)
+        '{"id": ID, "return_code": 3, "runtime_error": "too warm", "result": [1]}\n',
+        '{"id": ID, "return_code": 75}\n',
+        '{"id": ID, "return_code": 9, "runtime_error": null, "more": 1}\n',
+        '{"id": ID, "return_code": 0, "runtime_error": "x"}\n', tasks=4)
     assert failed[:5] == (3, "too warm", "[1]", True, False)
     assert (busy.return_code, busy.transient) == (75, True)
     assert unnamed[:3] == (9, "return code 9", None)
@@ -302,79 +308,146 @@ def test_lines_passes_return_code_and_error_on():
 
 def test_a_runtime_error_over_lines_is_its_last_line_as_on_standard_error():
     several, blank, null = lines(
-        '{"return_code": 1, "runtime_error": "Traceback:\\n  here\\nValueError: boom\\n \\n"}\n',
-        '{"return_code": 1, "runtime_error": " \\n"}\n',
-        '{"return_code": 1, "runtime_error": "a\\u0000b"}\n', tasks=3)
+        '{"id": ID, "return_code": 1, '
+        '"runtime_error": "Traceback:\\n  here\\nValueError: boom\\n \\n"}\n',
+        '{"id": ID, "return_code": 1, "runtime_error": " \\n"}\n',
+        '{"id": ID, "return_code": 1, "runtime_error": "a\\u0000b"}\n', tasks=3)
     assert several.runtime_error == "ValueError: boom"
     assert blank.runtime_error == "return code 1"
     assert null.runtime_error == "a\ufffdb"
 
 
 def test_of_a_runtime_error_over_lines_2_kib_are_kept():
-    outcome, = lines('{"return_code": 1, "runtime_error": "' + "\u00e9" * 3000 + '"}\n')
+    outcome, = lines('{"id": ID, "return_code": 1, "runtime_error": "' + "\u00e9" * 3000 + '"}\n')
     assert outcome.runtime_error == "\u00e9" * 1024
 
 
 @pytest.mark.parametrize("said", [
-    "ready\n", "\n", "[]\n", "0\n", "null\n", "{}\n", '{"return_code": "0"}\n',
-    '{"return_code": true}\n', '{"return_code": 256}\n', '{"return_code": -1}\n',
-    '{"return_code": 0.0}\n', '{"return_code": null}\n',
-    '{"return_code": 1, "runtime_error": 5}\n', '{"return_code": 0, "result": NaN}\n',
-    '{"return_code": 0, "result": 1e999}\n', '{"return_code": 0} {"return_code": 0}\n',
-    "[" * 100_000 + "\n",
-], ids=lambda said: said[:40].strip() or "nothing")
-def test_a_line_that_is_no_answer_is_76_and_worth_another_attempt_by_a_new_process(said):
-    first, second = lines(said, TRUE, tasks=2)
-    assert (first.return_code, first.transient) == (76, True)
+    '{"id": ID, "return_code": "0"}', '{"id": ID, "return_code": true}',
+    '{"id": ID, "return_code": 256}', '{"id": ID, "return_code": -1}',
+    '{"id": ID, "return_code": 0.0}', '{"id": ID, "return_code": null}',
+    '{"id": ID, "return_code": 1, "runtime_error": 5}',
+    '{"id": ID, "return_code": 0, "result": NaN}',
+    '{"id": ID, "return_code": 0, "result": 1e999}',
+    '\ufeff{"id": ID, "return_code": 0}',
+    '{"id": ID, "return_code": 0} {"return_code": 0}',
+    '{"id": ID, "return_code": 0, "result": ' + "[" * 100_000 + "}",
+], ids=lambda said: said[:60])
+def test_an_answer_that_is_none_is_76_once_and_what_was_said_is_the_result(said):
+    first, second = lines(said + "\n", TRUE, tasks=2)
+    assert (first.return_code, first.transient, first.started) == (76, False, True)
     assert first.runtime_error.startswith("not an answer: ")
-    # the new process begins again with its first answer
-    assert second.return_code == 76
+    assert (first.result, first.is_json) == (said.replace("ID", "1"), False)
+    assert first.pause is None
+    assert second.return_code == 0, "the same process answers the next one"
+
+
+@pytest.mark.parametrize("said", [
+    '{"return_code": 0}', '{"id": null, "return_code": 0}', '{"id": true, "return_code": 0}',
+    '{"id": 1.0, "return_code": 0}', '{"id": "1", "return_code": 0}', '{"return_code": NaN}'])
+def test_an_answer_without_its_id_is_76_and_pauses_the_runtime(said):
+    first, second = lines(said + "\n", tasks=2)
+    assert (first.return_code, first.transient, first.result) == (76, False, said)
+    assert first.runtime_error.startswith("an answer without the id of its question: ")
+    assert "do not carry the id" in first.pause
+    assert second.pause, "a new process, since the program has to be mended: its first answer"
+
+
+@pytest.mark.parametrize("noise", [
+    "QDriver 1.2 connected\n", "\n \n", "[]\n", "0\n", "null\n", "{ }\n", "{\"id\": ID}\n",
+    "10 %\r20 %\r", "100 %", '{"id": 99, "return_code": 0}\n', "{'return_code': 0}\n",
+    '{"id": 99, "return_code": NaN}\n', 'sent {"return_code": 0}\n', '{"device": 5}\n',
+    '{"ready": 1}\n', "x" * 9999 + "\n", "[" * 100_000 + "\n", '{"device": {"a": 1e999}}\n',
+], ids=lambda said: said[:40].strip() or "nothing")
+def test_all_else_is_noise_and_goes_to_the_log(noise):
+    outcome, = lines(noise + '{"id": ID, "return_code": 0, "result": 5}\n')
+    assert outcome[:4] == (0, None, "5", True)
+    said = noise.replace("ID", "1").replace("\r", "\n")
+    assert outcome.log.text.decode().split() == said.split() or len(noise) > 9000
+    assert outcome.device is None
+
+
+def test_a_line_of_noise_of_any_length_is_noise(script):
+    outcome = run(script("""head -c 3000000 /dev/zero | tr '\\0' x; echo
+                            echo '{"id": 7, "return_code": 0}'; cat"""), protocol="lines")
+    assert outcome[:3] == (0, None, None)
+
+
+def test_an_answer_to_another_question_is_said_once_a_process(caplog):
+    lines(*['{"id": 99, "return_code": 0}\n' + TRUE] * 3, tasks=3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "runtime qpu: an answer that nobody asked for (id 99) is ignored; "
+        "others of this process are not reported"]
 
 
 def test_bytes_that_are_not_utf_8_are_no_answer(script):
-    says = script(r"""printf '{"return_code": 0, "result": "\377"}\n'; cat""")
+    says = script(r"""printf '{"id": 7, "return_code": 0, "result": "\377"}\n'; cat""")
     outcome = run(says, protocol="lines")
-    assert (outcome.return_code, outcome.transient) == (76, True)
+    assert (outcome.return_code, outcome.transient) == (76, False)
 
 
-def test_of_a_line_of_more_than_a_mib_the_beginning_is_kept_and_its_job_is_not_run_again(script):
-    started = script("echo >>$0.starts; yes | tr -d '\\n'")
-    with contextlib.closing(slot_for(started, protocol="lines")) as slot:
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_result_that_is_too_long_is_76_and_no_success(protocol, script):
+    """For exec what was put out, for lines the JSON in the answer's line."""
+    puts = {"exec": "head -c %d /dev/zero | tr '\\0' y",
+            "lines": """echo "{\\"id\\": 7, \\"return_code\\": 0, \\"result\\": """
+                     """\\"$(head -c %d /dev/zero | tr '\\0' y)\\"}"; cat"""}[protocol]
+    fits = run(script(puts % 2046), protocol=protocol, result_bytes=2048)
+    assert (fits.return_code, len(fits.result)) == (0, 2046 if protocol == "exec" else 2048)
+    for count in (2049, 300_000):
+        outcome = run(script(puts % count), protocol=protocol, result_bytes=2048)
+        assert outcome[:2] == (
+            76, "a result longer than result_bytes (2048); its beginning is kept")
+        assert (len(outcome.result), outcome.result[-9:]) == (2048, "y" * 9)
+        assert (outcome.is_json, outcome.transient) == (False, False)
+
+
+def test_a_result_that_is_too_long_keeps_the_return_code_of_a_failure():
+    outcome, = lines('{"id": ID, "return_code": 3, "result": "' + "y" * 5000 + '"}\n',
+                     result_bytes=1024)
+    assert (outcome.return_code, len(outcome.result), outcome.is_json) == (3, 1024, False)
+
+
+def test_of_a_line_that_does_not_end_the_beginning_is_kept_and_its_job_is_not_run_again(script):
+    started = script("""echo >>$0.starts; printf '{"id": 7, "return_code": 0, "result": "'
+                        yes | tr -d '\\n'""")
+    with contextlib.closing(slot_for(started, protocol="lines", result_bytes=4096)) as slot:
         for starts in (1, 2):       # what follows in the pipe is no answer to the next job
             outcome = slot.run(TASK, lambda: False)
-            assert outcome == Outcome(
-                76, "an answer longer than 1 MiB; its beginning is the result", "y" * (1 << 20))
+            assert outcome[:3] == (
+                76, "a result longer than result_bytes (4096); its beginning is kept",
+                '"' + "y" * 4095)
             assert len(Path(started + ".starts").read_text(encoding="ascii")) == starts
-    fits = run(script("""text=$(head -c 1048000 /dev/zero | tr '\\0' x)
-                         echo "{\\"return_code\\": 0, \\"result\\": \\"$text\\"}"
-                         cat"""), protocol="lines")
-    assert (fits.return_code, len(fits.result)) == (0, 1048002)
 
 
-def test_what_left_its_group_and_has_ended_is_reaped_by_a_later_attempt(script, tmp_path):
-    for name in ("said", "go"):
-        os.mkfifo(tmp_path / name)
-    orphans = f"echo $$ >{tmp_path}/said; read -r line <{tmp_path}/go"
+def test_what_has_left_its_group_and_its_session_ends_with_its_attempt(script, tmp_path):
+    os.mkfifo(tmp_path / "said")
+    orphans = f"sleep 60 & echo $$ $! >{tmp_path}/said; wait"
     leaves = script(f"setsid sh -c '{orphans}' >/dev/null 2>&1 &\ncat {tmp_path}/said")
-    orphan = int(run(leaves).result)
-    look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    assert os.waitid(os.P_PID, orphan, look) is None        # our child, and it goes on
-    (tmp_path / "go").write_text("\n", encoding="ascii")
-    os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOWAIT)
-    assert run("true").return_code == 0
-    with pytest.raises(ChildProcessError):
-        os.waitid(os.P_PID, orphan, look)
+    for pid in run(leaves).result.split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
 
 
-@pytest.mark.parametrize("status", [0, 3])
-def test_ending_without_an_answer_over_lines_is_worth_another_attempt(status):
+@pytest.mark.parametrize("status", [0, 1, 3, 76, 124, 126, 127, 130, 137, 180, 255])
+def test_ending_without_an_answer_over_lines_is_an_answer_as_over_exec(status):
+    """Of a program that has taken its job: that has run, whatever it says at its end."""
     answered, ended = lines(TRUE, f"={status}", tasks=2)
     assert answered.return_code == 0
-    assert (ended.return_code, ended.transient, ended.started) == (status or 76, True, True)
+    assert (ended.return_code, ended.transient, ended.started) == (status or 76, False, True)
+    first, = lines(f"={status}")
+    assert (first.return_code, first.transient, first.started) == (status or 76, False, True)
+
+
+def test_retry_codes_count_for_lines_as_for_exec():
+    busy, = lines("=75")
+    assert (busy.return_code, busy.transient) == (75, True)
+    busy, final = (lines(f"={status}", retry_codes=(3, 4))[0] for status in (4, 75))
+    assert (busy.transient, final.transient) == (True, False)
 
 
 def test_a_lines_runtime_that_has_ended_between_two_jobs_is_started_again(script):
-    once = script("""read -r line; echo '{"return_code": 0}'""")
+    once = script("""read -r line; echo '{"id": 7, "return_code": 0}'""")
     starts = Starts()
     with contextlib.closing(slot_for(once, protocol="lines", start=starts)) as slot:
         for attempt in (1, 2):
@@ -384,7 +457,7 @@ def test_a_lines_runtime_that_has_ended_between_two_jobs_is_started_again(script
 
 
 def test_an_answer_counts_though_its_runtime_has_ended_by_the_time_it_is_read(script):
-    once = script("""read -r line; echo '{"return_code": 0, "result": "done"}'""")
+    once = script("""read -r line; echo '{"id": 7, "return_code": 0, "result": "done"}'""")
     starts = Starts()
     outcome = run(once, protocol="lines", start=starts, interrupted=starts.wait_for_exit)
     assert outcome[:3] == (0, None, '"done"')
@@ -413,7 +486,8 @@ def test_a_lines_runtime_that_dies_of_its_job_has_started():
 def test_a_lines_runtime_that_answered_and_then_ends_without_a_look_at_the_next_job_had_started(
         script, tmp_path):
     os.mkfifo(tmp_path / "end")
-    blind = script(f"""echo '{{"return_code": 0}}'; read -r line <{tmp_path}/end; exit 1""")
+    blind = script(f"""echo '{{"id": 7, "return_code": 0}}'
+                       read -r line <{tmp_path}/end; exit 1""")
 
     def end_it():
         (tmp_path / "end").write_text("now\n", encoding="ascii")
@@ -428,7 +502,7 @@ def test_a_lines_runtime_that_answered_and_then_ends_without_a_look_at_the_next_
 
 def test_a_lines_runtime_that_cannot_start_again_has_not_started(script, tmp_path):
     fails = script(f"""[ -e {tmp_path}/again ] && exit 1
-                       >{tmp_path}/again; read -r line; echo '{{"return_code": 0}}'""")
+                       >{tmp_path}/again; read -r line; echo '{{"id": 7, "return_code": 0}}'""")
     starts = Starts()
     with contextlib.closing(slot_for(fails, protocol="lines", start=starts)) as slot:
         assert slot.run(TASK, lambda: False).return_code == 0
@@ -437,13 +511,9 @@ def test_a_lines_runtime_that_cannot_start_again_has_not_started(script, tmp_pat
         assert (outcome.return_code, outcome.started) == (1, False)
 
 
-def test_a_lines_runtime_that_ends_with_127_has_not_started():
-    outcome, = lines("=127")
-    assert (outcome.return_code, outcome.transient, outcome.started) == (127, True, False)
-
-
 def test_what_a_lines_runtime_wrote_for_one_job_is_not_the_error_of_the_next(script):
-    warns = script("""read -r line; echo warning >&2; echo '{"return_code": 0}'; read -r line""")
+    warns = script("""read -r line; echo warning >&2
+                      echo '{"id": 7, "return_code": 0}'; read -r line""")
     with contextlib.closing(slot_for(warns, protocol="lines")) as slot:
         assert slot.run(TASK, lambda: False).return_code == 0
         assert slot.run(TASK, lambda: False)[:2] == (76, "ended without an answer")
@@ -455,9 +525,10 @@ def test_what_a_lines_runtime_says_too_much_is_not_the_answer_to_the_next_job(tm
     os.mkfifo(said)
     chatty = ("import json, sys\nfor line in sys.stdin:\n"
               "    number = json.loads(line)['id']\n"
-              "    print(json.dumps({'return_code': 0, 'result': number}), flush=True)\n"
+              "    answer = {'id': number, 'return_code': 0, 'result': number}\n"
+              "    print(json.dumps(answer), flush=True)\n"
               f"    open({str(go)!r}).close()\n"
-              "    print(json.dumps({'return_code': 0, 'result': 'debug'}), flush=True)\n"
+              "    print(json.dumps({**answer, 'result': 'debug'}), flush=True)\n"
               f"    open({str(said)!r}, 'w').close()\n")
     with contextlib.closing(slot_for([sys.executable, "-c", chatty], protocol="lines")) as slot:
         for number in (1, 2, 3):
@@ -503,10 +574,11 @@ def test_a_lines_runtime_that_is_silent_is_ended_at_its_timeout_and_started_agai
     again = tmp_path / "again"
     silent = script(f"""read -r line
                         [ -e {again} ] || {{ >{again}; echo asked >&2; sleep 60; }}
-                        echo '{{"return_code": 0}}'""")
+                        echo '{{"id": 7, "return_code": 0}}'""")
     clock = Impatient()
     with contextlib.closing(slot_for(silent, protocol="lines", clock=clock, timeout=900.0)) as slot:
-        assert slot.run(TASK, clock.heard)[:2] == (124, "took longer than its timeout of 900 s")
+        assert slot.run(TASK, clock.heard)[:2] == (
+            124, "took longer than its timeout of 900 s and its start_timeout of 0.01 s; asked")
         assert slot.run(TASK, lambda: False).return_code == 0
 
 
@@ -567,6 +639,284 @@ def test_a_slot_that_has_nothing_to_do_rests(protocol, script):
         slot.wake()
         slot.run(task, lambda: bool(asked.append(1)))
     assert len(asked) <= 6
+
+
+# The record of an attempt
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).digest()
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_standard_error_of_an_attempt_is_kept_whole_or_its_end_and_how_much_is_not(
+        protocol, script):
+    says = script("""read -r line; head -c 5000 /dev/zero | tr '\\0' a >&2; echo b >&2
+                     echo '{"id": 7, "return_code": 0}'""")
+    log = run(says, protocol=protocol).log
+    assert log == (b"a" * 5000 + b"b\n", 0)
+    log = run(says, protocol=protocol, log_bytes=1024).log
+    assert log == (b"a" * 1022 + b"b\n", 5002 - 1024)
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_the_log_is_kept_at_a_timeout_and_the_error_has_its_last_line(protocol, script):
+    outcome = time_out(script("printf 'step 1\\nstep 2\\n' >&2; exec sleep 60"), protocol=protocol)
+    assert outcome.return_code == 124
+    assert outcome.runtime_error.startswith("took longer than its timeout of 900 s")
+    assert outcome.runtime_error.endswith("; step 2")
+    assert outcome.log.text == b"step 1\nstep 2\n"
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_an_interrupted_attempt_keeps_its_output_its_log_and_its_receipt(protocol, script):
+    says = script("read -r line; echo half; echo warm >&2; exec sleep 60")
+    with contextlib.closing(slot_for(says, protocol=protocol)) as slot:
+        heard = []
+
+        def interrupted():
+            heard.append(slot.log(TASK.id).text)
+            return b"warm" in heard[-1]
+        outcome = slot.run(TASK, interrupted)
+    assert outcome.interrupted and outcome.sent_sha256 == sha256("X(90)")
+    if protocol == "exec":
+        assert (outcome.result, outcome.log.text) == ("half\n", b"warm\n")
+    else:
+        assert sorted(outcome.log.text.split()) == [b"half", b"warm"]
+    assert heard[0] == b""
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_the_receipt_is_the_hash_of_the_jobs_bytes_as_they_were_written(protocol, script):
+    job = ", ".join(["X(90)"] * 100_000)
+    task = TASK._replace(job=job, tag='a', note='{"job": "Y(1)"}')
+    reads = script("""read -r line; echo '{"id": 7, "return_code": 0}'""")
+    assert run(reads, protocol=protocol, task=task).sent_sha256 == sha256(job)
+
+
+def test_the_receipt_shows_what_a_defect_changed_on_its_way(script, monkeypatch):
+    dumps = json.dumps
+    monkeypatch.setattr(json, "dumps", lambda value: dumps(value).replace("X(90)", "X(91)"))
+    reads = script("""read -r line; echo '{"id": 7, "return_code": 0}'""")
+    assert run(reads, protocol="lines").sent_sha256 == sha256("X(91)")
+
+
+def test_there_is_no_receipt_of_a_job_that_was_not_written_whole(script):
+    big = TASK._replace(job=", ".join(["X(90)"] * 450_000))
+    assert run(script("exit 3"), protocol="lines", task=big).sent_sha256 is None
+    answers_early = script("""read -r -n 9 x; echo '{"id": 7, "return_code": 0}'; exec sleep 60""")
+    starts = Starts()
+    with contextlib.closing(slot_for(answers_early, protocol="lines", start=starts)) as slot:
+        for count in (1, 2):        # the rest of a question would be the next one
+            outcome = slot.run(big, lambda: False)
+            assert (outcome.return_code, outcome.sent_sha256) == (0, None)
+            assert len(starts.processes) == count
+
+
+# Lines between two attempts
+
+def rest(slot, condition=lambda: True, may_start=True):
+    """Let a slot rest until a condition holds, which is asked after whatever it has read; the
+    outcome."""
+    return slot.rest(condition, may_start)
+
+
+def rest_for_a_late_log(slot):
+    """The next late log."""
+    late = []
+    while not late:
+        slot.rest(lambda: False, True)
+        late = slot.late_logs()
+    (number, attempt, log), = late
+    return number, attempt, log.text
+
+
+def test_what_a_lines_runtime_says_between_two_attempts_belongs_to_the_one_before(script, tmp_path):
+    os.mkfifo(tmp_path / "go")
+    late = script(f"""echo banner; echo hello >&2
+                      while read -r line; do
+                          echo "begin" >&2; echo '{{"id": 7, "return_code": 0}}'
+                          read -r word <{tmp_path}/go; echo "$word" >&2
+                          echo '{{"id": 7, "return_code": 3}}'; echo '{{"device": {{"t1": 5}}}}'
+                      done""")
+    with contextlib.closing(slot_for(late, protocol="lines")) as slot:
+        for attempt, word in ((1, "late"), (2, "later")):
+            outcome = slot.run(TASK._replace(attempt=attempt), lambda: False)
+            assert outcome.return_code == 0
+            first = {b"banner", b"hello"} if attempt == 1 else set()
+            assert set(outcome.log.text.split()) == {*first, b"begin"}
+            assert slot.late_logs() == []
+            (tmp_path / "go").write_text(word + "\n", encoding="ascii")
+            said = b""
+            while b'"return_code": 3' not in said or not slot.device:
+                number, of_attempt, said = rest_for_a_late_log(slot)
+            assert (number, of_attempt) == (7, attempt)
+            assert said.startswith(outcome.log.text) and word.encode() in said
+        assert json.loads(slot.device) == {"t1": 5}
+        assert json.loads(outcome.device) == {"t1": 5}
+
+
+def test_a_lines_runtime_that_writes_without_end_between_two_attempts_is_read(script):
+    """Or it would stand still with a full pipe, and not read the next question."""
+    chatty = script("""while read -r line; do
+                           echo '{"id": 7, "return_code": 0}'
+                           head -c 300000 /dev/zero >&2; echo >&2; echo '{"device": {"n": 1}}'
+                       done""")
+    with contextlib.closing(slot_for(chatty, protocol="lines")) as slot:
+        for _ in range(3):
+            slot.device = None
+            assert slot.run(TASK, lambda: False).return_code == 0
+            while slot.device is None:
+                slot.rest(lambda: slot.device is not None, True)
+
+
+def test_a_lines_runtime_that_ends_between_two_attempts_is_reaped_at_once(script):
+    once = script("""read -r line; echo '{"id": 7, "return_code": 0}'""")
+    with contextlib.closing(slot_for(once, protocol="lines")) as slot:
+        before = descendants(os.getpid())
+        assert slot.run(TASK, lambda: False).return_code == 0
+        while descendants(os.getpid()) != before:
+            slot.rest(lambda: descendants(os.getpid()) == before, True)
+
+
+def test_a_rest_ends_when_it_is_woken(script):
+    over = threading.Event()
+    for protocol in ("exec", "lines"):
+        answers = script("""read -r line; echo '{"id": 7, "return_code": 0}'; read -r line""")
+        over.clear()
+        with contextlib.closing(slot_for(answers, protocol=protocol)) as slot:
+            slot.run(TASK, lambda: False)
+            resting = threading.Thread(target=slot.rest, args=(over.is_set, True))
+            resting.start()
+            slot.wake()                 # asked, and not over
+            over.set()
+            slot.wake()
+            resting.join(20)
+            assert not resting.is_alive()
+
+
+# Ready, device, warm
+
+def test_a_device_is_kept_with_each_attempt_as_it_was_when_that_began():
+    outcomes = lines('{"ready": true, "device": {"v": 1}}\n' + TRUE,
+                     '{"device": {"v": 2}}\n' + TRUE, TRUE, tasks=3)
+    assert [json.loads(outcome.device) for outcome in outcomes] == [{"v": 1}, {"v": 1}, {"v": 2}]
+
+
+@pytest.mark.parametrize("size, kept", [(65_528, True), (65_529, False)])
+def test_a_device_of_64_kib_is_kept_and_a_larger_one_is_noise(size, kept):
+    outcome, = lines('{"device": {"a": "' + "x" * (size - 1) + '"}}\n' + TRUE)
+    assert (outcome.device is not None, outcome.log.text == b"") == (kept, kept)
+
+
+@pytest.mark.parametrize("start_timeout, codes", [(1e6, [0, 124]), (1.0, [124, 124])])
+def test_the_first_answer_of_a_process_may_take_the_start_timeout_more(
+        start_timeout, codes, script, tmp_path):
+    """The clock passes the timeout as soon as it is asked, and then it may answer."""
+    os.mkfifo(tmp_path / "go")
+    slow = script(f"""while read -r line; do
+                          echo asked >&2; read -r word <{tmp_path}/go
+                          echo '{{"id": 7, "return_code": 0}}'
+                      done""")
+    clock = Impatient()
+    found = []
+
+    def heard():
+        clock.heard()
+        if clock.asked == 2 and codes[len(found)] == 0:
+            (tmp_path / "go").write_text("go\n", encoding="ascii")
+        return False
+    with contextlib.closing(slot_for(slow, protocol="lines", clock=clock, timeout=900.0,
+                                     start_timeout=start_timeout)) as slot:
+        for _ in codes:
+            clock.asked = 0
+            clock.ahead = 0.0
+            found.append(slot.run(TASK, heard).return_code)
+    assert found == codes
+
+
+def test_from_ready_on_an_attempt_has_its_timeout_alone(script):
+    connects = script("echo '{\"ready\": true}'; read -r line; exec sleep 60")
+    outcome = run(connects, protocol="lines", timeout=0.1, start_timeout=1000.0)
+    assert outcome[:2] == (124, "took longer than its timeout of 0.1 s")
+
+
+def test_a_big_job_that_is_written_while_its_process_gets_ready_is_written_whole():
+    big = TASK._replace(job=", ".join(["X(90)"] * 450_000))
+    ready = ("import json, sys\nprint('{\"ready\": true}', flush=True)\n"
+             "question = json.loads(sys.stdin.readline())\n"
+             "print(json.dumps({'id': 7, 'return_code': 0, 'result': len(question['job'])}))")
+    outcome = run(sys.executable, "-c", ready, protocol="lines", task=big)
+    assert (outcome.return_code, outcome.result) == (0, str(len(big.job)))
+    assert outcome.sent_sha256 == sha256(big.job)
+
+
+def test_a_warm_runtime_is_started_by_a_rest_and_says_when_it_is_ready(script):
+    says = script("""echo '{"ready": true, "device": {"n": 1}}'; echo connected >&2
+                     while read -r line; do echo '{"id": 7, "return_code": 0}'; done""")
+    starts = Starts()
+    with contextlib.closing(slot_for(says, protocol="lines", start=starts, warm=True,
+                                     start_timeout=1000.0)) as slot:
+        assert rest(slot, may_start=False) is None and not starts.processes
+        outcome = rest(slot, lambda: False)
+        assert (outcome.return_code, outcome.started) == (0, True)
+        assert json.loads(slot.device) == {"n": 1}
+        outcome = slot.run(TASK, lambda: False)
+        assert (outcome.return_code, len(starts.processes)) == (0, 1)
+        assert b"connected" in outcome.log.text, "it belongs to the first attempt"
+
+
+@pytest.mark.parametrize("fails", ["echo 'no device' >&2; exit 1", "echo 'no device' >&2; exit 0",
+                                   "echo '{\"ready\": true}'; echo 'no device' >&2; exit 3"])
+def test_a_warm_runtime_that_ends_before_its_first_answer_has_failed_to_start(fails, script):
+    with contextlib.closing(slot_for(script(fails), protocol="lines", warm=True,
+                                     start_timeout=1000.0)) as slot:
+        outcome = None
+        while outcome is None or outcome.started:
+            outcome = rest(slot, lambda: False)
+        assert outcome.runtime_error == "no device"
+
+
+def test_a_warm_runtime_that_says_nothing_has_started_after_its_start_timeout():
+    with contextlib.closing(slot_for("cat", protocol="lines", warm=True)) as slot:
+        assert rest(slot, lambda: False) == jobs.Outcome(0)
+
+
+# A sweep
+
+UNTIDY = r"""#!/usr/bin/env python3
+import json, sys
+print("QDriver 1.2 connected")
+print('{"ready": true, "device": {"name": "q"}}')
+for line in sys.stdin:
+    question = json.loads(line)
+    number = question["id"]
+    for percent in (0, 50, 100):
+        print(f"\r{percent} %", end="")
+    print("warning: the fridge is warm", file=sys.stderr, flush=True)
+    result = question["job"]
+    if number == 90:
+        result = float("nan")
+    for _ in range(2):
+        print(json.dumps({"id": number, "return_code": 0, "result": result}), flush=True)
+    print("DEBUG", {"return_code": 0}, json.dumps({"return_code": 5}), flush=True)
+"""
+
+
+def test_a_sweep_of_181_jobs_through_an_untidy_runtime_gives_each_its_own_result(tmp_path):
+    untidy = tmp_path / "untidy"
+    untidy.write_text(UNTIDY, encoding="utf-8")
+    untidy.chmod(0o755)
+    with contextlib.closing(slot_for([untidy], protocol="lines")) as slot:
+        for number in range(181):
+            job = f"X({number})"
+            outcome = slot.run(TASK._replace(id=number, job=job), lambda: False)
+            slot.rest(lambda: True, True)
+            assert outcome.sent_sha256 == sha256(job)
+            if number == 90:
+                assert outcome.return_code == 76 and "NaN" in outcome.result
+            else:
+                assert (outcome.return_code, outcome.result) == (0, f'"{job}"')
+            assert json.loads(outcome.device) == {"name": "q"} and outcome.pause is None
 
 
 # Where there is less than Linux has today

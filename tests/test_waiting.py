@@ -77,6 +77,17 @@ def test_a_wait_hears_of_an_end_that_comes_while_it_looks(store):
     assert waiting.until_ended([1], 20) == [ENDED]
 
 
+def test_a_wait_that_runs_out_gives_the_job_as_it_is_then(store, clock):
+    waiting = Waiting(store, clock)
+
+    def runs_meanwhile(event, seconds):
+        clock.seconds += seconds
+        store.job = OPEN._replace(start_time="T")
+        return event.is_set()
+    clock.wait = runs_meanwhile
+    assert waiting.until_ended([1], 20)[0].start_time == "T"
+
+
 def test_a_stop_ends_all_waits_and_lets_none_begin(store):
     waiting = Waiting(store, Clock())
     thread, told = waiter(waiting)

@@ -39,7 +39,9 @@ class Script:
         self.play = play                # a function, or the outcome itself
         self.ran = []                   # (job, attempt, when)
         self.open = 0                   # slots
-        self.woken = threading.Event()
+        self.woken = threading.Event()  # while it ran
+        self.slots = []
+        self.rest = lambda slot, may_start: None    # what a rest does first; or its outcome
 
     def run(self, task, interrupted):
         """Do an attempt."""
@@ -48,16 +50,11 @@ class Script:
             return self.play(task, interrupted)
         return self.play
 
-    def wake(self):
-        self.woken.set()
-
-    def close(self):
-        self.open -= 1
-
     def make(self):
-        """A slot of it: all its slots are this one."""
+        """A slot of it."""
         self.open += 1
-        return self
+        self.slots.append(ScriptSlot(self))
+        return self.slots[-1]
 
     @property
     def order(self):
@@ -67,6 +64,48 @@ class Script:
         """Seconds on the clock from each attempt to the next."""
         times = [seconds for _, _, seconds in self.ran]
         return [round(later - earlier, 6) for earlier, later in zip(times, times[1:])]
+
+
+class ScriptSlot:
+    """A slot of such a runtime."""
+
+    survivors = ""
+
+    def __init__(self, script):
+        self.script = script
+        self.device = None
+        self.late = []                  # what late_logs gives
+        self.runs = False
+        self.bell = threading.Semaphore(0)
+
+    def run(self, task, interrupted):
+        """Do an attempt."""
+        self.runs = True
+        try:
+            return self.script.run(task, interrupted)
+        finally:
+            self.runs = False
+
+    def rest(self, is_over, may_start):
+        """Wait until it is over, or the script has an outcome."""
+        outcome = self.script.rest(self, may_start)
+        while outcome is None and not is_over() and not self.late:
+            assert self.bell.acquire(timeout=60)    # pylint: disable=consider-using-with
+        return outcome
+
+    def late_logs(self):
+        """What was said late, once."""
+        late, self.late = self.late, []
+        return late
+
+    def wake(self):
+        """Have it look again."""
+        if self.runs:
+            self.script.woken.set()
+        self.bell.release()
+
+    def close(self):
+        self.script.open -= 1
 
 
 class Blocked:
@@ -225,8 +264,8 @@ def test_an_echo_that_is_to_be_tried_again_is_run_by_a_worker(lab):
     lab.start()
     assert lab.end(lab.add("echo", return_code=75)).status == "Success"
     assert [attempt for _, attempt, _ in echo.ran] == [1, 2, 3]
-    lab.policy = RetryPolicy(attempts=1)
     lab.workers.stop()
+    lab.runtime(BUSY, **ECHO, attempts=1)
     lab.start()
     job = lab.end(lab.add("echo", return_code=75))
     assert job[3:6] == ("Runtime Error", "echo", 75), "no attempt is left"
@@ -279,9 +318,8 @@ def test_a_busy_runtime_is_tried_five_times_after_doubling_delays_and_its_last_e
 
 
 def test_the_delay_is_at_least_half_and_stops_doubling_at_30_seconds(lab):
-    lab.policy = RetryPolicy(attempts=10)
     lab.dice = 0.0
-    qpu = lab.runtime(BUSY)
+    qpu = lab.runtime(BUSY, attempts=10)
     lab.start()
     lab.end(lab.add())
     assert qpu.pauses() == [0.25, 0.5, 1, 2, 4, 8, 15, 15, 15]
@@ -318,6 +356,56 @@ def test_what_is_no_answer_is_tried_again_until_attempts_run_out(lab, code, erro
     lab.start()
     assert lab.end(lab.add())[3:7] == ("Runtime Error", "qpu", code, error)
     assert len(qpu.ran) == 5
+
+
+def test_no_job_starts_before_all_that_wait_are_loaded_and_new_ones_come_behind_them(lab):
+    """Nor is an echo ended at once meanwhile. What the loader had read already is queued once."""
+    qpu = lab.runtime()
+    echo = lab.runtime(name="echo", modes=("echo",), protocol="echo")
+    old = lab.add(count=3)
+    first_page, go = threading.Event(), threading.Event()
+
+    def waiting():
+        yield [row for page in lab.store.waiting() for row in page][:1]
+        first_page.set()
+        assert go.wait(20)
+        yield [row for page in lab.store.waiting() for row in page][1:]
+
+    lab.start(waiting=waiting)
+    assert first_page.wait(20)
+    new, echoed = lab.add(), lab.add("echo")
+    assert lab.workers.queued() == 3        # one of the old ones and these
+    assert not qpu.ran and not echo.ran
+    go.set()
+    for number in (*old, new, echoed):
+        assert lab.end(number).status == "Success"
+    assert (qpu.order, echo.order) == ([*old, new], [echoed])
+    until(lambda: lab.workers.queued() == 0)
+
+
+def test_a_stop_does_not_wait_for_all_that_wait_to_be_loaded(lab):
+    lab.runtime()
+    lab.add(count=2)
+    first_page, go = threading.Event(), threading.Event()
+
+    def waiting():
+        rows = [row for page in lab.store.waiting() for row in page]
+        yield rows[:1]
+        first_page.set()
+        assert go.wait(20)
+        yield rows[1:]
+        raise AssertionError("it goes on")
+
+    lab.start(waiting=waiting)
+    assert first_page.wait(20)
+    lab.workers.drain(threading.Event())
+    stopping = threading.Thread(target=lab.workers.stop)
+    stopping.start()
+    until(lab.workers._stopped.is_set)      # pylint: disable=protected-access # nothing else tells
+    go.set()
+    stopping.join(20)
+    assert not stopping.is_alive()
+    lab.workers = None
 
 
 def test_a_job_that_waits_for_its_next_attempt_says_so_and_holds_no_runtime(still):
@@ -559,6 +647,206 @@ def test_one_job_at_a_time_tries_a_runtime_out_that_is_set_aside(still):
     assert {still.end(number).status for number in range(1, 9)} == {"Success"}
 
 
+def test_a_runtime_that_is_set_aside_is_tried_out_with_another_job_than_the_one_that_did_it(still):
+    still.dice = 0.0
+    qpu = still.runtime(lambda task, _: GONE if task.id == 1 else DONE)
+    still.start()
+    still.add()
+    for failures in (1, 2, 3, 4):
+        until(lambda failures=failures: len(qpu.ran) == failures and not still.workers.busy())
+        still.clock.seconds += 1.0      # it is due again, after the fourth sooner than the runtime
+    numbers = still.add(count=2)
+    until(lambda: still.workers.queued() == 3)
+    assert still.workers.describe("qpu")["state"] == "failing" and len(qpu.ran) == 4
+    still.clock.seconds += 1.0
+    still.end(numbers[-1])
+    assert qpu.order[:5] == [1, 1, 1, 1, 2], "not the oldest"
+
+
+def test_a_runtime_that_is_set_aside_is_tried_out_with_the_job_that_did_it_if_there_is_no_other(
+        lab):
+    qpu = lab.runtime(lambda *_: GONE if len(qpu.ran) < 5 else DONE)
+    lab.start()
+    assert lab.end(lab.add()).status == "Success"
+    assert qpu.order == [1] * 5
+
+
+# A warm runtime
+
+def test_a_warm_runtime_that_does_not_start_is_set_aside_before_a_job_comes(still, caplog):
+    qpu = still.runtime()
+    starts = []
+
+    def start(_, may_start):
+        starts.append(may_start)
+        return GONE if may_start else None
+    qpu.rest = start
+    still.start()
+    until(lambda: still.workers.describe("qpu")["state"] == "failing")
+    assert still.workers.describe("qpu")["reason"] == "not found"
+    assert still.workers.states()["verbatim", "failing"] == 1
+    until(lambda: starts == [True] * 3 + [False])
+    for pause, count in ((1.0, 6), (2.0, 8)):
+        still.clock.seconds += pause
+        until(lambda count=count: len(starts) == count)
+    assert starts == [True] * 3 + [False, True] * 2 + [False]
+    assert caplog.text.count("is set aside") == 1
+    outcomes = [Outcome(0)]
+    qpu.rest = lambda *_: outcomes.pop() if outcomes else None
+    still.clock.seconds += 4.0
+    until(lambda: still.workers.describe("qpu")["state"] == "idle")
+    assert "runtime qpu starts again" in caplog.text
+
+
+def test_a_paused_runtime_is_not_started_to_be_warm(lab):
+    allowed = queue.SimpleQueue()
+    qpu = lab.runtime()
+    qpu.rest = lambda _, may_start: allowed.put(may_start)
+    lab.store.pause("qpu", "cable")
+    lab.start()
+    assert allowed.get(timeout=20) is False
+    lab.workers.resume("qpu")
+    assert allowed.get(timeout=20) is True
+
+
+def test_a_runtime_shows_its_device(lab):
+    qpu = lab.runtime(slots=2)
+    lab.start()
+    assert lab.workers.describe("qpu")["device"] is None
+    qpu.slots[0].device = '{"v": 1}'
+    assert lab.workers.describe("qpu")["device"] == {"v": 1}
+
+
+# What is said after an attempt
+
+def test_what_a_runtime_says_after_an_attempt_is_stored_with_it(lab):
+    kept = queue.SimpleQueue()
+    qpu = lab.runtime()
+    lab.start(keep_log=lambda *said: kept.put(said))
+    lab.end(lab.add())
+    late = (1, 1, jobs.Log(b"late words", 3))
+    qpu.slots[0].late.append(late)
+    qpu.slots[0].wake()                 # as one that has read something
+    assert kept.get(timeout=20) == late
+
+
+def test_late_words_that_cannot_be_stored_now_are_stored_later_and_at_a_stop_too(lab, caplog):
+    kept = []
+    refusals = [StoreError("no room on the disk")]
+
+    def keep(*said):
+        if refusals:
+            raise refusals.pop()
+        kept.append(said)
+    qpu = lab.runtime()
+    lab.start(keep_log=keep)
+    lab.end(lab.add())
+    late = (1, 1, jobs.Log(b"late words", 0))
+    qpu.slots[0].late.append(late)
+    qpu.slots[0].wake()
+    until(lambda: kept == [late])
+    assert "waiting for the database: no room on the disk" in caplog.text
+    qpu.slots[0].late.append(late)      # nobody is woken
+    lab.workers.stop()
+    lab.workers = None
+    assert kept == [late] * 2
+
+
+def test_a_defect_in_a_rest_is_logged_and_the_worker_goes_on(lab, caplog):
+    defects = [ZeroDivisionError("a defect")]
+
+    def rest(*_):
+        if defects:
+            raise defects.pop()
+    lab.runtime().rest = rest
+    lab.start()
+    until(lambda: "a defect" in caplog.text)
+    assert lab.end(lab.add()).status == "Success"
+
+
+# attempts, pause_after
+
+def test_a_section_says_how_often_a_job_is_tried(lab):
+    twice = lab.runtime(BUSY, attempts=2)
+    once = lab.runtime(BUSY, "once", modes=("simulation",), attempts=1)
+    lab.start()
+    assert lab.end(lab.add()).return_code == lab.end(lab.add("simulation")).return_code == 75
+    assert (len(twice.ran), len(once.ran)) == (2, 1)
+
+
+@pytest.mark.parametrize("interrupted", ["retry", "fail"])
+def test_with_one_attempt_no_job_runs_twice_whatever_cut_it_off(lab, interrupted):
+    crashed = lab.add()
+    lab.store.claim(crashed, "qpu")     # as if the server had been killed now
+    attempt = Blocked()
+    qpu = lab.runtime(attempt, attempts=1, interrupted=interrupted)
+    lab.start()
+    assert told(lab.store.get(crashed)) == CUT_OFF
+    stopped = lab.add()
+    attempt.wait()
+    lab.stop()
+    lab.open()
+    assert told(lab.store.get(stopped)) == CUT_OFF
+    assert qpu.order == [stopped]
+
+
+FAILED = Outcome(3, "too warm")
+
+
+def test_pause_after_so_many_failed_jobs_in_a_row_the_runtime_is_paused_with_the_reason(lab):
+    outcomes = [FAILED, FAILED, DONE, FAILED, FAILED, FAILED, DONE]
+    qpu = lab.runtime(lambda task, _: outcomes[task.id - 1], pause_after=3)
+    lab.start()
+    numbers = lab.add(count=7)
+    lab.end(numbers[5])
+    shown = lab.workers.describe("qpu")
+    assert (shown["state"], shown["reason"]) == (
+        "paused", "3 jobs failed in a row, the last, job 6, with 3: too warm")
+    assert "qpu" in lab.store.pauses() and qpu.order == numbers[:6]
+    lab.workers.resume("qpu")
+    assert lab.end(numbers[6]).status == "Success"
+
+
+def test_pause_after_begins_anew_at_a_resume_and_counts_neither_retries_nor_cancels(lab):
+    attempt = Blocked()
+    qpu = lab.runtime(lambda task, _: BUSY if task.attempt < 3 else FAILED, pause_after=2)
+    lab.start()
+    lab.end(lab.add())
+    lab.workers.resume("qpu")
+    lab.end(lab.add())
+    assert lab.workers.describe("qpu")["state"] == "idle"
+    qpu.play = attempt
+    number = lab.add()
+    attempt.wait()
+    assert told(lab.workers.cancel(number)) == CANCELLED
+    assert lab.workers.describe("qpu")["state"] == "idle"
+    qpu.play = FAILED
+    lab.end(lab.add())
+    assert lab.workers.describe("qpu")["state"] == "paused"
+
+
+def test_an_outcome_that_asks_for_it_pauses_the_runtime_before_its_job_has_ended(lab):
+    lab.runtime(Outcome(76, "no id", pause="no ids"))
+    lab.start()
+    first, second = lab.add(count=2)
+    assert lab.end(first).return_code == 76
+    shown = lab.workers.describe("qpu")
+    assert (shown["state"], shown["reason"]) == ("paused", "no ids")
+    assert lab.store.get(second).start_time is None
+
+
+def test_a_pause_of_the_server_does_not_replace_that_of_a_person(lab):
+    attempt = Blocked()
+    lab.runtime(attempt, pause_after=1)
+    lab.start()
+    number = lab.add()
+    attempt.wait()
+    lab.workers.pause("qpu", "cable")
+    attempt.give(FAILED)
+    lab.end(number)
+    assert lab.workers.describe("qpu")["reason"] == "cable"
+
+
 # After a restart
 
 CUT_OFF = ("Runtime Error", 137, "interrupted, outcome unknown")
@@ -781,6 +1069,47 @@ def test_a_job_that_is_cancelled_between_its_turn_and_its_claim_is_counted_once(
     assert lab.workers.queued() == 1
 
 
+def test_the_end_of_a_success_and_the_start_of_the_next_job_are_one_commit(lab):
+    calls = []
+
+    def noted(name):
+        def call(*arguments):
+            calls.append(name)
+            return getattr(lab.store, name)(*arguments)
+        return call
+    lab.runtime(lambda task, _: Outcome(3, "too warm") if task.id == 2 else DONE)
+    lab.start(**{name: noted(name) for name in ("claim", "settle", "settle_and_claim")})
+    ends = [lab.end(number).return_code for number in lab.add(count=4)]
+    until(lambda: not lab.workers.busy())
+    assert ends == [0, 3, 0, 0]
+    assert calls == ["claim", "settle_and_claim", "settle", "claim", "settle_and_claim", "settle"]
+
+
+def test_a_job_that_is_cancelled_before_it_is_claimed_with_the_end_of_another_never_runs(lab):
+    """It waits when the cancel looks, and has its turn before the store hears of the cancel."""
+    first, taken, cancelled = Blocked(), threading.Event(), threading.Event()
+
+    def settle_late(*arguments):
+        taken.set()
+        assert cancelled.wait(20)
+        return lab.store.settle_and_claim(*arguments)
+
+    def cancel_late(number):
+        first.give(DONE)
+        assert taken.wait(20)
+        ended = lab.store.cancel(number)
+        cancelled.set()
+        return ended
+    qpu = lab.runtime(lambda task, asked: first(task, asked) if task.id == 1 else DONE)
+    lab.start(settle_and_claim=settle_late, cancel=cancel_late)
+    lab.add(count=3)
+    first.wait()
+    assert told(lab.workers.cancel(2)) == CANCELLED
+    assert lab.end(3).status == "Success"
+    until(lambda: not lab.workers.busy())
+    assert (qpu.order, lab.workers.queued()) == ([1, 3], 0)
+
+
 def test_a_job_that_has_ended_and_one_that_is_unknown_cannot_be_cancelled(lab):
     lab.runtime()
     lab.start()
@@ -944,7 +1273,7 @@ def test_a_runtime_says_how_it_fares(lab):
     fresh = {"name": "qpu", "modes": ["verbatim"], "protocol": "exec", "slots": 2,
              "state": "idle", "reason": None, "paused_by": None,
              "since": lab.workers.runtimes["qpu"].since,
-             "running": [], "ended": 0, "failures": 0}
+             "running": [], "ended": 0, "failures": 0, "device": None}
     assert lab.workers.describe("qpu") == fresh
     lab.add()
     attempt.wait()

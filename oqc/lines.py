@@ -1,0 +1,215 @@
+"""The protocol `lines` as bytes: what each line means that a runtime has put out.
+
+A line that answers is an object with a `return_code`. It is read leniently, since libraries print
+to the same pipe: whatever is no answer and announces nothing is noise. No processes here.
+"""
+import json
+import re
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+
+from oqc import jobs
+from oqc.jobs import Outcome
+
+MOST_ERROR = 2048                   # bytes of a runtime_error that are kept
+MOST_DEVICE = 64 << 10              # bytes of the JSON of a device
+BESIDE_RESULT = 128 << 10           # bytes that an answer's line may have beside its result
+
+END = re.compile(rb"[\r\n]+")       # progress bars write a carriage return
+# Of what is not JSON, or was cut: whether it was to be an answer, and to which question.
+RETURN_CODE = re.compile(rb'"return_code"\s*:')
+RESULT = re.compile(rb'"result"\s*:\s*')
+ID = re.compile(rb'"id"\s*:\s*(-?[0-9]{1,19})\s*[,}]')
+STRICT = json.JSONDecoder(parse_constant=jobs.refuse_constant)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Answer(NamedTuple):
+    """A line that answers a question."""
+
+    id: Optional[int]               # of the question; None: it has none that is an integer
+    outcome: Outcome
+    noise: bytes = b""              # what stands before it on its line, such as a progress bar
+
+
+class Announcement(NamedTuple):
+    """A line by which a process says that it is ready, or what its device is."""
+
+    ready: bool
+    device: Optional[str]           # JSON of an object
+
+
+class Lines:
+    """Takes the lines out of what a process has put out."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: bytes that a line may have."""
+        self.most = most
+        self._searched = 0              # bytes of the unfinished line without an end in them
+        self.is_skipping = False          # the rest of a line that is too long
+
+    def take(self, output: bytearray) -> Iterator[Tuple[bytes, bool]]:
+        """Remove the lines that are finished from `output`; yield each, and whether it is whole.
+
+        One that is too long is yielded, cut, as soon as it is. Blank lines are left out.
+        """
+        while True:
+            end = END.search(output, self._searched)
+            if end is None:
+                break
+            line = bytes(output[:end.start()])
+            del output[:end.end()]
+            self._searched = 0
+            if self.is_skipping:
+                self.is_skipping = False
+            elif line.strip():
+                yield line[:self.most], len(line) <= self.most
+        if self.is_skipping:
+            output.clear()
+        elif len(output) > self.most:
+            line = bytes(output[:self.most])
+            output.clear()
+            self.is_skipping = True
+            yield line, False
+        self._searched = len(output)
+
+
+def read(
+    line: bytes,
+    result_bytes: int,
+    retry_codes: Sequence[int],
+) -> Union[Answer, Announcement, None]:
+    """Return what a whole line means; None for noise."""
+    begin = line.find(b"{")
+    if begin < 0:
+        return None
+    noise = line[:begin].strip()
+    try:
+        if noise == BYTE_ORDER_MARK:
+            raise ValueError("JSON has none (RFC 8259, section 8.1)")
+        value = STRICT.decode(line[begin:].decode("utf-8"))
+    except (ValueError, RecursionError):
+        return _read_broken(line, begin, result_bytes)
+    if "return_code" not in value:
+        return _announcement(value)
+    number = value.get("id")
+    if type(number) is not int:     # pylint: disable=unidiomatic-typecheck # True is an int too
+        number = None
+    if number is None and noise:
+        return None                 # what a library prints of itself
+    outcome = _outcome(value, result_bytes, retry_codes)
+    if outcome is None:
+        outcome = _no_answer(line, result_bytes)
+    if number is None:
+        outcome = _without_id(line, result_bytes)
+    return Answer(number, outcome, noise)
+
+
+def read_cut(line: bytes, asked: Optional[int], result_bytes: int) -> Optional[Answer]:
+    """Return what the beginning of a line means that is too long; None for noise.
+
+    It answers what was asked, unless it names another question.
+    """
+    if not line.lstrip().startswith(b"{"):
+        return None
+    number = _id_in(line)
+    if number is None:
+        number = asked
+    result = RESULT.search(line)
+    if result:
+        line = line[result.end():]
+    return Answer(number, too_long(line, result_bytes))
+
+
+def too_long(output: bytes, result_bytes: int) -> Outcome:
+    """Return the outcome of an attempt whose result is too long."""
+    error = f"a result longer than result_bytes ({result_bytes}); its beginning is kept"
+    return Outcome(jobs.PROTOCOL, error, _beginning(output, result_bytes))
+
+
+def last_line(text: str) -> Optional[str]:
+    """Return the last line that is not blank, or None if all are."""
+    lines = text.replace("\0", "\ufffd").strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
+def _read_broken(line: bytes, begin: int, result_bytes: int) -> Optional[Answer]:
+    """Return the answer that a line was to be which is not JSON; None for noise."""
+    if not RETURN_CODE.search(line, begin):
+        return None
+    number = _id_in(line)
+    if number is not None:
+        return Answer(number, _no_answer(line, result_bytes))
+    if begin and not line.startswith(BYTE_ORDER_MARK):
+        return None
+    return Answer(None, _without_id(line, result_bytes))
+
+
+def _id_in(line: bytes) -> Optional[int]:
+    match = ID.search(line)
+    return int(match[1]) if match else None
+
+
+def _announcement(value: Dict[str, Any]) -> Optional[Announcement]:
+    ready = value.get("ready") is True
+    device = value.get("device")
+    if not isinstance(device, dict):
+        return Announcement(True, None) if ready else None
+    try:
+        text = json.dumps(device, allow_nan=False)
+    except (ValueError, RecursionError):        # 1e999 is read as infinity
+        return None
+    if len(text) > MOST_DEVICE:
+        return None
+    return Announcement(ready, text)
+
+
+def _outcome(
+    answer: Dict[str, Any],
+    result_bytes: int,
+    retry_codes: Sequence[int],
+) -> Optional[Outcome]:
+    """Return the outcome in an answer, None if a member of it is not what it has to be."""
+    code = answer["return_code"]
+    error = answer.get("runtime_error")
+    result = answer.get("result")
+    if isinstance(code, bool) or not isinstance(code, int) or not 0 <= code <= 255:
+        return None
+    if not isinstance(error, (str, type(None))):
+        return None
+    text = None
+    if result is not None:
+        try:
+            text = json.dumps(result, allow_nan=False)
+        except (ValueError, RecursionError):    # 1e999 is read as infinity
+            return None
+    is_json = True
+    if text is not None and len(text) > result_bytes:
+        if code == 0:
+            return too_long(text.encode(), result_bytes)
+        text = text[:result_bytes]
+        is_json = False
+    if code == 0:
+        return Outcome(0, None, text, True)
+    error = last_line(error or "") or f"return code {code}"
+    error = error.encode("utf-8", "replace")[:MOST_ERROR].decode("utf-8", "ignore")
+    return Outcome(code, error, text, is_json, transient=code in retry_codes)
+
+
+def _no_answer(line: bytes, result_bytes: int) -> Outcome:
+    error = f"not an answer: {_quoted(line)}"
+    return Outcome(jobs.PROTOCOL, error, _beginning(line, result_bytes))
+
+
+def _without_id(line: bytes, result_bytes: int) -> Outcome:
+    """Return the outcome of an answer without an id, which any job's might be."""
+    error = f"an answer without the id of its question: {_quoted(line)}"
+    reason = "its answers do not carry the id of their question, see help runtimes"
+    return Outcome(jobs.PROTOCOL, error, _beginning(line, result_bytes), pause=reason)
+
+
+def _quoted(line: bytes) -> str:
+    return json.dumps(line[:80].decode("utf-8", "replace"))
+
+
+def _beginning(line: bytes, most: int) -> str:
+    return line[:most].decode("utf-8", "replace")
