@@ -1029,7 +1029,7 @@ def as_nobody(folder, tmp_path):
         pytest.skip("needs root")
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    for path in (tmp_path, *tmp_path.parents[:2]):
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         path.chmod(0o777)
     done = []
     for arguments in ARGUMENTS:
