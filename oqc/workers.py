@@ -31,6 +31,7 @@ MOST_PAUSE = 60.0
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=True)
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
+NO_JOB = 0                          # an id that is never given out
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
 HELD_AGAIN = 0.1                    # seconds between looks at what a crash has left of an attempt
 
@@ -332,8 +333,9 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
                     self._put(job)
             self._arrived.clear()
             self._loading = False
-        for runtime in self.runtimes.values():
-            runtime.ring()
+        if self._queue.qsize():
+            for runtime in self.runtimes.values():
+                runtime.ring()
 
     def _load_job(self, job: Queued, due: Optional[float]) -> None:
         """Queue a job, at once or when it is due."""
@@ -786,11 +788,12 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
         """End a job: one that waits at once, one that runs when its process group has ended.
         Return the ended job; raise Ended if it had ended (or did so by itself meanwhile),
         UnknownJob, and StoreError if its end cannot be stored now: then it comes later."""
+        stopping = False
         while True:
             attempt = self.interrupt(number)
             if attempt is not None:
                 while not self.clock.wait(attempt.over, STORE_AGAIN):
-                    self.store.cancel(number)   # changes nothing, but raises if it could not
+                    self.store.cancel(NO_JOB)   # changes nothing, but raises if it could not
                 if attempt.ending is not None and attempt.ending.event == "failed" \
                         and attempt.ending.outcome.interrupted:
                     return self.store.get(number)       # ended by this, not by itself
@@ -803,9 +806,11 @@ class Workers:                      # pylint: disable=too-many-instance-attribut
             job = self.store.get(number)
             if job.end_time is not None:
                 raise Ended(job)
-            # It was claimed after the look into memory, or an attempt was over when it was asked.
-            if self.clock.wait(self._stopped, CANCEL_AGAIN):
+            # It was claimed after the look into memory, or an attempt was over when it was asked:
+            # so once more, also at a stop, which gives attempts back.
+            if stopping:
                 raise StoreError("the server is stopping")
+            stopping = self.clock.wait(self._stopped, CANCEL_AGAIN)
 
     def interrupt(self, number: int) -> Optional[_Attempt]:
         """Return the attempt that runs at a job, asked to end; None if none does."""

@@ -188,6 +188,8 @@ class Lab:
         self.workers = Workers(Altered(self.store, **methods), slots, self.policy, self.clock,
                                lambda: self.dice, self.waiting)
         self.workers.start()
+        if "waiting" not in methods:    # until all that wait are loaded, no echo ends at once
+            until(lambda: all(one.name != "loader" for one in threading.enumerate()))
 
     def stop(self):
         """Stop the workers, if there are some, and close the store."""
@@ -1043,6 +1045,31 @@ def test_a_job_that_waits_for_its_next_attempt_is_cancelled_at_once_and_never_ru
     still.clock.seconds += 1
     still.end(still.add())
     assert qpu.order == [1, 2, 3]
+
+
+def test_a_cancel_that_comes_while_a_stop_gives_the_attempt_back_ends_the_job(lab):
+    attempt = Blocked()
+    lab.runtime(attempt)
+    settling, go, told = threading.Event(), threading.Event(), []
+
+    def settle(endings):
+        settling.set()
+        assert go.wait(20)
+        lab.store.settle(endings)
+
+    lab.start(settle=settle)
+    number = lab.add()
+    attempt.wait()
+    stopping = threading.Thread(target=lab.workers.stop)
+    stopping.start()
+    assert settling.wait(20)            # it was decided that the attempt is given back
+    cancelling = threading.Thread(target=lambda: told.append(lab.workers.cancel(number)))
+    cancelling.start()
+    until(lambda: lab.workers.runtimes["qpu"].running[number].cancelled)
+    go.set()
+    cancelling.join(20)
+    stopping.join(20)
+    assert [(job.status, job.return_code) for job in told] == [("Runtime Error", 130)]
 
 
 def test_a_job_that_is_cancelled_between_its_turn_and_its_claim_is_counted_once(lab):
