@@ -76,7 +76,7 @@ class Store(Protocol):
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON)."""
 
-    def prune(self, seconds: float, by: str) -> int:
+    def prune(self, seconds: float, by: str, is_interrupted: Callable[[], bool]) -> int:
         """Delete the jobs that ended longer ago, as `by` asks for; return how many."""
 
     def status(self) -> Dict[str, Any]:
@@ -568,7 +568,11 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if not match:
             raise Malformed("older-than: expected a time such as 90d, 12h, 30m or 0s")
         seconds = int(match[1]) * AGE_UNITS[match[2]]
-        return json_response({"deleted": self.store.prune(seconds, request.key_name)})
+        is_stopping = self.workers.draining.is_set
+        deleted = self.store.prune(seconds, request.key_name, is_stopping)
+        if is_stopping():
+            raise Problem(503, f"the server is stopping; {deleted} jobs are deleted so far")
+        return json_response({"deleted": deleted})
 
     # The server
 

@@ -497,7 +497,7 @@ def disk_full_error(path: str, reusable: int = 0) -> Optional[DiskFull]:
     """Return DiskFull if less than LEAST_FREE bytes are free, else None. `reusable`: bytes of the
     file that can be used again."""
     try:
-        disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
+        disk = os.statvfs(os.path.dirname(path) or ".")
     except OSError:                 # the disk is away, which is another trouble
         return None
     if not disk.f_blocks:           # a file system that does not count its blocks
@@ -517,12 +517,12 @@ class Watch:
         """`file`: a descriptor of the database."""
         self.path = path
         self.file = file
-        self.opened = {name: os.stat(name) for name in (path, path + "-wal", path + "-shm")}
+        self.opened = {name: _inode(name) for name in (path, path + "-wal", path + "-shm")}
 
     def error(self) -> Optional[StoreError]:
         """Return StoreError if one of the files is not the one that was opened, else None."""
-        for name, opened in self.opened.items():
-            if not _is_same(name, opened):
+        for name, inode in self.opened.items():
+            if _inode(name) != inode:
                 return StoreError(
                     f"{name}: was moved, replaced or deleted while the server uses it; put it "
                     "back, or stop the server, which then saves what it can")
@@ -537,14 +537,16 @@ class Watch:
 
     def is_in_place(self) -> bool:
         """Return whether the path still leads to the file."""
-        return _is_same(self.path, self.opened[self.path])
+        return _inode(self.path) == self.opened[self.path]
 
 
-def _is_same(path: str, opened: os.stat_result) -> bool:
-    """Return whether this is still the name of that file."""
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.stat(path), opened)
-    return False
+def _inode(path: str) -> Tuple[int, int]:
+    """Return what tells a file from all others, whatever its name; (0, 0) where there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return 0, 0
+    return stat.st_dev, stat.st_ino
 
 
 def backup(path: str, target: str) -> None:

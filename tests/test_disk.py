@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import KEY, ROOT, Server, until
@@ -258,6 +259,7 @@ def test_a_disk_that_is_nearly_full_is_said_before_anything_fails(serve, small_d
     (folder / "filler").unlink()
     assert server.request("GET", "/health/").status == 200
     assert server.wait(server.add())["status"] == "Success"
+    server.line("can be written again")
     assert len(lines(server, " error database: ")) == 1
 
 
@@ -573,6 +575,7 @@ def test_a_wal_or_index_that_is_gone_is_said_no_job_is_taken_and_a_stop_saves_wh
         assert refused.status == 503 and says in refused.detail
         health = server.request("GET", "/health/")
         assert health.status == 503 and says in health.json["reasons"][0]
+    assert says in server.line(" error database: ")
     assert len(lines(server, " error database: ")) == 1
     assert server.stop() == 0
     assert "at this stop all jobs were saved in the file" in server.log
@@ -909,6 +912,15 @@ def test_signals_are_heard_during_a_prune(serve, tmp_path):
     assert server.stop() == 0
     server.line(" jobs that ended before ")
     assert sql(path, "SELECT count(*) FROM jobs")[0][0] > 1000, "it was still at it"
+    server = serve()
+    first = server.request("GET", "/jobs/list/?limit=1").json
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(server.request, "DELETE", "/jobs/list/?older-than=30d")
+        until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)
+        assert server.stop() == 0
+        answer = asked.result()
+    assert answer.status == 503 and "jobs are deleted so far" in answer.detail
+    assert sql(path, "SELECT count(*) FROM jobs")[0][0] > 1000
 
 
 def test_a_prune_by_hand_says_how_many_how_old_and_whose_key(serve):
