@@ -222,17 +222,22 @@ class Round:
 
     def remove_wal(self):
         """After which the jobs in it are lost by a kill, and the next start says so."""
+        self.command("backup", "backup.db")
         (self.folder / "oqc.db-wal").unlink()
 
     def after_remove_wal(self):
-        """Go on with what is in the file."""
+        """Go on with what is in the file, or, where the kill came while the WAL was merged into
+        it, with the backup."""
         self.refused("-wal: is missing or empty")
-        self.command("restore", "oqc.db")
+        said = self.command("restore", "oqc.db", may_say="is damaged (")
+        if "is damaged (" in said:
+            self.command("restore", "backup.db")
+        (self.folder / "backup.db").unlink()
         self.forget()
 
     def stop_without_wal(self):
         """After which a stop saves all of them."""
-        self.remove_wal()
+        (self.folder / "oqc.db-wal").unlink()
         self.process.terminate()
         self.process.wait(60)
 
@@ -294,13 +299,14 @@ class Round:
         process.wait()
         self.book.wrong.append(f"a server started in silence, expected {reason!r}")
 
-    def command(self, *arguments):
-        """Run a command; note it as wrong if it fails."""
+    def command(self, *arguments, may_say="\n\n"):
+        """Return what a command said; note it as wrong if it fails, and may not say that."""
         done = subprocess.run(
             [sys.executable, "-m", "oqc", *arguments], cwd=self.folder, check=False,
             capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        if done.returncode:
+        if done.returncode and may_say not in done.stderr:
             self.book.wrong.append(f"{arguments}: {done.stderr}")
+        return done.stderr
 
     def forget(self):
         """Begin anew with what is there after a loss that was announced, and resume what the

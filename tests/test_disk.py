@@ -644,6 +644,16 @@ def test_another_name_of_the_file_lets_no_second_server_in_and_loses_nothing_aft
         subprocess.run(["umount", tmp_path / "other" / "oqc.db"], check=False, capture_output=True)
 
 
+def test_a_lock_file_that_is_removed_lets_no_second_server_in(serve, tmp_path):
+    server = serve()
+    job = server.wait(server.add())
+    (tmp_path / "oqc.db.lock").unlink()
+    assert "another oqc uses this database" in refusal(tmp_path)
+    server.process.kill()
+    server.stop()
+    assert serve().get(job) == job
+
+
 def test_a_copy_of_the_file_alone_that_a_server_uses_is_no_backup(serve, tmp_path):
     """Its last jobs are in the WAL that was not copied."""
     server = serve()
