@@ -53,7 +53,7 @@ from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.keeper import Keeper
 from oqc.log import LogLines
 from oqc.store import Store
-from oqc.tree import INSTANCE
+from oqc.tree import INSTANCE, reset_signals
 from oqc.waiting import Waiting
 from oqc.workers import Workers
 # Last on purpose: what http.server brings reuses the memory that compiling the others has freed,
@@ -65,7 +65,6 @@ log = logging.getLogger("oqc")
 OWN_DESCRIPTORS = 32                # that a server needs beside connections and slots
 SLOT_DESCRIPTORS = 6                # that a slot needs while a job runs in it
 HOUR = 3600.0                       # seconds between the server's notes of when it was seen
-IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)    # and reset in what is started
 
 
 class StartError(Exception):
@@ -105,16 +104,6 @@ class Signals:
             elif number in self.NUMBERS:
                 self.stop.set()
             self.any.set()
-
-
-def reset_signals() -> None:
-    """Undo what whoever started this process has ignored or blocked: nohup SIGHUP, a shell SIGINT
-    and SIGQUIT for what runs in the background, a careless parent SIGCHLD, without which no end of
-    a child is seen. Runtimes would inherit it."""
-    for number in signal.valid_signals():
-        if signal.getsignal(number) == signal.SIG_IGN and number not in IGNORED_BY_PYTHON:
-            signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def _heard(_number: int, _frame: object) -> None:

@@ -224,6 +224,12 @@ def _builtin(arguments: Sequence[str]) -> int:
     return builtin.main(arguments)
 
 
+def _relay(arguments: Sequence[str]) -> int:
+    """Run a program for a server on another machine."""
+    from oqc import relay       # pylint: disable=import-outside-toplevel # no other needs it
+    return relay.main(arguments[1:])
+
+
 def _help(arguments: Sequence[str]) -> int:
     """Print the manual, or where a word stands in it."""
     # pylint: disable-next=import-outside-toplevel # no other command needs them
@@ -270,4 +276,7 @@ COMMANDS = {
             "(emulator --help: its parameters)", _builtin),
     "simulator": Command(
         "", "the bundled exact simulator, a runtime over the protocol lines", _builtin),
+    "relay": Command(
+        "COMMAND", "run a program for a server on another machine, as its runtime behind ssh",
+        _relay),
 }

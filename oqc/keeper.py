@@ -24,13 +24,16 @@ IGNORED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)    # of
 class Keeper:
     """The server's side of it."""
 
-    def __init__(self, clock: ReapersClock) -> None:
-        """Start it: before there are threads, whose locks a fork would leave held."""
+    def __init__(self, clock: ReapersClock, kept: int = -1) -> None:
+        """Start it: before there are threads, whose locks a fork would leave held.
+
+        `kept`: a descriptor that it keeps open until nothing is left.
+        """
         lifeline, self._alive = os.pipe()
         self.pid = os.fork()
         if not self.pid:
             with contextlib.suppress(BaseException):
-                _keep(lifeline, clock)
+                _keep(lifeline, clock, kept)
             os._exit(0)         # pylint: disable=protected-access # no exit handlers of the server
         os.close(lifeline)
         INSTANCE.own.add(self.pid)
@@ -50,7 +53,7 @@ class Keeper:
             os.waitpid(self.pid, 0)
 
 
-def _keep(lifeline: int, clock: ReapersClock) -> None:
+def _keep(lifeline: int, clock: ReapersClock, kept: int) -> None:
     """Be the keeper, until the server is gone and all that it has started."""
     os.setsid()
     for number in IGNORED:
@@ -59,7 +62,7 @@ def _keep(lifeline: int, clock: ReapersClock) -> None:
     for descriptor in range(3):
         os.dup2(nowhere, descriptor)
     for name in os.listdir("/dev/fd"):
-        if int(name) > 2 and int(name) != lifeline:
+        if int(name) > 2 and int(name) not in (lifeline, kept):
             with contextlib.suppress(OSError):          # the one that listdir itself had
                 os.close(int(name))
     with open(lifeline, "rb") as file:

@@ -39,6 +39,7 @@ POLL_EVERY = 0.05                   # seconds between looks at a process that no
 EXEC_LOOKS = 100                    # at a process in execve(2), a millisecond apart
 WITHOUT_MEMORY = 0x00200000 | 0x4   # PF_KTHREAD, PF_EXITING
 MOST_LEADERS = 4096                 # that a keeper is told of; any more have only their mark
+IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)    # and reset in what is started
 EXITED = os.WEXITED | os.WNOHANG | os.WNOWAIT   # waitid(2): look for an end, and leave it there
 PR_SET_CHILD_SUBREAPER = 36                     # prctl(2)
 
@@ -287,7 +288,7 @@ class Tree:
         stdin, stdout, stderr = standard
         try:
             # No preexec_fn: it may deadlock where there are threads. The signals that Python
-            # ignores are reset by Popen, all others in this process (app.reset_signals). No
+            # ignores are reset by Popen, all others in this process (reset_signals). No
             # descriptor of ours can be inherited (PEP 446), so that none has to be closed.
             self._popen = subprocess.Popen(     # pylint: disable=consider-using-with # see end
                 command, env={**environment, MARK: self.mark}, cwd=cwd, stdin=stdin, stdout=stdout,
@@ -377,6 +378,16 @@ class Tree:
         if self.code is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
+
+
+def reset_signals() -> None:
+    """Undo what whoever started this process has ignored or blocked: nohup SIGHUP, a shell SIGINT
+    and SIGQUIT for what runs in the background, a careless parent SIGCHLD, without which no end of
+    a child is seen. Runtimes would inherit it."""
+    for number in signal.valid_signals():
+        if signal.getsignal(number) == signal.SIG_IGN and number not in IGNORED_BY_PYTHON:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
 def mark_of(pid: int) -> str:

@@ -9,7 +9,6 @@ import heapq
 import itertools
 import json
 import logging
-import queue
 import threading
 from collections import Counter
 from typing import (
@@ -253,7 +252,8 @@ class _Runtime:                     # pylint: disable=too-many-instance-attribut
             worker.slot.wake()
 
 
-class Workers:                      # pylint: disable=too-many-instance-attributes # each says why
+# pylint: disable-next=too-many-instance-attributes, too-many-public-methods # each says why
+class Workers:
     """The worker threads of all runtimes, and what concerns jobs that wait or run."""
 
     def __init__(self, store: Store, runtimes: Sequence[Tuple[RuntimeSpec, Callable[[], Slot]]],

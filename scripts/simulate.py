@@ -4,10 +4,10 @@
     scripts/simulate.py N [SEED] [--steps STEPS] [--folder FOLDER]
 
 As FoundationDB and TigerBeetle test: the real store on a real file and the real scheduler, without
-threads; the clock and what runtimes do are made up. A seed makes a history, always the same one, of
-adds, attempts, ends, cancels, pauses, failures to start, stops, crashes, clock jumps and writes that
-fail. What has to hold is checked against a model of the rules that is as plain as can be. A history
-that fails is shown with its seed: `scripts/simulate.py 1 SEED` repeats it.
+threads; the clock and what runtimes do are made up. A seed makes a history, always the same, of
+adds, attempts, ends, cancels, pauses, failures to start, stops, crashes, clock jumps and failing
+writes. What has to hold is checked against a model of the rules that is as plain as can be. A
+history that fails is shown with its seed: `scripts/simulate.py 1 SEED` repeats it.
 """
 import argparse
 import contextlib
@@ -15,35 +15,39 @@ import logging
 import os
 import random
 import shutil
+import sqlite3
 import sys
 import tempfile
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# pylint: disable=wrong-import-position # of this checkout, not of an oqc that is installed
 
-from oqc import jobs                                                        # noqa: E402
-from oqc.database import check                                              # noqa: E402
-from oqc.jobs import (                                                      # noqa: E402
+from oqc import jobs
+from oqc.database import check, open_writer
+from oqc.jobs import (
     Batch, Ended, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission)
-from oqc.store import Store                                                 # noqa: E402
-from oqc.waiting import Waiting                                             # noqa: E402
-from oqc.workers import Workers                                             # noqa: E402
+from oqc.store import Store
+from oqc.waiting import Waiting
+from oqc.workers import Workers
 
 RUNTIMES = (
     RuntimeSpec("qpu-1", ("x",), ("verbatim",)),
     RuntimeSpec("qpu-2", ("x",), ("verbatim", "simulation"), slots=2),
-    RuntimeSpec("qpu-3", ("x",), ("verbatim",), interrupted="fail"),
+    RuntimeSpec("qpu-3", ("x",), ("verbatim",), interrupted="fail", attempts=2, pause_after=4),
     RuntimeSpec("echo", None, ("echo",), "echo"))
 MODES = {spec.name: spec.modes for spec in RUNTIMES}
 SUBMITTERS = ("ada", "bob", "cyd", "dan", "eve")
 STEPS = 1000
 CHECK_EVERY = 50                    # steps from one check of the whole file to the next
 GOOD = Outcome(0, None, "[1]", True)
+GONE = Outcome(127, "gone", transient=True, started=False)
 OUTCOMES = (                        # what an attempt comes to, the first ones more often
     GOOD, GOOD, GOOD, Outcome(3, "cold"), Outcome(75, "busy", transient=True),
-    Outcome(137, "died", transient=True), Outcome(127, "gone", transient=True, started=False))
+    Outcome(137, "died", transient=True), GONE)
 
 
 class Wrong(AssertionError):
@@ -101,7 +105,7 @@ class HandClock:
         return event.is_set()
 
 
-class Slot:
+class Slot:             # pylint: disable=too-few-public-methods # what a slot has to have
     """A slot whose attempts end when the history says so."""
 
     survivors = ""
@@ -137,6 +141,7 @@ class Accepted(NamedTuple):
     runtime: str                    # None: any
 
 
+# pylint: disable-next=too-many-instance-attributes, too-many-public-methods # a step each
 class History:
     """What happens to one server, and the model that tells what has to hold."""
 
@@ -151,6 +156,7 @@ class History:
         self.final = {}             # {id: how it was when it had ended}
         self.failing = 0            # writes that fail from now on
         self.trail = []             # what was done, for the report
+        self.submitters = SUBMITTERS[:self.dice.randint(1, len(SUBMITTERS))]
         self.open()
 
     # A server
@@ -162,6 +168,8 @@ class History:
         self.workers = Workers(self.store, [(spec, Slot) for spec in RUNTIMES], self.policy,
                                self.clock, self.dice.random, self.told)
         self.running = {}           # {id: attempt}
+        self.failures = dict.fromkeys(MODES, 0)     # jobs that failed in a row, on each runtime
+        self.unstartable = set()    # runtimes whose program is gone for a while
         self.served = {}            # {(runtime, submitter, priority): number of its last take}
         self.seen = []              # submitters, in the order in which the queue met them
         self.takes = 0
@@ -177,7 +185,6 @@ class History:
 
     def prepare(self, path):
         """Return the connection that writes, whose commits fail when the history says so."""
-        from oqc.database import open_writer    # pylint: disable=import-outside-toplevel
         history = self
 
         class Writer:
@@ -201,7 +208,6 @@ class History:
     @staticmethod
     def full():
         """Return the error of a full disk."""
-        import sqlite3                          # pylint: disable=import-outside-toplevel
         return sqlite3.OperationalError("database or disk is full")
 
     def enqueue(self, number):
@@ -217,7 +223,8 @@ class History:
         """Do something."""
         steps = ((self.add, 25), (self.begin, 30), (self.end, 30), (self.cancel, 6),
                  (self.pause, 2), (self.resume, 4), (self.pass_time, 12), (self.jump, 1),
-                 (self.fail_writes, 1), (self.stop, 0.5), (self.crash, 0.5))
+                 (self.fail_writes, 1), (self.stop, 0.5), (self.crash, 0.5),
+                 (self.break_or_mend, 1))
         names, weights = zip(*steps)
         do = self.dice.choices(names, weights)[0]
         self.trail.append(do.__name__)
@@ -225,7 +232,7 @@ class History:
 
     def add(self):
         """Add some jobs."""
-        submitter = self.dice.choice(SUBMITTERS)
+        submitter = self.dice.choice(self.submitters)
         submissions = [self.submission() for _ in range(self.dice.choice((1, 1, 2, 7)))]
         outcomes = [self.workers.immediate_outcome(one) for one in submissions]
         addition, = self.store.add_together([Batch(submissions, submitter, None, outcomes)])
@@ -254,11 +261,16 @@ class History:
 
     def begin(self):
         """Let a slot take its next job, if it has one."""
-        spec = self.dice.choice(RUNTIMES)
+        self.begin_on(self.dice.choice(RUNTIMES))
+
+    def begin_on(self, spec):
+        """Let a slot of this runtime take its next job, if it has one."""
         runtime = self.workers.runtimes[spec.name]
         if len(runtime.running) >= spec.slots:
             return
         idle = self.expected(spec)
+        if runtime.set_aside and runtime.aside_until <= self.clock.seconds:
+            idle = self.tried_out_with(spec, idle)
         may_run = runtime.paused is None and not runtime.set_aside
         attempt = self.workers.begin(runtime, Slot())
         if attempt is None:
@@ -277,11 +289,32 @@ class History:
         hold(number not in self.final, "job {} runs after its end", number)
         job = self.jobs[number]
         hold(job.runtime in (None, spec.name), "job {} runs on {}", job, spec.name)
-        hold(attempt.task.attempt <= self.policy.attempts, "job {} has too many attempts", number)
+        hold(attempt.task.attempt <= 5, "job {} has too many attempts", number)
         self.queue.remove(number)
         self.running[number] = attempt
+        self.note_turn(spec, job)
+
+    def note_turn(self, spec, job):
+        """Note that a runtime has served a submitter."""
         self.takes += 1
         self.served[spec.name, job.submitter, job.priority] = self.takes
+
+    def tried_out_with(self, spec, number):
+        """Return the id of the job with which a runtime that is set aside is tried out: not that
+        which it did not start with, if there is another; but that has had its turn."""
+        failed_by = self.workers.runtimes[spec.name].failed_by
+        runtime = self.workers.runtimes[spec.name]
+        if failed_by is None or failed_by.id != number or runtime.paused is not None \
+                or runtime.running:
+            return number
+        self.note_turn(spec, self.jobs[number])
+        self.queue.remove(number)
+        other = self.expected(spec)
+        self.queue.append(number)
+        if other is None:               # its turn is noted again when it starts
+            self.takes -= 1
+            return number
+        return other
 
     def expected(self, spec):
         """Return the id that a runtime has to start next, by the rule as it is told."""
@@ -303,6 +336,8 @@ class History:
         outcome = self.dice.choice(OUTCOMES)
         if attempt.must_end() and self.dice.random() < 0.7:
             outcome = Outcome(130, interrupted=True)
+        if attempt.runtime.spec.name in self.unstartable:
+            outcome = GONE
         if attempt.task.mode == "echo":
             outcome = jobs.echo(attempt.task.return_code, (75,))
         spec = attempt.runtime.spec
@@ -311,6 +346,21 @@ class History:
         following = self.workers.end(attempt, outcome)
         if following is not None:
             self.note_start(spec, following, expected)
+        self.note_end(spec, attempt)
+
+    def note_end(self, spec, attempt):
+        """Check what became of a job whose attempt is over."""
+        job = self.store.get(attempt.number)
+        hold(job.end_time is not None or not attempt.cancelled, "job {} was cancelled and goes on",
+             job.id)
+        if job.end_time is None or job.return_code == jobs.CANCELLED:
+            return
+        self.failures[spec.name] += 1
+        if job.return_code == 0:
+            self.failures[spec.name] = 0
+        if spec.pause_after and self.failures[spec.name] >= spec.pause_after:
+            hold(self.workers.runtimes[spec.name].paused is not None,
+                 "{} is not paused after {} failures", spec.name, self.failures[spec.name])
 
     def cancel(self):
         """Cancel a job, in whatever state it is."""
@@ -341,8 +391,10 @@ class History:
 
     def resume(self):
         """Resume a runtime."""
+        name = self.dice.choice(RUNTIMES).name
         with contextlib.suppress(StoreError):
-            self.workers.resume(self.dice.choice(RUNTIMES).name)
+            self.workers.resume(name)
+            self.failures[name] = 0
 
     def pass_time(self):
         """Let some time pass; what is due is queued."""
@@ -354,6 +406,10 @@ class History:
         for number in self.workers.ring_due():
             if number not in self.final and not self.ended(number):
                 self.enqueue(number)
+
+    def break_or_mend(self):
+        """A program is deleted, or is back."""
+        self.unstartable ^= {self.dice.choice(RUNTIMES).name}
 
     def jump(self):
         """Somebody sets the clock."""
@@ -422,6 +478,7 @@ class History:
     def finish(self):
         """Let all that waits come to its end."""
         self.failing = 0
+        self.unstartable.clear()
         for spec in RUNTIMES:
             self.workers.resume(spec.name)
         for _ in range(100_000):
@@ -429,12 +486,9 @@ class History:
                 return
             self.pass_time()
             for spec in RUNTIMES:
-                runtime = self.workers.runtimes[spec.name]
-                expected = self.expected(spec)
-                if len(runtime.running) < spec.slots:
-                    attempt = self.workers.begin(runtime, Slot())
-                    if attempt is not None:
-                        self.note_start(spec, attempt, expected)
+                self.workers.resume(spec.name)      # pause_after may have paused it again
+                self.failures[spec.name] = 0
+                self.begin_on(spec)
             while self.running:
                 self.end()
             self.look()
@@ -456,6 +510,8 @@ class History:
 
 def run(seed, steps, folder):
     """Run the history of a seed; return whether all held, and say what did not."""
+    logging.getLogger("oqc").handlers = [logging.NullHandler()]
+    logging.getLogger("oqc").propagate = False
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         history = History(seed, Path(temporary))
         try:
@@ -473,7 +529,7 @@ def run(seed, steps, folder):
 
 
 def main():
-    """Run as many histories as asked; return 1 at the first that fails."""
+    """Run as many histories as asked, one on each core; return 1 if any fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("count", type=int, metavar="N", help="how many histories")
@@ -482,12 +538,14 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS,
                         help="steps in a history [default: %(default)s]")
     parser.add_argument("--folder", default="/dev/shm" if os.path.isdir("/dev/shm") else None,
-                        help="where the files are; in memory no commit waits [default: %(default)s]")
+                        help="where the files are; in memory a commit is quick "
+                             "[default: %(default)s]")
     options = parser.parse_args()
-    logging.getLogger("oqc").addHandler(logging.NullHandler())
-    logging.getLogger("oqc").propagate = False
-    for seed in range(options.seed, options.seed + options.count):
-        if not run(seed, options.steps, options.folder):
+    seeds = range(options.seed, options.seed + options.count)
+    with ProcessPoolExecutor() as processes:
+        jobs_of_seeds = [processes.submit(run, seed, options.steps, options.folder)
+                         for seed in seeds]
+        if not all(one.result() for one in jobs_of_seeds):
             return 1
     print(f"{options.count} histories of {options.steps} steps, seeds {options.seed} to "
           f"{options.seed + options.count - 1}: all held")

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,16 @@ class Server:
 
 def _id(job):
     return job["id"] if isinstance(job, dict) else job
+
+
+def need(*programs):
+    """Skip where one of these is missing; in CI fail."""
+    missing = [program for program in programs
+               if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]
+    if missing and os.environ.get("OQC_CI"):
+        pytest.fail(f"missing: {missing}")
+    if missing:
+        pytest.skip(f"not installed: {missing}")
 
 
 def command_line(pid):

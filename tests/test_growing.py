@@ -8,19 +8,9 @@ import subprocess
 import threading
 
 import pytest
-from conftest import KEY, ROOT
+from conftest import KEY, ROOT, need
 
 GROWING = (ROOT / "oqc" / "help" / "growing.md").read_text(encoding="utf-8")
-
-
-def need(*programs):
-    """Skip where one of these is missing; in CI fail."""
-    missing = [program for program in programs
-               if not shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin")]
-    if missing and os.environ.get("OQC_CI"):
-        pytest.fail(f"missing: {missing}")
-    if missing:
-        pytest.skip(f"not installed: {missing}")
 
 
 @pytest.mark.slow

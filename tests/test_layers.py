@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 # Each room, and the rooms that it imports from; an arrow only ever points further down.
 ROOMS = {
     "__main__": {"cli"},
-    "cli": {"commands", "app", "builtin", "manual", "config"},
+    "cli": {"commands", "app", "builtin", "relay", "manual", "config"},
     "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
     "client": {"config", "clock"},
     "app": {"log", "config", "server", "api", "workers", "waiting", "store", "database", "builtin",
@@ -33,6 +33,7 @@ ROOMS = {
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it
     "builtin": {"runtimes", "qubit", "jobs"},
+    "relay": {"runtimes", "keeper", "tree", "clock", "jobs"},
     "runtimes": {"process", "tree", "lines", "jobs"},
     "lines": {"jobs"},          # what a runtime says over `lines`, kept apart from processes
     "process": {"tree"},
@@ -68,7 +69,7 @@ ONLY_IN = {
     "secrets": {"app", "cli", "commands"},      # keys, those of idempotency as well
     "uuid": {"app"},
     "os.getrandom": {"app"},
-    "os.urandom": {"app", "database"},         # database: the name of an instance
+    "os.urandom": {"app", "database", "relay"},     # the name of an instance
     # sockets
     "asyncio": {"server"},
     "socket": {"server"},
