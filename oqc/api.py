@@ -89,8 +89,8 @@ class Store(Protocol):
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON)."""
 
-    def prune(self, seconds: float) -> int:
-        """Delete the jobs that ended longer ago; return how many."""
+    def prune(self, seconds: float, by: str, is_interrupted: Callable[[], bool]) -> int:
+        """Delete the jobs that ended longer ago, as `by` asks for; return how many."""
 
     def status(self) -> Dict[str, Any]:
         """Return how much waits, runs and has ended."""
@@ -608,9 +608,10 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         seconds = queries.age(text)
         if seconds is None:
             raise Malformed("older-than: expected a time such as 90d, 12h, 30m or 0s")
-        deleted = self.store.prune(seconds)
-        log.warning("%s deleted %d jobs that ended more than %s ago", request.key_name, deleted,
-                    text)
+        is_stopping = self.workers.draining.is_set
+        deleted = self.store.prune(seconds, request.key_name, is_stopping)
+        if is_stopping():
+            raise Problem(503, f"the server is stopping; {deleted} jobs are deleted so far")
         return json_response({"deleted": deleted})
 
     # The server

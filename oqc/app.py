@@ -9,6 +9,7 @@ The table of threads, with the locks that each takes:
 | log | LogLines._write | standard error | none |
 | listener | Server.serve_forever | select; a commit, see below | Store, Api, Workers, Waiting |
 | pool | Server.process_request_thread | its client; a commit; Waiting | all |
+| checker | Store.check_rest, once | the disk | Store._checking |
 | loader | Workers.load | no event: it ends when all that waits is queued | Workers |
 | alarms | Workers._ring_alarms | its event, until a retry is due | Workers, Waiting |
 | reaper | Instance._reap_always | its event | Instance |
@@ -45,7 +46,8 @@ from typing import Any, Tuple
 from oqc import builtin, runtimes
 from oqc.api import Api
 from oqc.clock import Clock
-from oqc.database import SQLITE_VERSION, backup, check  # pylint: disable=unused-import # for cli
+# pylint: disable-next=unused-import # for cli
+from oqc.database import SQLITE_VERSION, backup, check, compact, restore
 from oqc.config import DOCUMENTED_KEY, PROGRAM, ConfigError, Settings, read_keys
 from oqc.jobs import MODES, MOST_SEED, RetryPolicy, RuntimeSpec, StoreError
 from oqc.keeper import Keeper
@@ -63,7 +65,7 @@ log = logging.getLogger("oqc")
 
 OWN_DESCRIPTORS = 32                # that a server needs beside connections and slots
 SLOT_DESCRIPTORS = 6                # that a slot needs while a job runs in it
-PRUNE_EVERY = 3600.0                # seconds, with --keep-days
+HOUR = 3600.0                       # seconds between the server's notes of when it was seen
 
 
 class StartError(Exception):
@@ -171,6 +173,8 @@ class _Running:
     def start(self) -> None:
         """Start the workers, then the listener; raise StartError."""
         try:
+            self.store.pause_restored(
+                [spec.name for spec in self.settings.runtimes if spec.protocol != "echo"])
             self.workers.start()
         except OSError as error:
             self.store.close()
@@ -182,15 +186,15 @@ class _Running:
         _log_startup(self.settings, self.server.server_address)
         _warn_without_operator(self.api.keys)
         threading.Thread(target=self.server.serve_forever, name="listener", daemon=True).start()
+        threading.Thread(target=self.store.check_rest, name="checker", daemon=True).start()
         notify(os.environ.get("NOTIFY_SOCKET"), "READY=1")
 
     def until_stopped(self, signals: Signals) -> None:
         """Prune and read keys and certificate again, as it is time, until a signal asks to stop."""
         while not signals.stop.is_set():
-            pause = None
-            if self.settings.keep_days:
-                pause = PRUNE_EVERY
-                self._forget_old_jobs()
+            pause = HOUR
+            if not self._each_hour(signals):
+                pause = 0.0             # to go on where it was interrupted
             self.clock.wait(signals.any, pause)
             signals.any.clear()
             if signals.reload.is_set():
@@ -218,14 +222,23 @@ class _Running:
         self.store.close()
         log.info("stopped")
 
-    def _forget_old_jobs(self) -> None:
-        days = self.settings.keep_days
+    def _each_hour(self, signals: Signals) -> bool:
+        """Remember when the server was seen, and delete old jobs, but not by a clock that was set
+        far ahead; return whether all of that is done, and no signal interrupted it."""
+        period = (self.settings.keep_days or 0) * 86400
         try:
-            deleted = self.store.prune(days * 86400)
-            if deleted:
-                log.info("%d jobs that ended more than %d days ago are deleted", deleted, days)
+            absent = self.store.seconds_since_seen()
+            if 0 < period < absent:
+                log.warning("no old jobs are deleted: by the clock no server ran for %d days; if "
+                            "that is right, prune once by hand", absent // 86400)
+            elif period:
+                self.store.prune(period, "--keep-days", signals.any.is_set)
+            else:
+                self.store.note_seen()
         except StoreError as error:
-            log.error("old jobs not deleted: %s", error)
+            if period:
+                log.error("old jobs not deleted: %s", error)
+        return not signals.any.is_set()
 
     def _read_keys_again(self) -> None:
         try:

@@ -196,6 +196,33 @@ def _check(arguments: Sequence[str]) -> int:
     return status
 
 
+def _restore(arguments: Sequence[str]) -> int:
+    """Put a backup in the place of the database."""
+    app = _app()
+    parser = _parser("restore")
+    parser.add_argument("file", metavar="BACKUP", help="what backup wrote; it stays as it is")
+    _add_database(parser)
+    options = parser.parse_args(arguments[1:])
+    try:
+        print(app.restore(options.db, options.file))
+    except app.StoreError as error:
+        return _fail(str(error), EX_FAILED)
+    return 0
+
+
+def _compact(arguments: Sequence[str]) -> int:
+    """Make the database smaller."""
+    app = _app()
+    parser = _parser("compact")
+    _add_database(parser)
+    options = parser.parse_args(arguments[1:])
+    try:
+        print(app.compact(options.db))
+    except app.StoreError as error:
+        return _fail(str(error), EX_FAILED)
+    return 0
+
+
 def _builtin(arguments: Sequence[str]) -> int:
     """Be a bundled runtime, over standard input and output."""
     from oqc import builtin     # pylint: disable=import-outside-toplevel # no other needs it
@@ -240,6 +267,12 @@ COMMANDS = {
     "key": Command("NAME", "print a line for --keys-file with a new key", _key),
     "backup": Command(
         "FILE", "copy the database to a new file, also while a server uses it", _backup),
+    "restore": Command(
+        "BACKUP", "put a copy of a backup in the database's place, which is kept; with the server "
+                  "stopped", _restore),
+    "compact": Command(
+        "", "make the database smaller, with the server stopped; needs up to twice its size as "
+            "free space", _compact),
     "check": Command(
         "", "read the whole database and print what is wrong with it; "
             "exit status 1 if it finds anything", _check),

@@ -5,22 +5,32 @@ generated columns.
 """
 import contextlib
 import fcntl
+import json
 import logging
 import os
+import shutil
 import sqlite3
 import struct
+import tempfile
 from typing import Iterator, Optional, Sequence, Tuple
 from urllib.parse import quote
 
 from oqc import jobs
-from oqc.jobs import DiskFull, StoreError
+from oqc.jobs import DamagedRow, DiskFull, StoreError
 
 log = logging.getLogger("oqc")
 
 SQLITE_VERSION = sqlite3.sqlite_version
 APPLICATION_ID = 0x6F716331         # "oqc1", where file(1) looks for it
+# "oqc+": a server uses the file, or was killed, so that there must be a WAL beside it. In the file
+# itself, since a hard link, a bind mount or a copy has no lock file that could say so.
+IN_USE_ID = 0x6F71632B
+OWN_LOCK_BYTE = 0x40000200          # the first after those that SQLite locks (its os.h)
+RESTORING = b"restoring "           # begins the lock file while a restore goes on
+LIVE = b"\2\2"                      # bytes 18 and 19 of a file in WAL mode; a backup has 1, 1
 LEAST_FREE = 4 << 20                # bytes: with fewer of them free a disk counts as full
-CHECKED_AT_START = 256 << 20        # bytes of database up to which every start reads all of it
+CHECKED_AT_START = 16 << 20         # bytes of database up to which a start after a kill reads all
+WAL_KEPT = 16 << 20                 # bytes of the WAL that are not given back when it begins anew
 
 # A migration that was released is frozen, to the byte: there are databases that were made with it.
 # So no constant stands in it; a backslash joins a line that is too wide for the page. Its CHECKs
@@ -189,10 +199,36 @@ def open_observer(path: str) -> sqlite3.Connection:
     """Return a connection that leaves the file and its WAL as they are.
 
     A connection that is only query_only merges them if it is closed last, after a crash and before
-    the next server has seen them. Where there is no WAL, a connection has to make one.
+    the next server has seen them. Where there is no WAL, a connection has to make one, or, where
+    nothing can be written, to be told that the file does not change.
     """
-    mode = "ro" if os.path.exists(path + "-wal") else "rw"
+    mode = "rw"
+    if os.path.exists(path + "-wal"):
+        mode = "ro"
+    elif not _may_write(path):
+        mode = "ro&immutable=1"
     return connect_to(path, mode=mode)
+
+
+@contextlib.contextmanager
+def observed(path: str) -> Iterator[sqlite3.Connection]:
+    """Give a connection as open_observer does; of a copy, where the index of the WAL is missing
+    and cannot be made."""
+    has_index = os.path.exists(path + "-shm")
+    with contextlib.ExitStack() as stack:
+        if os.path.exists(path + "-wal") and not has_index and not _may_write(path):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            copy = os.path.join(folder, "copy.db")
+            for suffix in ("", "-wal"):
+                shutil.copyfile(path + suffix, copy + suffix)
+            path = copy
+        yield stack.enter_context(contextlib.closing(open_observer(path)))
+
+
+def _may_write(path: str) -> bool:
+    """Return whether files can be made beside this one, and it can be written."""
+    folder = os.path.dirname(os.path.abspath(path))
+    return os.access(folder, os.W_OK) and os.access(path, os.W_OK)
 
 
 def take_lock(path: str) -> int:
@@ -237,43 +273,139 @@ def mark_in_use(lock_file: int) -> Tuple[str, int]:
     return f"{instance}-{os.fstat(lock_file).st_ino:x}", run
 
 
-def inspect(path: str, in_use: bool) -> None:
-    """Raise StoreError for a file that is not oqc's to open, before SQLite touches it.
+def open_locked(path: str) -> int:
+    """Return a descriptor of the database itself, locked, and created where there is none; raise
+    StoreError.
 
-    `in_use`: the lock file says that a server was killed while it used the database, so that there
-    must be a WAL. The offsets are those of https://sqlite.org/fileformat2.html, section 1.3.
+    A hard link or a bind mount of the file has a lock file of its own, but not a file of its own.
+    The descriptor is to be closed after SQLite's: closing any other of the same file drops the
+    locks that SQLite has on it (https://sqlite.org/howtocorrupt.html, section 2.2).
     """
-    wal = os.path.exists(path + "-wal")
+    create = 0
+    if not _was_used(path):
+        create = os.O_CREAT
+    try:
+        file = os.open(path, os.O_RDWR | create | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        _refuse_half_restored(path)
+        raise _missing(path) from None
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}") from error
+    if hasattr(fcntl, "F_OFD_SETLK"):           # Linux: a lock of the descriptor, not the process
+        lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, OWN_LOCK_BYTE, 1, 0)
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
+        except (BlockingIOError, PermissionError) as error:
+            os.close(file)
+            raise StoreError(f"{path}: another oqc uses this database, by another name of the "
+                             "file; stop it, or name another file with --db") from error
+    return file
+
+
+def mark_in_file(writer: sqlite3.Connection) -> None:
+    """Have the file itself say that a server uses it. That is the first frame of the WAL, so that
+    one that is empty later is not the server's."""
+    if writer.execute("PRAGMA application_id").fetchone()[0] != IN_USE_ID:  # else: after a kill
+        writer.execute(f"PRAGMA application_id = {IN_USE_ID}")
+    writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
+def unmark_in_file(writer: sqlite3.Connection) -> bool:
+    """Have the file itself say that no server uses it; return whether that and all that is in the
+    WAL is in the file now. Raise sqlite3.Error."""
+    # First what is in the WAL, so that it begins anew: on a full disk it cannot grow.
+    writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+    writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    _, frames, merged = writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    return bool(frames == merged)
+
+
+def close_keeping_wal(writer: sqlite3.Connection, path: str) -> None:
+    """Close the connection that writes, but leave the WAL: the connection that is closed last
+    merges and removes it, unless it may not write."""
+    with contextlib.suppress(sqlite3.Error, StoreError):
+        with contextlib.closing(connect_to(path, mode="ro")) as last:
+            last.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+            writer.close()
+    writer.close()
+
+
+def _was_used(path: str) -> bool:
+    """Return whether what lies beside the database says that a server used it."""
+    return _size(path + "-wal") > 0 or _size(path + ".lock") > 0
+
+
+def _refuse_half_restored(path: str) -> None:
+    """Raise StoreError where a restore was killed."""
+    kept = _kept_name(path)
+    if kept:
+        raise StoreError(f"{path}: a restore of it was interrupted, run it again; what it replaces "
+                         f"is in {path} or {kept}")
+
+
+def _kept_name(path: str) -> str:
+    """Return the name, from the lock file, that a restore was giving to what it replaces when it
+    was killed; empty without one."""
+    with contextlib.suppress(OSError):
+        with open(path + ".lock", "rb") as file:
+            text = file.read()
+        if text.startswith(RESTORING):
+            return os.fsdecode(text[len(RESTORING):])
+    return ""
+
+
+def _missing(path: str) -> StoreError:
+    return StoreError(f"{path}: is missing or empty, but a server used it; put the file back, or "
+                      f"remove {path}.lock and {path}-wal to begin with no jobs")
+
+
+def _size(path: str) -> int:
+    """Return the size of a file, 0 where there is none."""
+    with contextlib.suppress(OSError):
+        return os.path.getsize(path)
+    return 0
+
+
+def inspect(path: str, whole: bool = True) -> None:
+    """Raise StoreError for a file that is not oqc's to open, before SQLite touches it; if it is to
+    be `whole`, also where its last jobs are elsewhere.
+
+    The offsets are those of https://sqlite.org/fileformat2.html, section 1.3.
+    """
+    wal = _size(path + "-wal")
+    if whole:
+        _refuse_half_restored(path)
     try:
         with open(path, "rb") as file:
             header = file.read(100)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        if in_use or wal:
-            raise StoreError(f"{path}: is missing, but a server used it; put the file back, "
-                             f"or remove {path}.lock and {path}-wal to begin with no jobs"
-                             ) from None
-        return
+        header = b""
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}") from error
     if not header:
+        if _was_used(path):             # SQLite would remove the WAL of an empty file
+            raise _missing(path)
         return
     if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
         raise StoreError(f"{path}: is not a database; name another file with --db")
-    page_size, pages, version, application = struct.unpack_from(">16xH10xI28xI4xI", header)
-    if application != APPLICATION_ID:
+    page_size, mode, pages, version, application = struct.unpack_from(">16xH2s8xI28xI4xI", header)
+    if application not in (APPLICATION_ID, IN_USE_ID):
         raise StoreError(f"{path}: is another program's database; name another file with --db")
     if version > VERSION:
         raise StoreError(f"{path}: was written by a newer oqc (version {version} of the database, "
                          f"this one knows {VERSION}); run that one")
+    if wal and mode != LIVE:
+        raise StoreError(f"{path}: is a backup, and {path}-wal belongs to what was here before; "
+                         f"remove {path}-wal and {path}-shm to go on with the backup")
+    if whole and not wal and mode == LIVE and (_was_used(path) or application == IN_USE_ID):
+        raise StoreError(f"{path}-wal: is missing or empty, and the jobs accepted last were in it; "
+                         f"put it back, or go on without them: oqc restore {path}")
     if page_size == 1:              # stands for 65536, which has no place in two bytes
         page_size = 65536
     if not wal and size < page_size * pages:
         raise StoreError(f"{path}: is truncated, {size} bytes of {page_size * pages}; "
                          "put a backup in its place")
-    if in_use and not wal:
-        raise StoreError(f"{path}-wal: is missing, and the jobs accepted last were in it; "
-                         f"put it back, or remove {path}.lock to go on without them")
 
 
 def open_writer(path: str) -> sqlite3.Connection:
@@ -281,24 +413,43 @@ def open_writer(path: str) -> sqlite3.Connection:
 
     Raise StoreError or sqlite3.Error.
     """
-    if os.path.exists(path) and 0 < os.path.getsize(path) <= CHECKED_AT_START:
+    if needs_check(path) and _size(path) <= CHECKED_AT_START:
         # before a writer merges the WAL into a damaged file
         with contextlib.closing(open_observer(path)) as reader:
-            verdict = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if verdict != "ok":
-            raise Damaged(f"{path}: is damaged ({verdict.splitlines()[-1]}); "
-                          "put a backup in its place")
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-    writer = connect_to(path, read_only=False)
+            refuse_damaged(path, reader)
+    writer = connect_to(path, read_only=False, mode="rwc")
     version = writer.execute("PRAGMA user_version").fetchone()[0]
     if version < VERSION:
         _migrate(writer, path, version)
     writer.execute("PRAGMA journal_mode = WAL")
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("PRAGMA foreign_keys = 1")
+    writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
     # makes the WAL, which has to be there after a kill from here on
     writer.execute("SELECT 1 FROM jobs LIMIT 1")
     return writer
+
+
+def needs_check(path: str) -> bool:
+    """Return whether a database was not left as a server leaves it that stops: after a kill, or
+    put there by hand."""
+    try:
+        with open(path, "rb") as file:
+            header = file.read(100)
+    except FileNotFoundError:
+        return False
+    if not header:
+        return False
+    mode, application = struct.unpack_from(">18x2s48xI", header)
+    return _was_used(path) or mode != LIVE or application != APPLICATION_ID
+
+
+def refuse_damaged(path: str, reader: sqlite3.Connection) -> None:
+    """Read the whole database; raise Damaged, or sqlite3.Error."""
+    verdict = reader.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise Damaged(f"{path}: is damaged ({verdict.splitlines()[-1]}); "
+                      "stop the server and put a backup in its place")
 
 
 def _migrate(writer: sqlite3.Connection, path: str, version: int) -> None:
@@ -334,37 +485,68 @@ def as_store_error(path: str, error: BaseException) -> BaseException:
         return DiskFull(f"{path}: no room on the disk")
     if "readonly" in text or "unable to open" in text:
         return StoreError(f"{path}: cannot be written now ({text})")
+    if "decode" in text:            # invalid UTF-8
+        return DamagedRow(f"{path}: a row is damaged ({text}); check names it")
     if "malformed" in text or "not a database" in text:
         return Damaged(f"{path}: is damaged ({text}); "
                        "stop the server and put a backup in its place")
     return StoreError(f"{path}: {text}")
 
 
-def disk_full_error(path: str) -> Optional[DiskFull]:
-    """Return DiskFull if less than LEAST_FREE bytes are free, else None."""
+def disk_full_error(path: str, reusable: int = 0) -> Optional[DiskFull]:
+    """Return DiskFull if less than LEAST_FREE bytes are free, else None. `reusable`: bytes of the
+    file that can be used again."""
     try:
-        disk = os.statvfs(os.path.dirname(os.path.abspath(path)))
+        disk = os.statvfs(os.path.dirname(path) or ".")
     except OSError:                 # the disk is away, which is another trouble
         return None
     if not disk.f_blocks:           # a file system that does not count its blocks
         return None
-    free = disk.f_bavail * disk.f_frsize
+    free = disk.f_bavail * disk.f_frsize + reusable
     if free >= LEAST_FREE:
         return None
-    return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk")
+    return DiskFull(f"{path}: {free >> 10} KiB of room left on the disk and in the file; the last "
+                    f"{LEAST_FREE >> 10} KiB are for jobs that are there already")
 
 
-def file_gone_error(path: str, opened: os.stat_result) -> Optional[StoreError]:
-    """Return StoreError if the file at this path is not the one that was `opened`, else None.
+class Watch:
+    """The files of a database in use: what is written into one without a name is lost when it is
+    closed, and with another WAL or index SQLite's connections see different jobs."""
 
-    What is written into a file without a name is lost when it is closed.
-    """
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.stat(path), opened):
-            return None
-    return StoreError(f"{path}: was moved, replaced or deleted while the server uses it; "
-                      f"put it back, or stop the server and remove {path}.lock and {path}-wal "
-                      "to go on with what is there now")
+    def __init__(self, path: str, file: int) -> None:
+        """`file`: a descriptor of the database."""
+        self.path = path
+        self.file = file
+        self.opened = {name: _inode(name) for name in (path, path + "-wal", path + "-shm")}
+
+    def error(self) -> Optional[StoreError]:
+        """Return StoreError if one of the files is not the one that was opened, else None."""
+        for name, inode in self.opened.items():
+            if _inode(name) != inode:
+                return StoreError(
+                    f"{name}: was moved, replaced or deleted while the server uses it; put it "
+                    "back, or stop the server, which then saves what it can")
+        if self.is_overwritten():
+            return StoreError(f"{self.path}: was overwritten while the server uses it; stop the "
+                              "server and restore a backup")
+        return None
+
+    def is_overwritten(self) -> bool:
+        """Return whether something else was copied into the file, such as a backup."""
+        return os.pread(self.file, 2, 18) != LIVE
+
+    def is_in_place(self) -> bool:
+        """Return whether the path still leads to the file."""
+        return _inode(self.path) == self.opened[self.path]
+
+
+def _inode(path: str) -> Tuple[int, int]:
+    """Return what tells a file from all others, whatever its name; (0, 0) where there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return 0, 0
+    return stat.st_dev, stat.st_ino
 
 
 def backup(path: str, target: str) -> None:
@@ -381,29 +563,167 @@ def backup(path: str, target: str) -> None:
     except OSError as error:
         raise StoreError(f"{target}: {error.strerror}") from None
     try:
-        with contextlib.closing(open_observer(path)) as source, \
+        with observed(path) as source, \
                 contextlib.closing(sqlite3.connect(target)) as copy:
             source.backup(copy, pages=-1)
+            copy.execute(f"PRAGMA application_id = {APPLICATION_ID}")       # nobody uses it
             copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
     except BaseException as error:          # Ctrl-C as well: a part of a copy is no backup
         os.unlink(target)
         raise as_store_error(path, error) from error
 
 
+@contextlib.contextmanager
+def _unused(path: str) -> Iterator[int]:
+    """Hold the locks of a database that no server uses; gives the lock file's descriptor. Raises
+    StoreError, also for an error of SQLite or of the system."""
+    descriptors = [take_lock(path)]
+    try:
+        if os.path.exists(path):
+            descriptors.append(open_locked(path))
+        yield descriptors[0]
+    except (OSError, sqlite3.Error) as error:
+        raise as_store_error(path, error) from error
+    finally:
+        for descriptor in descriptors[::-1]:
+            os.close(descriptor)
+
+
+def restore(path: str, backup_file: str) -> str:
+    """Put a copy of a backup in the place of the database; return what was done. Raise StoreError.
+
+    What is replaced is moved, with its WAL, under a name that was not used. Until all is done the
+    lock file says so, and no server starts: after a kill the restore is run again.
+    """
+    path = resolve(path)
+    source = resolve(backup_file)
+    if not os.path.exists(source):
+        raise StoreError(f"{backup_file}: no such file")
+    with _unused(path) as lock_file:
+        copy = path + ".restoring"
+        try:
+            open_jobs = _copy_to_restore(source, copy, os.path.basename(backup_file))
+            _give_owner(path, (copy, path + ".lock"))
+            kept = _replace(path, copy, lock_file)
+        finally:
+            for suffix in ("", "-wal", "-shm"):
+                _remove(copy + suffix)
+    done = f"{path}: restored from {backup_file}"
+    if kept:
+        done += f"; what was there is {kept} now"
+    if open_jobs:
+        done += (f"; {open_jobs} jobs were waiting or running, so every runtime but echo is paused "
+                 "at the next start: resume runs them again")
+    return done
+
+
+def _copy_to_restore(source: str, copy: str, name: str) -> int:
+    """Copy a backup, check it, and bring it to this version; return how many jobs in it are
+    open."""
+    inspect(source, whole=False)
+    _remove(copy)
+    with observed(source) as reader, \
+            contextlib.closing(sqlite3.connect(copy)) as target:
+        reader.backup(target, pages=-1)
+        verdict = target.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if verdict != "ok":
+            raise Damaged(f"{source}: is damaged ({verdict.splitlines()[-1]}); "
+                          "restore another backup")
+    with contextlib.closing(open_writer(copy)) as writer:
+        open_jobs = writer.execute("SELECT count(*) FROM jobs WHERE end_time IS NULL").fetchone()[0]
+        if open_jobs:
+            reason = (f"restored from {name}: {open_jobs} jobs were waiting or running; "
+                      "resume runs them again")
+            writer.execute("INSERT OR REPLACE INTO notes VALUES ('restored', ?)", (reason,))
+        writer.execute(f"PRAGMA application_id = {APPLICATION_ID}")     # nobody uses it
+        writer.execute("PRAGMA journal_mode = DELETE")
+    return int(open_jobs)
+
+
+def _give_owner(path: str, files: Sequence[str]) -> None:
+    """Give new files the owner and the mode of the database, or the owner of its folder: they may
+    be made by root, but the server is not."""
+    mode = 0o600
+    try:
+        like = os.stat(path)
+        mode = like.st_mode & 0o777
+    except FileNotFoundError:
+        like = os.stat(os.path.dirname(os.path.abspath(path)))
+    for name in files:
+        os.chmod(name, mode)
+        if os.geteuid() == 0:
+            os.chown(name, like.st_uid, like.st_gid)
+
+
+def _replace(path: str, copy: str, lock_file: int) -> str:
+    """Move the database and its WAL away and the copy in their place; return the new name of what
+    was there, empty if nothing was."""
+    kept = _kept_name(path)
+    if os.path.exists(path) or not kept:        # else its WAL is still to follow it
+        number = 1
+        while os.path.lexists(kept := f"{path}.replaced-{number}"):
+            number += 1
+    mark = RESTORING + os.fsencode(kept)
+    os.ftruncate(lock_file, 0)
+    os.pwrite(lock_file, mark, 0)
+    os.fsync(lock_file)
+    for suffix in ("", "-wal"):
+        if os.path.exists(path + suffix):
+            os.rename(path + suffix, kept + suffix)
+    _remove(path + "-shm")
+    os.rename(copy, path)
+    _sync_folder(path)
+    os.ftruncate(lock_file, 0)
+    return kept if os.path.exists(kept) else ""
+
+
+def _sync_folder(path: str) -> None:
+    """Have the names in the folder of a file on disk."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def compact(path: str) -> str:
+    """Give the room of deleted jobs in a database that no server uses back to the disk, and have
+    it give back what is deleted later; return what came of it. Raise StoreError."""
+    path = _existing(path)
+    before = os.path.getsize(path)
+    os.environ["SQLITE_TMPDIR"] = os.path.dirname(os.path.abspath(path))    # /tmp may be small
+    with _unused(path):
+        inspect(path)
+        with contextlib.closing(open_writer(path)) as writer:
+            mark_in_file(writer)
+            writer.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            writer.execute("VACUUM")
+            unmark_in_file(writer)
+        _give_owner(path, (path + ".lock",))
+    return f"{path}: {before} bytes before, {os.path.getsize(path)} now"
+
+
 def check(path: str) -> Iterator[str]:
     """Yield what is wrong with a database, a line each; raise StoreError.
 
-    That is what SQLite's integrity_check finds, and each job that breaks one of INVARIANTS. The
-    server may use the database meanwhile.
+    That is what SQLite's integrity_check finds, each job whose texts or result are not what a
+    server writes, and each that breaks one of INVARIANTS. The server may use the database
+    meanwhile.
     """
     path = _existing(path)
     sound = " AND ".join(f"coalesce({condition}, 1)" for _, condition in INVARIANTS)
     try:
-        with contextlib.closing(open_observer(path)) as reader:
+        with observed(path) as reader:
             for report, in reader.execute("PRAGMA integrity_check"):
                 yield from (line for line in report.splitlines() if line != "ok")
             if reader.execute("PRAGMA user_version").fetchone()[0] >= 2:
                 yield from _wrong_counts(reader)
+            yield from _wrong_texts(reader)
             if not reader.execute(f"SELECT 1 FROM jobs WHERE NOT ({sound}) LIMIT 1").fetchone():
                 return              # one scan of the table, where each of the following takes one
             for wrong, condition in INVARIANTS:
@@ -412,6 +732,44 @@ def check(path: str) -> Iterator[str]:
                     yield f"job {number}: {wrong}"
     except sqlite3.Error as error:
         raise as_store_error(path, error) from error
+
+
+def _wrong_texts(reader: sqlite3.Connection) -> Iterator[str]:
+    """Yield which jobs have texts, or a result, that are not what a server writes."""
+    reader.text_factory = bytes     # or an invalid one would end the loop
+    rows = reader.execute("SELECT * FROM jobs")
+    job_column = [name for name, *_ in rows.description].index("job")
+    for row in rows:
+        if not all(map(_is_utf_8, row)):
+            yield f"job {row[0]}: a text of it is no UTF-8"
+        elif not jobs.PATTERN.fullmatch(row[job_column].decode()):
+            yield f"job {row[0]}: its job string does not fit the pattern"
+    for number, result, is_json in reader.execute("SELECT id, result, is_json FROM results"):
+        if not _is_utf_8(result):
+            yield f"job {number}: its result is no UTF-8"
+        elif is_json and not is_json_text(result.decode()):
+            yield f"job {number}: its result is no JSON"
+    reader.text_factory = str
+
+
+def _is_utf_8(value: object) -> bool:
+    """Return whether a text is one, as bytes; what is no text is not looked at."""
+    if not isinstance(value, bytes) or value.isascii():
+        return True
+    try:
+        value.decode()
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def is_json_text(text: str) -> bool:
+    """Return whether a text is JSON."""
+    try:
+        json.loads(text)
+        return True
+    except (ValueError, RecursionError):
+        return False
 
 
 def _wrong_counts(reader: sqlite3.Connection) -> Iterator[str]:
@@ -429,5 +787,5 @@ def _existing(path: str) -> str:
     if not os.path.exists(path):
         raise StoreError(f"{path}: no such database")
     path = resolve(path)
-    inspect(path, in_use=False)
+    inspect(path)
     return path

@@ -101,6 +101,10 @@ class KeyReused(Refused):
     """An Idempotency-Key came again with another body."""
 
 
+class DamagedRow(StoreError):
+    """What is stored of one job cannot be read; of others it can."""
+
+
 class DiskFull(StoreError):
     """The disk has no room for a write; nothing of it was written."""
 

@@ -6,7 +6,7 @@ from typing import (
     Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union)
 
 from oqc.jobs import (
-    DiskFull, Ended, Job, KeyReused, Malformed, StoreError, UnknownJob, refuse_constant,
+    DamagedRow, DiskFull, Ended, Job, KeyReused, Malformed, StoreError, UnknownJob, refuse_constant,
     whole_number)
 
 log = logging.getLogger("oqc")
@@ -179,7 +179,8 @@ def wants_text(request: Request) -> bool:
 
 # Responses
 
-STATUSES = ((Malformed, 400), (Ended, 409), (KeyReused, 422), (DiskFull, 507), (StoreError, 503))
+STATUSES = ((Malformed, 400), (Ended, 409), (KeyReused, 422), (DiskFull, 507), (DamagedRow, 500),
+            (StoreError, 503))
 
 
 def failure(error: Exception, request: Request) -> Response:

@@ -21,21 +21,24 @@ from typing import (
 
 from oqc import jobs
 from oqc.database import (
-    STATE, VERSION, Damaged, as_store_error, connect_to, disk_full_error, file_gone_error, inspect,
-    mark_in_use, open_writer, resolve, sql_list, take_lock)
+    CHECKED_AT_START, STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal, connect_to,
+    disk_full_error, inspect, is_json_text, mark_in_file, mark_in_use, needs_check, open_locked,
+    open_writer, refuse_damaged, resolve, sql_list, take_lock, unmark_in_file)
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
-    Outcome, Queued, Refused, Selection, StoreError, Submission, Task, UnknownJob)
+    Addition, Attempt, Batch, DamagedRow, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused,
+    Log, Outcome, Queued, Refused, Selection, StoreError, Submission, Task, UnknownJob)
 
 log = logging.getLogger("oqc")
 
 MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
-PRUNED_AT_ONCE = 500                # jobs deleted in one transaction
+PRUNED_AT_ONCE = 100                # jobs deleted in one transaction
+PAGES_AT_ONCE = 100                 # of the file, given back to the disk in one transaction
 LARGE = 200                         # jobs; larger adds take turns, so that others wait for one
 MOST_READERS = 8                    # connections kept for the next read
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
 KEYS_KEPT = 86400                   # seconds that an Idempotency-Key is remembered
+ROW = "job {}: what is stored of it is damaged; `oqc check` says what, a backup may have it"
 CLOSED = "{}: is closed, the server is stopping"
 
 
@@ -136,8 +139,8 @@ STATUS = f"""
     UNION ALL SELECT 'oldest', '', 0, (
         SELECT created_time FROM jobs WHERE status = '{jobs.STARTING}' AND start_time IS NULL
         ORDER BY id LIMIT 1)
-    UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time >= ?
-    UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time >= ?"""
+    UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time BETWEEN :minute AND :now
+    UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time BETWEEN :hour AND :now"""
 
 # Which jobs a Selection is. RAN_ON: or was asked to run, and has not yet.
 RAN_ON = "coalesce(runtime, asked_runtime)"
@@ -312,9 +315,12 @@ class Store:
         self.connect = connect
         self._lock_file = take_lock(path)
         try:
-            inspect(path, in_use=os.path.getsize(path + ".lock") > 0)
+            self._file = open_locked(path)
+            inspect(path)
+            self.is_unchecked = needs_check(path) and os.path.getsize(path) > CHECKED_AT_START
             self._writer = prepare(path)
-            self._file = os.stat(path)
+            mark_in_file(self._writer)
+            self._watch = Watch(path, self._file)
             self.instance, self.run = mark_in_use(self._lock_file)
         except (OSError, sqlite3.Error, StoreError) as error:
             os.close(self._lock_file)
@@ -326,6 +332,9 @@ class Store:
         self._closed = False
         self._commit_seconds = 0.0              # that the last commit took
         self._counted: Counter = collections.Counter()      # {(state, mode): change} of it so far
+        self._full: Optional[DiskFull] = None   # why the adds of this commit are refused
+        self._checking = threading.Lock()       # held while the whole database is read
+        self._checker: Optional[sqlite3.Connection] = None
         self._large = threading.Lock()          # held by an add that is LARGE
 
     def close(self) -> None:
@@ -338,19 +347,43 @@ class Store:
             self._closed = True
         while self._readers:
             self._readers.pop().close()
-        with contextlib.suppress(OSError):      # after a kill from here on there may be no WAL
-            os.ftruncate(self._lock_file, 0)
-        self._writer.close()        # last: the one that is closed last checkpoints, and it may
+        while not self._checking.acquire(timeout=0.05):
+            with contextlib.suppress(sqlite3.ProgrammingError, AttributeError):     # not open
+                self._checker.interrupt()
+        lost = self._watch.error()
+        merged = self._close_writer()
+        if merged and self._watch.is_in_place():
+            with contextlib.suppress(OSError):      # else the next start asks for the WAL
+                os.ftruncate(self._lock_file, 0)
+        if lost and merged:
+            log.warning("database: %s; at this stop all jobs were saved in the file", lost)
+        elif lost:
+            log.error("database: %s; at this stop the jobs accepted last were not saved", lost)
+        os.close(self._file)        # after SQLite's, as open_locked says
         os.close(self._lock_file)
+
+    def _close_writer(self) -> bool:
+        """Close the connection that writes; return whether all that it wrote is in the file."""
+        merged = False
+        if not self._watch.is_overwritten():
+            with contextlib.suppress(sqlite3.Error):
+                merged = unmark_in_file(self._writer)
+        if merged:
+            self._writer.close()
+        else:
+            close_keeping_wal(self._writer, self.path)
+        return merged
 
     # Reads
 
     def get(self, number: int) -> Job:
         """Return the job with this id; raise UnknownJob."""
-        rows = self._read(GET, (number,))
-        if not rows:
-            raise UnknownJob(number)
-        return Job._make(rows[0])
+        rows = self._read_job(GET, number)
+        job = Job._make(rows[0])
+        text = job.job
+        if not text.isprintable() or '"' in text or "\\" in text:     # an answer holds it as it is
+            raise DamagedRow(ROW.format(number))
+        return job
 
     def page(self, after: Optional[int], limit: int, descending: bool = False,
              selection: Selection = Selection(), more: str = "") -> List[Any]:
@@ -433,18 +466,15 @@ class Store:
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON); null if it put out nothing.
         Raise UnknownJob."""
-        rows = self._read(RESULT, (number,))
-        if not rows:
-            raise UnknownJob(number)
-        result, is_json = rows[0]
+        result, is_json = self._read_job(RESULT, number)[0]
+        if is_json and not is_json_text(result):
+            raise DamagedRow(ROW.format(number))
         return result, bool(is_json)
 
     def details(self, number: int) -> Details:
         """Return what the members of a job do not hold, its attempts above all; raise
         UnknownJob."""
-        rows = self._read(DETAILS, (number,))
-        if not rows:
-            raise UnknownJob(number)
+        rows = self._read_job(DETAILS, number)
         *members, due, mode, attempt, runtime, start_time = rows[0][:DETAIL_COLUMNS]
         attempts = [Attempt(*row[DETAIL_COLUMNS:]) for row in rows
                     if row[DETAIL_COLUMNS] is not None]
@@ -463,7 +493,10 @@ class Store:
         if not rows:
             return Log()
         compressed, dropped = rows[0]
-        return Log(zlib.decompress(compressed), dropped)
+        try:
+            return Log(zlib.decompress(compressed), dropped)
+        except zlib.error as error:
+            raise DamagedRow(ROW.format(number)) from error
 
     def waiting(self) -> Iterator[List[Tuple[Queued, Optional[float]]]]:
         """Yield pages of (job, when it is due) of the jobs that wait, in id order."""
@@ -493,7 +526,10 @@ class Store:
         """Return how much waits, runs and has ended, all of one moment: one statement is one
         snapshot."""
         now = self.clock.unix()
-        rows = self._read(STATUS, (self.clock.ago(60), self.clock.ago(3600)))
+        # not what ended before the clock was set back
+        times = {"minute": self.clock.ago(60), "hour": self.clock.ago(3600),
+                 "now": self.clock.now()}
+        rows = self._read(STATUS, times)
         open_jobs = {state: {mode: 0 for mode in jobs.MODES}
                      for state in ("waiting", "running", "retrying")}
         ended = {}
@@ -514,6 +550,16 @@ class Store:
                 "ended_last_minute": ended["minute"], "ended_last_hour": ended["hour"],
                 "database_bytes": sum(map(os.path.getsize, files))}
 
+    def _read_job(self, statement: str, number: int) -> List[Any]:
+        """Return the rows of a SELECT of one job; raise UnknownJob without any, DamagedRow."""
+        try:
+            rows = self._read(statement, (number,))
+        except DamagedRow as error:
+            raise DamagedRow(ROW.format(number)) from error
+        if not rows:
+            raise UnknownJob(number)
+        return rows
+
     def _read(self, statement: str, values: Union[Sequence[Any], Dict[str, Any]] = (),
               fetch: Callable[[sqlite3.Cursor], List[Any]] = sqlite3.Cursor.fetchall) -> List[Any]:
         """Return the rows of one SELECT, on a connection that nobody else uses meanwhile."""
@@ -522,7 +568,7 @@ class Store:
         except IndexError:          # all are in use
             if self._closed:
                 raise StoreError(CLOSED.format(self.path)) from None
-            gone = file_gone_error(self.path, self._file)
+            gone = self._watch.error()
             if gone:                # or it would read another file
                 raise self._noted(gone) from None
             reader = self.connect(self.path)
@@ -558,17 +604,55 @@ class Store:
             self._write_until_done(writes)
         return [write.error or write.value for write in writes]
 
-    def prune(self, seconds: float) -> int:
+    def prune(self, seconds: float, by: str = "oqc",
+              is_interrupted: Callable[[], bool] = bool) -> int:
         """Delete the jobs that ended longer ago than that, some at a time, so that others can
-        write; return how many."""
+        write, and give their room back to the disk; return how many. `by`: who asks for it."""
         cutoff = self.clock.ago(seconds)
+        self.note_seen()
         deleted = 0
-        while True:
-            batch = self._change(PRUNE, cutoff, PRUNED_AT_ONCE)
-            deleted += batch
-            if batch < PRUNED_AT_ONCE:
-                self._change(UNUSED_DEVICES)
-                return deleted
+        batch = PRUNED_AT_ONCE
+        try:
+            while batch == PRUNED_AT_ONCE and not is_interrupted():
+                batch = self._change(PRUNE, cutoff, PRUNED_AT_ONCE)
+                deleted += batch
+            self._change(UNUSED_DEVICES)
+            while not is_interrupted() and self._write(self._give_room_back):
+                pass
+            self._shorten()
+        finally:
+            if deleted:
+                log.info("%d jobs that ended before %s are deleted, as %s asks for", deleted,
+                         cutoff, by)
+        return deleted
+
+    def _give_room_back(self) -> bool:
+        """Shorten the file by some pages; return whether there may be more. A file that began with
+        version 1 of the database keeps them for new jobs."""
+        before = self._writer.execute("PRAGMA freelist_count").fetchone()
+        for _ in range(PAGES_AT_ONCE):      # it gives back one page a step, and Python does one
+            self._writer.execute("PRAGMA incremental_vacuum(1)").fetchall()
+        return bool(self._writer.execute("PRAGMA freelist_count").fetchone() < before)
+
+    def _shorten(self) -> None:
+        """Have the file become as short as it is by now: that waits for a checkpoint."""
+        with self._lead:
+            if not self._closed:
+                with contextlib.suppress(sqlite3.Error):        # then the next one does it
+                    self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def note_seen(self) -> None:
+        """Remember that the server runs now."""
+        self._change("INSERT OR REPLACE INTO notes VALUES ('seen', ?)", self.clock.now())
+
+    def seconds_since_seen(self) -> float:
+        """Return how long ago, by the wall clock, a server ran last, as far as is known."""
+        seen = self._note("seen")
+        if seen is None:                # as in a database that was brought to this version
+            (seen,), = self._read("SELECT max(created_time) FROM jobs")
+        if seen is None:
+            return 0.0
+        return self.clock.unix() - self.clock.parse(seen)
 
     def claim(self, number: int, runtime: str) -> Optional[Task]:
         """Start an attempt at a job, and count it; return None if it does not wait any more."""
@@ -610,15 +694,60 @@ class Store:
         """Forget that a runtime is paused."""
         self._change("DELETE FROM pauses WHERE runtime = ?", runtime)
 
+    def pause_restored(self, runtimes: Sequence[str]) -> None:
+        """Pause these if the database was restored from a backup with open jobs, which may have
+        run since."""
+        reason = self._note("restored")
+        if reason:
+            self._write(self._pause_restored, runtimes, reason)
+            log.warning("every runtime but echo is paused: %s", reason)
+
+    def _pause_restored(self, runtimes: Sequence[str], reason: str) -> None:
+        now = self.clock.now()
+        self._writer.executemany("INSERT OR REPLACE INTO pauses VALUES (?, ?, ?, 'oqc')",
+                                 [(runtime, reason, now) for runtime in runtimes])
+        self._writer.execute("DELETE FROM notes WHERE name = 'restored'")
+
+    def _note(self, name: str) -> Optional[str]:
+        """Return what is kept under a name, if anything is."""
+        rows = self._read("SELECT value FROM notes WHERE name = ?", (name,))
+        return str(rows[0][0]) if rows else None
+
     def unusable(self) -> Optional[str]:
         """Return why jobs cannot be stored, or soon cannot be, or None. Trouble that may have
         passed since is tried again."""
-        full = disk_full_error(self.path)
+        try:
+            full = self._disk_full()
+        except StoreError as error:
+            return str(error)
         if self.trouble and not full:
             with contextlib.suppress(StoreError):       # write something that changes nothing
                 self._change(f"PRAGMA user_version = {VERSION}")
-        trouble = self.trouble or full or file_gone_error(self.path, self._file)
+        trouble = self.trouble or full or self._watch.error()
         return str(trouble) if trouble else None
+
+    def _disk_full(self) -> Optional[DiskFull]:
+        """Return why no job is taken where room is short, so that it is left for those that are
+        there; else None."""
+        if not disk_full_error(self.path):
+            return None
+        (pages,), = self._read("PRAGMA freelist_count")
+        (size,), = self._read("PRAGMA page_size")
+        return disk_full_error(self.path, pages * size)
+
+    def check_rest(self) -> None:
+        """Read the whole database, if that is to be done; what is wrong is trouble until the next
+        start."""
+        if not self.is_unchecked:
+            return
+        with self._checking:
+            try:
+                self._checker = self.connect(self.path)
+                with contextlib.closing(self._checker):
+                    refuse_damaged(self.path, self._checker)
+            except (sqlite3.Error, StoreError) as error:
+                if not self._closed:    # else close has interrupted it
+                    self._noted(error)
 
     # What is done in a transaction, by the leader
 
@@ -627,6 +756,8 @@ class Store:
             replay = self._replay(batch.submitter, batch.key)
             if replay:
                 return replay
+        if self._full:
+            raise self._full
         now = self.clock.now()
         added = []
         endings = []
@@ -828,6 +959,7 @@ class Store:
             self._refuse_if_lost()
             self._writer.execute("BEGIN IMMEDIATE")
             self._counted.clear()
+            self._full = self._disk_full()
             refusals = [self._refusal(write) for write in group]
             self._keep_counts()
             self._writer.execute("COMMIT")
@@ -847,18 +979,19 @@ class Store:
         """Raise StoreError where what is written now may never be found again."""
         if isinstance(self.trouble, Damaged):
             raise self.trouble
-        gone = file_gone_error(self.path, self._file)
+        gone = self._watch.error()
         if gone:
             raise gone
 
-    @staticmethod
-    def _refusal(write: Write) -> Optional[Exception]:
+    def _refusal(self, write: Write) -> Optional[Exception]:
         """Do a write; return what was wrong with it before it changed anything, or None."""
         try:
             write.value = write.work(*write.arguments)
             return None
         except Refused as error:
             return error
+        except DiskFull as error:
+            return self._noted(error)
 
     def _keep_counts(self) -> None:
         """Bring the counts in the database up to what this transaction did."""
@@ -875,6 +1008,8 @@ class Store:
         """Return what an error means. One of the database is remembered, and said once; damage
         until the next start."""
         meaning = as_store_error(self.path, error)
+        if isinstance(meaning, DamagedRow):
+            return meaning
         if isinstance(meaning, StoreError) and not isinstance(self.trouble, Damaged):
             if not self.trouble or isinstance(meaning, Damaged):
                 log.error("database: %s", meaning)
@@ -885,7 +1020,7 @@ class Store:
         """Forget the trouble, unless it is damage, or a full disk on which this just fitted."""
         if not self.trouble or isinstance(self.trouble, Damaged):
             return
-        if isinstance(self.trouble, DiskFull) and disk_full_error(self.path):
+        if isinstance(self.trouble, DiskFull) and self._full:
             return
         log.warning("the database can be written again")
         self.trouble = None

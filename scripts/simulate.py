@@ -241,8 +241,7 @@ class History:
             return
         for job, submission in zip(addition.jobs, submissions):
             self.jobs[job.id] = Accepted(
-                job.id, job.mode, getattr(submission, "priority", 0), submitter,
-                getattr(submission, "runtime", None))
+                job.id, job.mode, submission.priority, submitter, submission.runtime)
         self.workers.take_up([addition])
         for queued in addition.queued:
             self.enqueue(queued.id)
@@ -254,10 +253,8 @@ class History:
         runtime = self.dice.choice((None, None, None, *able))
         priority = self.dice.choice((0, 0, 0, 0, 5, -5))
         code = self.dice.choice((0, 3, 75)) if mode == "echo" else 0
-        extra = {"runtime": runtime, "priority": priority}
-        if "priority" not in Submission._fields:
-            extra = {}
-        return Submission("X(90)", mode, seed=1, return_code=code, **extra)
+        return Submission("X(90)", mode, seed=1, return_code=code, runtime=runtime,
+                          priority=priority)
 
     def begin(self):
         """Let a slot take its next job, if it has one."""

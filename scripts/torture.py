@@ -6,14 +6,22 @@
 It is killed with SIGKILL. What must hold: every job that was answered 201 is there, no id was given
 out twice, what a client once saw as ended never changes again, every job ends, start_time <=
 end_time, and SQLite's integrity_check finds nothing.
+
+In every fifth round a person does what a person does: removes the WAL, has a second server on
+another name of the file, copies a backup over the database or restores it, fills the disk (of a
+small tmpfs, where one may be mounted), or sets the clock ten years ahead (where libfaketime is
+installed). Then jobs may be lost, but never in silence: the next start is refused, or the command
+was one that says so.
 """
 import argparse
 import contextlib
+import glob
 import http.client
 import json
 import os
 import random
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -31,6 +39,9 @@ JOBS = (
     {"mode": "simulation", "shots": 10},
     {"mode": "verbatim"},
 )
+ACTS = ("remove_wal", "stop_without_wal", "link", "copy_backup_over", "restore", "fill", "clock")
+DISK = "256m"                       # of the tmpfs
+FAKETIME = glob.glob("/usr/lib/*/faketime/libfaketime.so.1")
 RUNTIME = """#!/bin/sh
 read -r job
 echo "\\"$job\\""
@@ -53,6 +64,16 @@ class Book:
                 self.wrong.append(f"id {job['id']} was given out twice")
             self.added[job["id"]] = (job["job"], job["mode"])
 
+    def forget(self, there, kept=()):
+        """Forget what was lost and announced: all but the jobs of a listing; `kept` are the ids of
+        those that had to stay."""
+        there = {job["id"]: job for job in there}
+        for number in kept:
+            if number not in there:
+                self.wrong.append(f"job {number} was in the backup and is lost")
+        self.added = {number: sent for number, sent in self.added.items() if number in there}
+        self.ended = {}
+
     def note(self, job):
         """Note a job that was shown."""
         number = job["id"]
@@ -64,14 +85,19 @@ class Book:
                 self.wrong.append(f"job {number} had ended, and changed: {before} then {job}")
 
 
-def start(folder, runtime):
+class Refused(Exception):
+    """A server did not start; the text is what it said."""
+
+
+def start(folder, runtime, *flags, environment=None):
     """Start a server on the jobs of this folder; return its process and its port."""
     command = [
         sys.executable, "-m", "oqc", "--port", "0", "--runtime", f"tiny={runtime}",
-        "--log-level", "info", "--kill-grace", "0.2",
+        "--log-level", "info", "--kill-grace", "0.2", *flags,
     ]
-    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})})
     log = []
     for line in process.stderr:
         log.append(line)
@@ -79,7 +105,9 @@ def start(folder, runtime):
         if found:
             threading.Thread(target=process.stderr.read, daemon=True).start()
             return process, int(found[1])
-    raise SystemExit("the server did not start:\n" + "".join(log))
+    process.wait()
+    process.stderr.close()
+    raise Refused("".join(log))
 
 
 def ask(connection, method, path, body=None):
@@ -154,20 +182,158 @@ def all_ended(connection):
     return status["idle"]
 
 
-def kill_once(folder, runtime, book, dice):
-    """Start the server and clients, and kill it after a moment."""
-    process, port = start(folder, runtime)
-    threads = []
-    for _ in range(CLIENTS):
-        arguments = (port, book, random.Random(dice.random()))
-        threads.append(threading.Thread(target=client, args=arguments))
-    for thread in threads:
-        thread.start()
-    time.sleep(dice.uniform(0.0, 0.4))
-    process.kill()
-    process.wait()
-    for thread in threads:
-        thread.join()
+class Round:
+    """A start, clients, perhaps what a person does, and a kill."""
+
+    def __init__(self, folder, runtime, book, dice):
+        self.folder = Path(folder)
+        self.runtime = runtime
+        self.book = book
+        self.dice = dice
+        self.process = None
+        self.kept = ()              # ids of the jobs that a backup has
+
+    def run(self, act=None):
+        """Do it all."""
+        clock = {}
+        if act == "clock":
+            clock = {"LD_PRELOAD": FAKETIME[0], "FAKETIME": "+10y",
+                     "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        flags = ("--keep-days", "30") if clock else ()
+        self.process, port = start(self.folder, self.runtime, *flags, environment=clock)
+        threads = []
+        for _ in range(CLIENTS):
+            arguments = (port, self.book, random.Random(self.dice.random()))
+            threads.append(threading.Thread(target=client, args=arguments))
+        for thread in threads:
+            thread.start()
+        time.sleep(self.dice.uniform(0.0, 0.4))
+        if act and not clock:
+            getattr(self, act)()
+        time.sleep(self.dice.uniform(0.0, 0.1))
+        self.process.kill()
+        self.process.wait()
+        for thread in threads:
+            thread.join()
+        if act and hasattr(self, "after_" + act):
+            getattr(self, "after_" + act)()
+
+    # What a person does, while the server runs and after it was killed
+
+    def remove_wal(self):
+        """After which the jobs in it are lost by a kill, and the next start says so."""
+        self.command("backup", "backup.db")
+        (self.folder / "oqc.db-wal").unlink()
+
+    def after_remove_wal(self):
+        """Go on with what is in the file, or, where the kill came while the WAL was merged into
+        it, with the backup."""
+        self.refused("-wal: is missing or empty")
+        said = self.command("restore", "oqc.db", may_say="is damaged (")
+        if "is damaged (" in said:
+            self.command("restore", "backup.db")
+        (self.folder / "backup.db").unlink()
+        self.forget()
+
+    def stop_without_wal(self):
+        """After which a stop saves all of them."""
+        (self.folder / "oqc.db-wal").unlink()
+        self.process.terminate()
+        self.process.wait(60)
+
+    def link(self):
+        """Have a second server on another name of the file."""
+        other = self.folder / "other"
+        other.mkdir(exist_ok=True)
+        os.link(self.folder / "oqc.db", other / "oqc.db")
+        self.refused("another oqc uses this database", "--db", "other/oqc.db")
+
+    def after_link(self):
+        """And after the kill, when its WAL is elsewhere."""
+        self.refused("-wal: is missing or empty", "--db", "other/oqc.db")
+        shutil.rmtree(self.folder / "other")
+
+    def restore(self):
+        """Back up."""
+        with self.book.lock:
+            self.kept = tuple(self.book.added)
+        self.command("backup", "backup.db")
+
+    def after_restore(self):
+        """Go on with the backup, as the command says."""
+        self.command("restore", "backup.db")
+        (self.folder / "backup.db").unlink()
+        self.forget()
+
+    copy_backup_over = restore
+
+    def after_copy_backup_over(self):
+        """Beside the WAL of what was there."""
+        shutil.copy(self.folder / "backup.db", self.folder / "oqc.db")
+        self.refused("is a backup, and oqc.db-wal belongs to what was here before")
+        self.after_restore()
+
+    def fill(self):
+        """Fill the disk, or leave so much that only writes of jobs that are there fit."""
+        free = shutil.disk_usage(self.folder).free - self.dice.choice((0, 0, 1 << 20))
+        with open(self.folder / "filler", "wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                for _ in range(free // 4096 + 1):
+                    file.write(bytes(4096))
+
+    def after_fill(self):
+        """Make room again."""
+        (self.folder / "filler").unlink()
+
+    # What it takes
+
+    def refused(self, reason, *flags):
+        """Note it as wrong if a server starts, or says another reason."""
+        try:
+            process, _ = start(self.folder, self.runtime, *flags)
+        except Refused as refusal:
+            if reason not in str(refusal):
+                self.book.wrong.append(f"expected {reason!r}, found {refusal}")
+            return
+        process.kill()
+        process.wait()
+        self.book.wrong.append(f"a server started in silence, expected {reason!r}")
+
+    def command(self, *arguments, may_say="\n\n"):
+        """Return what a command said; note it as wrong if it fails, and may not say that."""
+        done = subprocess.run(
+            [sys.executable, "-m", "oqc", *arguments], cwd=self.folder, check=False,
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        if done.returncode and may_say not in done.stderr:
+            self.book.wrong.append(f"{arguments}: {done.stderr}")
+        return done.stderr
+
+    def forget(self):
+        """Begin anew with what is there after a loss that was announced, and resume what the
+        restore has paused."""
+        process, port = start(self.folder, self.runtime)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        with contextlib.closing(connection):
+            _, jobs = ask(connection, "GET", "/jobs/list/")
+            self.book.forget(jobs, self.kept)
+            for name in ("tiny", "simulator"):
+                ask(connection, "POST", f"/runtimes/{name}/resume/")
+        process.terminate()
+        process.wait(60)
+        for path in self.folder.glob("oqc.db.replaced-*"):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """Have the folder be a disk of its own; gives whether it is."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", folder]
+    mounted = subprocess.run(mount, check=False, capture_output=True).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", folder], check=True)
 
 
 def arguments_given():
@@ -187,12 +353,21 @@ def main():
     dice = random.Random(options.seed)
     book = Book()
     print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    done = dict.fromkeys(ACTS, 0)
+    with tempfile.TemporaryDirectory() as folder, small_disk(folder) as mounted:
+        if not mounted:
+            del done["fill"]
+        if not FAKETIME:
+            del done["clock"]
         runtime = Path(folder) / "tiny"
         runtime.write_text(RUNTIME, encoding="utf-8")
         runtime.chmod(0o755)
         for kill in range(1, options.kills + 1):
-            kill_once(folder, runtime, book, dice)
+            act = None
+            if kill % 5 == 0:
+                act = dice.choice(list(done))
+                done[act] += 1
+            Round(folder, runtime, book, dice).run(act)
             if sys.stderr.isatty() or kill % 20 == 0:
                 progress = f"{kill} kills, {len(book.added)} jobs acknowledged"
                 print(progress, file=sys.stderr, flush=True)
@@ -206,6 +381,7 @@ def main():
         process.stderr.close()
     print(f"{options.kills} kills, {len(book.added)} jobs acknowledged, {there} stored, "
           f"{len(book.ended)} seen ended")
+    print("acts of a person: " + ", ".join(f"{act} {count}" for act, count in done.items()))
     print("\n".join(book.wrong[:20]) or "nothing lost, nothing twice, integrity_check ok")
     return 1 if book.wrong else 0
 

@@ -10,12 +10,13 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import KEY, ROOT, Server
+from conftest import KEY, ROOT, Server, until
 from test_wire import Wire
 
-from oqc.database import check, take_lock
+from oqc.database import backup, check, take_lock
 from oqc.jobs import StoreError
 
 # Stands on PYTHONPATH, so that the server's own connection does what a test asks for by a file in
@@ -206,7 +207,7 @@ def in_trouble(server, gate, begin, end, answer):
 
 def test_a_full_disk_refuses_jobs_with_507_loses_no_status_and_recovers_by_itself(
         gated, gate, rigged, small_disk, tmp_path):
-    answer = (507, "no room on the disk", "room")
+    answer = (507, "KiB of room left on the disk", "room")
     if small_disk:
         folder, fill, room = small_disk
         server = gated("--db", folder / "oqc.db")
@@ -225,7 +226,8 @@ def test_a_database_that_may_grow_no_more_is_a_full_disk(serve, rigged, tmp_path
     first = server.wait(server.add())
     (tmp_path / "full").touch()
     refused = add(server, BATCH)
-    assert (refused.status, ids(server)) == (507, [1]) and "no room on the disk" in refused.detail
+    assert (refused.status, ids(server)) == (507, [1])
+    assert "KiB of room left on the disk" in refused.detail
     assert server.get(first) == first
     (tmp_path / "full").unlink()
     assert add(server, BATCH).status == 201 and server.request("GET", "/health/").status == 200
@@ -243,12 +245,22 @@ def test_a_disk_that_is_nearly_full_is_said_before_anything_fails(serve, small_d
     environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
     server = serve("--db", folder / "oqc.db", environment=environment)
     assert server.request("GET", "/health/").status == 200
+    first = server.add()
     (folder / "filler").write_bytes(bytes(5 << 20))
     answer = server.request("GET", "/health/")
     assert answer.status == 503 and " KiB of room left on the disk" in answer.json["reasons"][0]
-    assert server.wait(server.add())["status"] == "Success", "what fits is taken"
+    for _ in range(2):
+        refused = add(server, {"job": "X(90)", "mode": "echo"})
+        assert refused.status == 507 and refused.detail == answer.json["reasons"][0]
+    server.wait(first)
+    pruned = server.request("DELETE", "/jobs/list/?older-than=0s").json
+    assert pruned == {"deleted": 1}, "there is room for what is there already"
+    assert server.request("GET", "/health/").status == 503
     (folder / "filler").unlink()
     assert server.request("GET", "/health/").status == 200
+    assert server.wait(server.add())["status"] == "Success"
+    server.line("can be written again")
+    assert len(lines(server, " error database: ")) == 1
 
 
 def test_on_a_full_disk_a_server_starts_that_has_its_files_and_else_says_that_there_is_no_room(
@@ -384,6 +396,15 @@ def random_pages(path):
     overwrite(path, 4096, random.Random(4).randbytes(path.stat().st_size - 4096))
 
 
+def by_hand(begin, data):
+    """What makes the file a backup that somebody put there, and overwrites a page of it: one that
+    a server left when it stopped is not read at the start."""
+    def harm(path):
+        overwrite(path, 18, b"\1\1")
+        overwrite(path, begin, data)
+    return harm
+
+
 def another_program(path):
     """A database with the tables of another program in its place."""
     path.unlink()
@@ -425,9 +446,9 @@ HARMS = {                           # what there was, what happened to it, what 
     "pages overwritten after a kill": (
         KILLED, random_pages, "is damaged (", "put a backup in its place"),
     "one page overwritten": (
-        STOPPED, lambda path: overwrite(path, 8192, b"\xff" * 4096), "is damaged (", "backup"),
+        STOPPED, by_hand(8192, b"\xff" * 4096), "is damaged (", "backup"),
     "one page zeroed": (
-        STOPPED, lambda path: overwrite(path, 12288, bytes(4096)), "is damaged (", "backup"),
+        STOPPED, by_hand(12288, bytes(4096)), "is damaged (", "backup"),
     "its first bytes": (
         STOPPED, lambda path: overwrite(path, 0, b"garbage!"), "is not a database", "--db"),
     "truncated": (
@@ -447,15 +468,15 @@ HARMS = {                           # what there was, what happened to it, what 
     "of a newer version": (
         STOPPED, newer, "was written by a newer oqc (version 99 of the ", "run that one"),
     "without its WAL after a kill": (
-        KILLED, without("-wal"), "-wal: is missing, ", "remove oqc.db.lock"),
+        KILLED, without("-wal"), "-wal: is missing or empty, ", "restore oqc.db"),
     "without WAL and index after a kill": (
-        KILLED, without("-wal", "-shm"), "-wal: is missing, ", "oqc.db.lock"),
+        KILLED, without("-wal", "-shm"), "-wal: is missing or empty, ", "restore oqc.db"),
     "gone after a kill": (
-        KILLED, without(""), "is missing, but", "remove oqc.db.lock and oqc.db-wal"),
+        KILLED, without(""), "is missing or empty, but", "remove oqc.db.lock and oqc.db-wal"),
     "gone with its WAL after a kill": (
-        KILLED, without("", "-wal", "-shm"), "is missing, but", "remove oqc.db.lock"),
+        KILLED, without("", "-wal", "-shm"), "is missing or empty, but", "remove oqc.db.lock"),
     "gone with its lock after a kill": (
-        KILLED, without("", ".lock"), "is missing, but", "put the file back"),
+        KILLED, without("", ".lock"), "is missing or empty, but", "put the file back"),
 }
 
 
@@ -494,7 +515,6 @@ def test_a_database_that_is_as_it_was_left_is_opened(left, serve, tmp_path, stat
 
 
 @pytest.mark.parametrize("name, remove, jobs", [
-    ("without its WAL after a kill", ["oqc.db.lock"], 500),
     ("gone after a kill", ["oqc.db.lock", "oqc.db-wal"], 0)])
 def test_what_the_line_says_to_do_helps(left, serve, tmp_path, name, remove, jobs):
     state, harm, _, _ = HARMS[name]
@@ -518,7 +538,560 @@ def test_a_file_system_without_locks_is_refused_in_a_line(left, tmp_path, rigged
     assert (tmp_path / "oqc.db").exists() == bool(state)
 
 
+# What people do to the files
+
+def remove_wal(folder):
+    """As `rm` does it."""
+    (folder / "oqc.db-wal").unlink()
+
+
+def empty_wal(folder):
+    """Another one, as the next program makes it that opens the database."""
+    (folder / "oqc.db-wal").unlink()
+    (folder / "oqc.db-wal").touch()
+
+
+def remove_index(folder):
+    (folder / "oqc.db-shm").unlink()
+
+
+def copy_a_backup_over(folder):
+    """Onto the same file, so that it has the same inode."""
+    shutil.copy(folder / "backup.db", folder / "oqc.db")
+
+
+GONE = "-wal: was moved, replaced or deleted while the server uses it"
+
+
+@pytest.mark.parametrize("harm, says", [
+    (remove_wal, GONE), (empty_wal, GONE), (remove_index, GONE.replace("wal", "shm"))])
+def test_a_wal_or_index_that_is_gone_is_said_no_job_is_taken_and_a_stop_saves_what_was(
+        serve, tmp_path, harm, says):
+    server = serve()
+    jobs = [server.wait(server.add()) for _ in range(3)]
+    harm(tmp_path)
+    for _ in range(2):
+        refused = add(server, {"job": "X(90)", "mode": "echo"})
+        assert refused.status == 503 and says in refused.detail
+        health = server.request("GET", "/health/")
+        assert health.status == 503 and says in health.json["reasons"][0]
+    assert says in server.line(" error database: ")
+    assert len(lines(server, " error database: ")) == 1
+    assert server.stop() == 0
+    assert "at this stop all jobs were saved in the file" in server.log
+    server = serve()
+    assert [server.get(job) for job in jobs] == jobs
+    assert not list(check(str(tmp_path / "oqc.db")))
+
+
+@pytest.mark.parametrize("harm", [remove_wal, empty_wal])
+def test_after_a_kill_a_wal_that_was_removed_is_missed_at_the_start(serve, tmp_path, harm):
+    server = serve()
+    server.wait(server.add())
+    harm(tmp_path)
+    server.process.kill()
+    server.stop()
+    line = refusal(tmp_path)
+    assert "oqc.db-wal: is missing or empty, and the jobs accepted last were in it" in line
+    assert "put it back" in line and "restore oqc.db" in line
+
+
+def test_a_backup_that_is_copied_over_the_database_of_a_running_server_is_said(serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    copy_a_backup_over(tmp_path)
+    refused = add(server, {"job": "X(90)", "mode": "echo"})
+    assert refused.status == 503 and "was overwritten while the server uses it" in refused.detail
+    assert server.request("GET", "/health/").status == 503
+    server.process.kill()
+    server.stop()
+    assert "oqc.db: is a backup" in refusal(tmp_path)
+
+
+def by_a_link(folder):
+    """A second name of the file."""
+    os.link(folder / "oqc.db", folder / "other" / "oqc.db")
+
+
+def by_a_bind_mount(folder):
+    """As a container does it that is given one file."""
+    (folder / "other" / "oqc.db").touch()
+    mount = ["mount", "--bind", folder / "oqc.db", folder / "other" / "oqc.db"]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted")
+
+
+@pytest.mark.parametrize("name", [by_a_link, by_a_bind_mount])
+def test_another_name_of_the_file_lets_no_second_server_in_and_loses_nothing_after_a_kill(
+        serve, tmp_path, name):
+    (tmp_path / "other").mkdir()
+    server = serve()
+    job = server.wait(server.add())
+    name(tmp_path)
+    try:
+        line = refusal(tmp_path, "--db", "other/oqc.db")
+        assert line.startswith("other/oqc.db: another oqc uses this database")
+        more = server.wait(server.add())
+        server.process.kill()
+        server.stop()
+        line = refusal(tmp_path, "--db", "other/oqc.db")
+        assert "other/oqc.db-wal: is missing or empty" in line
+        server = serve()
+        assert [server.get(job), server.get(more)] == [job, more]
+        assert server.stop() == 0
+    finally:
+        subprocess.run(["umount", tmp_path / "other" / "oqc.db"], check=False, capture_output=True)
+
+
+def test_a_lock_file_that_is_removed_lets_no_second_server_in(serve, tmp_path):
+    server = serve()
+    job = server.wait(server.add())
+    (tmp_path / "oqc.db.lock").unlink()
+    assert "another oqc uses this database" in refusal(tmp_path)
+    server.process.kill()
+    server.stop()
+    assert serve().get(job) == job
+
+
+def test_a_copy_of_the_file_alone_that_a_server_uses_is_no_backup(serve, tmp_path):
+    """Its last jobs are in the WAL that was not copied."""
+    server = serve()
+    server.wait(server.add())
+    shutil.copy(tmp_path / "oqc.db", tmp_path / "copy.db")
+    line = refusal(tmp_path, "--db", "copy.db")
+    assert "copy.db-wal: is missing or empty" in line
+    with pytest.raises(StoreError, match="copy.db-wal: is missing or empty"):
+        list(check(str(tmp_path / "copy.db")))
+    copy = str(tmp_path / "backup.db")
+    backup(str(tmp_path / "oqc.db"), copy)
+    assert server.stop() == 0 and not list(check(copy))
+    assert not list(check(str(tmp_path / "oqc.db")))
+
+
+def test_a_check_makes_no_new_wal_where_it_is_missing(serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    server.process.kill()
+    server.stop()
+    remove_wal(tmp_path)
+    path = str(tmp_path / "oqc.db")
+    with pytest.raises(StoreError, match="-wal: is missing or empty"):
+        list(check(path))
+    with pytest.raises(StoreError, match="-wal: is missing or empty"):
+        backup(path, str(tmp_path / "backup.db"))
+    assert not (tmp_path / "oqc.db-wal").exists() and not (tmp_path / "backup.db").exists()
+
+
+def test_a_backup_beside_the_wal_of_what_it_replaced_is_refused_until_that_is_gone(
+        serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    server.wait(server.add())
+    server.process.kill()
+    server.stop()
+    copy_a_backup_over(tmp_path)
+    line = refusal(tmp_path)
+    assert line.startswith("oqc.db: is a backup, and oqc.db-wal belongs to what was here before")
+    assert "remove oqc.db-wal and oqc.db-shm" in line
+    remove_wal(tmp_path)
+    remove_index(tmp_path)
+    assert ids(serve()) == [1]
+
+
+# Restore and compact
+
+def command(folder, *arguments, environment=None):
+    """(status, what it printed) of a command."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **(environment or {})}
+    done = subprocess.run([sys.executable, "-m", "oqc", *arguments], cwd=folder, check=False,
+                          timeout=60, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def backed_up(serve, tmp_path):
+    """A folder with backup.db, which has job 1, and the database of a killed server, which has
+    job 2 in its WAL alone."""
+    server = serve()
+    server.wait(server.add())
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    server.wait(server.add())
+    server.process.kill()
+    server.stop()
+    return tmp_path
+
+
+def test_a_restore_puts_a_backup_in_place_and_keeps_what_it_replaces(serve, backed_up):
+    (backed_up / "oqc.db").chmod(0o640)
+    before = (backed_up / "backup.db").read_bytes()
+    owner = 12345
+    if os.geteuid() == 0:
+        os.chown(backed_up / "oqc.db", owner, owner)
+    status, text = command(backed_up, "restore", "backup.db")
+    assert (status, text) == (
+        0, "oqc.db: restored from backup.db; what was there is oqc.db.replaced-1 now\n")
+    stat = (backed_up / "oqc.db").stat()
+    assert stat.st_mode & 0o777 == 0o640
+    assert os.geteuid() or stat.st_uid == (backed_up / "oqc.db.lock").stat().st_uid == owner
+    assert (backed_up / "backup.db").read_bytes() == before
+    kept = str(backed_up / "oqc.db.replaced-1")
+    with contextlib.closing(sqlite3.connect(f"file:{kept}?mode=ro", uri=True)) as connection:
+        assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (2,)
+    server = serve()
+    assert ids(server) == [1] and server.add()["id"] == 2
+    assert server.stop() == 0 and not list(check(str(backed_up / "oqc.db")))
+    command(backed_up, "restore", "backup.db")
+    assert (backed_up / "oqc.db.replaced-2").exists()
+
+
+def test_a_restore_refuses_while_a_server_uses_the_database_and_what_is_no_backup(
+        serve, backed_up):
+    server = serve()
+    status, text = command(backed_up, "restore", "backup.db")
+    assert status == 1 and "another oqc uses this database" in text and ids(server) == [1, 2]
+    assert server.stop() == 0
+    shutil.copy(backed_up / "backup.db", backed_up / "bad.db")
+    overwrite(backed_up / "bad.db", 8192, b"\xff" * 4096)
+    (backed_up / "text").write_text("shopping list\n" * 99)
+    for name, says in (("bad.db", "is damaged ("), ("text", "is not a database"),
+                       ("none.db", "no such file")):
+        status, text = command(backed_up, "restore", name)
+        assert status == 1 and says in text and text.count("\n") == 1
+    assert ids(serve()) == [1, 2] and not list(backed_up.glob("*restor*"))
+
+
+# Dies at the n-th change of a name, or of the lock file's size.
+DIES = """
+import os, signal, sys
+calls = [0]
+def dying(function):
+    def call(*arguments):
+        calls[0] += 1
+        if calls[0] == int(os.environ["DIES_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return call
+os.rename, os.ftruncate = dying(os.rename), dying(os.ftruncate)
+"""
+
+
+@pytest.mark.parametrize("dies_at", range(1, 6))
+def test_a_restore_that_is_killed_at_any_step_loses_nothing_and_is_done_by_the_next(
+        serve, backed_up, dies_at):
+    (backed_up / "site").mkdir()
+    (backed_up / "site" / "sitecustomize.py").write_text(DIES, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{backed_up / 'site'}:{ROOT}", "DIES_AT": str(dies_at)}
+    assert command(backed_up, "restore", "backup.db", environment=environment)[0] == -9
+    if dies_at > 1:
+        assert "a restore of it was interrupted, run it again" in refusal(backed_up)
+    assert command(backed_up, "restore", "backup.db")[0] == 0
+    assert ids(serve()) == [1]
+    counts = set()
+    for kept in backed_up.glob("oqc.db.replaced-?"):
+        with contextlib.closing(sqlite3.connect(f"file:{kept}?mode=ro", uri=True)) as connection:
+            counts |= set(connection.execute("SELECT count(*) FROM jobs"))
+    assert (2,) in counts, "what was replaced is whole"
+
+
+def test_jobs_that_were_open_in_a_backup_wait_until_somebody_resumes_them(
+        gated, gate, tmp_path):
+    server = gated()
+    running, waiting = (server.add("X(1)", "verbatim") for _ in range(2))
+    gate.begun()
+    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
+    for _ in range(2):
+        gate.end()
+    server.wait(waiting)
+    gate.begun()
+    assert server.stop() == 0
+    status, text = command(tmp_path, "restore", "backup.db")
+    assert status == 0 and "2 jobs were waiting or running" in text
+    for _ in range(2):              # also after another start
+        server = gated()
+        for name in ("qpu", "simulator"):
+            runtime = server.runtime(name)
+            assert runtime["state"] == "paused" and runtime["reason"] == (
+                "restored from backup.db: 2 jobs were waiting or running; resume runs them again")
+        assert server.wait(server.add())["status"] == "Success", "an echo moves nothing"
+        assert not server.get(running)["end_time"] and not server.get(waiting)["start_time"]
+        assert server.stop() == 0
+    server = gated()
+    server.request("POST", "/runtimes/qpu/resume/")
+    for job in (running, waiting):
+        gate.end()
+        assert server.wait(job)["status"] == "Success"
+    assert server.stop() == 0
+    assert gated().runtime("qpu")["state"] == "idle", "it is not paused again"
+
+
+def test_what_is_in_the_file_alone_can_be_restored_where_the_wal_is_lost(serve, tmp_path, left):
+    shutil.copytree(left / "killed", tmp_path, dirs_exist_ok=True)
+    remove_wal(tmp_path)
+    line = refusal(tmp_path)
+    assert line.endswith("oqc restore oqc.db")
+    assert command(tmp_path, *line.split()[-2:])[0] == 0
+    assert len(ids(serve())) == 500
+
+
+def test_a_compact_gives_room_back_and_has_an_older_file_give_it_back_later(serve, tmp_path):
+    path = tmp_path / "oqc.db"
+    shutil.copy(ROOT / "tests" / "version_1.db", path)
+    server = serve()
+    assert add(server, BATCH).status == 201
+    server.request("DELETE", "/jobs/list/?older-than=0s")
+    assert "another oqc uses this database" in command(tmp_path, "compact")[1]
+    before = ids(server)
+    assert server.stop() == 0
+    size = path.stat().st_size
+    status, text = command(tmp_path, "compact")
+    assert status == 0 and path.stat().st_size < size / 2
+    assert text == f"oqc.db: {size} bytes before, {path.stat().st_size} now\n"
+    assert set(files(tmp_path)) == {"oqc.db"} and not list(check(str(path)))
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
+    assert ids(serve()) == before
+
+
+# A disk that the database filled
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_disk_that_the_database_filled_has_room_for_a_prune_and_takes_jobs_again(
+        serve, tmp_path, version):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("nothing can be mounted")
+    try:
+        path = folder / "oqc.db"
+        if version == 1:
+            shutil.copy(ROOT / "tests" / "version_1.db", path)
+        server = serve("--db", path)
+        while (status := add(server, BATCH[:1000]).status) == 201:
+            pass
+        assert status == 507 and server.request("GET", "/health/").status == 503
+        assert shutil.disk_usage(folder).free > 1 << 20, "refused before the last megabytes"
+        assert server.stop() == 0
+        server = serve("--db", path)        # whose WAL begins anew, and is short
+        while (status := add(server, BATCH[:1000]).status) == 201:
+            pass
+        assert status == 507
+        full = path.stat().st_size
+        assert server.request("DELETE", "/jobs/list/?older-than=0s").json["deleted"] > 10_000
+        assert server.request("GET", "/health/").status == 200
+        assert add(server, BATCH[:1000]).status == 201
+        assert server.stop() == 0
+        if version == 1:
+            assert path.stat().st_size >= full, "its pages are used again"
+        else:
+            assert path.stat().st_size < full / 2, "they are given back"
+    finally:
+        server.stop()
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+MANY_OLD = """
+    WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < {})
+    INSERT INTO jobs (job, mode, status, runtime, return_code, created_time, start_time, end_time,
+                      attempts, shots, seed, echo_code, submitter)
+    SELECT 'X(90)', 'echo', 'Success', 'echo', 0, '2020', '2020', '2020', 1, 1, n, 0, 'bob' FROM n
+    """
+NOW = "INSERT OR REPLACE INTO notes VALUES ('seen', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))"
+
+
+def sql(path, *statements):
+    """What the last of these statements gives, of a database that no server uses."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statement in statements:
+            rows = connection.execute(statement).fetchall()
+    return rows
+
+
+@pytest.mark.slow
+def test_signals_are_heard_during_a_prune(serve, tmp_path):
+    path = tmp_path / "oqc.db"
+    assert serve().stop() == 0
+    sql(path, MANY_OLD.format(300_000), NOW)
+    server = serve("--keep-days", "30")
+    first = server.request("GET", "/jobs/list/?limit=1").json
+    until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)
+    server.process.send_signal(signal.SIGHUP)
+    server.line("keys read again")
+    assert server.stop() == 0
+    server.line(" jobs that ended before ")
+    assert sql(path, "SELECT count(*) FROM jobs")[0][0] > 1000, "it was still at it"
+    server = serve()
+    first = server.request("GET", "/jobs/list/?limit=1").json
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(server.request, "DELETE", "/jobs/list/?older-than=30d")
+        until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)
+        assert server.stop() == 0
+        answer = asked.result()
+    assert answer.status == 503 and "jobs are deleted so far" in answer.detail
+    assert sql(path, "SELECT count(*) FROM jobs")[0][0] > 1000
+
+
+def test_a_prune_by_hand_says_how_many_how_old_and_whose_key(serve):
+    server = serve()
+    server.wait(server.add())
+    assert server.request("DELETE", "/jobs/list/?older-than=0s").json == {"deleted": 1}
+    line = server.line(" info 1 jobs that ended before 20")
+    assert line.endswith("Z are deleted, as documented asks for")
+
+
+# A clock that is wrong
+
+AHEAD = """
+import os, time
+now, now_ns = time.time, time.time_ns
+def ahead():
+    return 3650 * 86400 * os.path.exists("ahead")
+time.time = lambda: now() + ahead()
+time.time_ns = lambda: now_ns() + ahead() * 10 ** 9
+"""
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["seen", "from its jobs"])
+def test_a_clock_that_is_ten_years_ahead_deletes_nothing_by_itself(serve, tmp_path, seen):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(AHEAD, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    server = serve(environment=environment)
+    job = server.wait(server.add())
+    assert server.stop() == 0
+    if not seen:
+        sql(tmp_path / "oqc.db", "DELETE FROM notes")
+    (tmp_path / "ahead").touch()
+    for _ in range(2):              # it is no excuse that it was seen a moment ago
+        server = serve("--keep-days", "30", environment=environment)
+        server.line("warning no old jobs are deleted: by the clock no server ran for 36")
+        assert server.get(job) == job
+        assert server.stop() == 0
+    (tmp_path / "ahead").unlink()
+    server = serve("--keep-days", "30", environment=environment)
+    assert server.add() and "no old jobs are deleted" not in server.log
+    (tmp_path / "ahead").touch()
+    assert server.request("DELETE", "/jobs/list/?older-than=30d").json["deleted"], "as asked for"
+    assert server.stop() == 0
+    server = serve("--keep-days", "30", environment=environment)
+    server.add()
+    assert "no old jobs are deleted" not in server.log
+
+
+def test_what_ended_before_the_clock_was_set_back_did_not_end_in_the_last_minute(serve, tmp_path):
+    server = serve()
+    for _ in range(2):
+        job = server.wait(server.add())
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", f"UPDATE jobs SET end_time = '2999' WHERE id = {job['id']}")
+    status = serve().request("GET", "/status/").json
+    assert (status["ended_last_minute"], status["ended_last_hour"]) == (1, 1)
+
+
+# What is read at the start
+
+def test_after_a_clean_stop_the_database_is_not_read_through_and_after_a_kill_also_while_serving(
+        serve, tmp_path):
+    path = tmp_path / "oqc.db"
+    server = serve()
+    long = ", ".join(["X(90)"] * 500_000)
+    for _ in range(5):
+        server.add(long)
+    assert server.stop() == 0 and path.stat().st_size > 16 << 20
+    overwrite(path, path.stat().st_size - (6 << 20), b"\xff" * 4096)    # in the strings
+    server = serve()
+    server.add()
+    assert server.request("GET", "/health/").status == 200
+    server.process.kill()
+    server.stop()
+    server = serve()
+    assert "is damaged (" in server.line(" error database: ")
+    assert server.request("GET", "/health/").status == 503
+    assert add(server, BATCH[:1]).status == 503 and server.stop() == 0
+
+
+# What may only be read
+
+@pytest.mark.parametrize("state", ["stopped", "killed", "killed, no index"])
+@pytest.mark.parametrize("medium", ["read-only", "not ours"])
+def test_a_check_and_a_backup_need_not_write_beside_the_database(left, tmp_path, state, medium):
+    folder = tmp_path / "medium"
+    shutil.copytree(left / state.split(",")[0], folder)
+    if "no index" in state:
+        remove_index(folder)
+    if medium == "not ours":
+        done = as_nobody(folder, tmp_path)
+    else:
+        mount = ["mount", "--bind", "-o", "ro", folder, folder]
+        if subprocess.run(mount, check=False, capture_output=True).returncode:
+            pytest.skip("nothing can be mounted")
+        try:
+            done = [command(tmp_path, *ARGUMENTS[0]), command(tmp_path, *ARGUMENTS[1])]
+        finally:
+            subprocess.run(["umount", folder], check=True)
+    assert done == [(0, "medium/oqc.db: ok\n"), (0, "")]
+    jobs = 501 if state.startswith("killed") else 500
+    assert sql(tmp_path / "copy.db", "SELECT count(*) FROM jobs") == [(jobs,)]
+
+
+ARGUMENTS = (["check", "--db", "medium/oqc.db"], ["backup", "copy.db", "--db", "medium/oqc.db"])
+AS_NOBODY = """
+import gettext, locale, os, sys         # before they can be read no more
+from oqc import app, cli, commands
+os.setuid(65534)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def as_nobody(folder, tmp_path):
+    """What the two commands come to for somebody who may read the files and not write."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    for path in (folder, *folder.iterdir()):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o777)
+    done = []
+    for arguments in ARGUMENTS:
+        ended = subprocess.run(
+            [sys.executable, "-B", "-c", AS_NOBODY, *arguments], cwd=tmp_path, check=False,
+            timeout=60, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        done.append((ended.returncode, ended.stdout + ended.stderr))
+    return done
+
+
 # Damage that comes later
+
+DAMAGES = {                         # what is done to job 2, what check says
+    "a job string": ("UPDATE jobs SET job = 'X(90)\"' WHERE id = 2",
+                     "its job string does not fit the pattern"),
+    "a text": ("UPDATE jobs SET runtime_error = CAST(x'ff' AS TEXT) WHERE id = 2",
+               "a text of it is no UTF-8"),
+    "text of a result": ("INSERT INTO results VALUES (2, CAST(x'ff' AS TEXT), 0)",
+                         "its result is no UTF-8"),
+    "JSON of a result": ("INSERT INTO results VALUES (2, '[1', 1)", "its result is no JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_row_is_500_for_that_job_and_nothing_else_and_a_check_names_it(
+        serve, tmp_path, name):
+    statement, says = DAMAGES[name]
+    server = serve()
+    for _ in range(3):
+        server.wait(server.add())
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", statement)
+    assert f"job 2: {says}" in list(check(str(tmp_path / "oqc.db")))
+    server = serve()
+    answer = server.request("GET", "/jobs/2/result/" if "result" in name else "/jobs/2/")
+    assert answer.status == 500 and "Retry-After" not in answer.headers
+    assert "job 2: what is stored of it is damaged" in answer.detail
+    assert server.request("GET", "/jobs/1/").status == server.request("GET", "/health/").status
+    assert server.add() and server.request("GET", "/health/").status == 200
+    assert "Traceback" not in server.log
 
 def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(
         left, serve, tmp_path):

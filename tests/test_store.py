@@ -1107,13 +1107,41 @@ def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_th
     with monkeypatch.context() as patch:
         patch.setattr(os, "statvfs", almost_full)
         for _ in range(5):
-            with pytest.raises(DiskFull, match="no room on the disk"):
+            with pytest.raises(DiskFull, match="8 KiB of room left on the disk and in the file"):
                 added(store, *[ECHO] * 1000)
-            added(store)
-        assert store.unusable().endswith("oqc.db: no room on the disk")
+            store.pause("qpu", "cold")
+        assert "8 KiB of room left on the disk and in the file" in store.unusable()
         assert [record.levelname for record in caplog.records] == ["ERROR"]
     added(store)
     most_pages(1 << 30)
     added(store, *[ECHO] * 1000)
     assert store.unusable() is None
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_no_reader_is_opened_beside_a_wal_that_is_gone(tmp_path, opened, connections):
+    """It would make a new one, empty, and read the database without its last jobs."""
+    store = opened()
+    store.add([ECHO], "alice")
+    wal = tmp_path / "oqc.db-wal"
+    wal.rename(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="oqc.db-wal: was moved, replaced or deleted"):
+        store.get(1)
+    assert not connections.readers and not wal.exists()
+    (tmp_path / "elsewhere").rename(wal)
+    assert store.get(1).id == 1
+
+
+def test_a_wal_that_a_reader_made_long_becomes_short_again(tmp_path, opened, monkeypatch):
+    monkeypatch.setattr("oqc.database.WAL_KEPT", 1 << 20)
+    store = opened()
+    added(store)
+    wal = tmp_path / "oqc.db-wal"
+    with contextlib.closing(sqlite3.connect(store.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM jobs").fetchall()
+        while wal.stat().st_size < 6 << 20:
+            added(store, *[ECHO] * 2000)
+    for _ in range(3):              # the first checkpoints, the second begins anew
+        added(store)
+    assert wal.stat().st_size == 1 << 20
