@@ -970,8 +970,8 @@ def test_a_clock_that_is_ten_years_ahead_deletes_nothing_by_itself(serve, tmp_pa
         assert server.get(job) == job
         assert server.stop() == 0
     (tmp_path / "ahead").unlink()
-    server = serve("--keep-days", "30", environment=environment)
-    assert server.add() and "no old jobs are deleted" not in server.log
+    server = serve(environment=environment)
+    server.add()
     (tmp_path / "ahead").touch()
     assert server.request("DELETE", "/jobs/list/?older-than=30d").json["deleted"], "as asked for"
     assert server.stop() == 0
