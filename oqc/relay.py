@@ -16,9 +16,11 @@ import fcntl
 import json
 import os
 import queue
+import select
+import signal
 import sys
 import threading
-from typing import IO, Any, Callable, Dict, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Protocol, Sequence, Tuple, Union
 
 from oqc import jobs, runtimes, tree
 from oqc.clock import Clock
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     keeper = Keeper(clock, lock)    # before there are threads
     keeper.tell(tree.INSTANCE.begin(os.urandom(8).hex(), 1, clock))
     with contextlib.closing(runtimes.slot(spec, clock, kill_grace)) as slot:
-        Relay(slot, path, lock, clock).serve(sys.stdin.buffer)
+        Relay(slot, path, lock, clock).serve(0)
     while tree.INSTANCE.survivors(spec.name):
         clock.wait(threading.Event(), SURVIVORS_EVERY)
     keeper.stop()
@@ -131,8 +133,9 @@ class Relay:
         # What is to be written on standard error; an event is set when it is its turn.
         self._errors: "queue.SimpleQueue[Union[bytes, threading.Event]]" = queue.SimpleQueue()
 
-    def serve(self, questions: IO[bytes]) -> None:
-        """Answer the questions of this file until it is closed, and end what runs then.
+    def serve(self, descriptor: int) -> None:
+        """Answer the questions of this open file until it is closed, or Ctrl-C comes, and end what
+        runs then.
 
         Attempts are made by a thread of its own: orphans of a program become children of the main
         one, and are told from programs by that.
@@ -142,7 +145,7 @@ class Relay:
         threading.Thread(target=self._write_errors, name="errors", daemon=True).start()
         _write(1, b'{"ready": true}\n')
         with contextlib.suppress(KeyboardInterrupt):
-            for line in questions:
+            for line in _lines(descriptor):
                 self._questions.put(line)
         self._closed.set()
         self._slot.wake()
@@ -241,6 +244,28 @@ class Relay:
                 piece.set()
             else:
                 _write(2, piece)
+
+
+def _lines(descriptor: int) -> Iterator[bytes]:
+    """Yield the lines of an open file, until it ends or a signal comes.
+
+    The signal is heard by a pipe: one that comes just before a read would wait for its end.
+    """
+    signals, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.register(signals, select.POLLIN)
+    rest = b""
+    while signals not in dict(poll.poll()):
+        data = os.read(descriptor, 1 << 16)
+        *lines, rest = (rest + data).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+        if not data:
+            break
+    if rest:
+        yield rest
 
 
 def _task(question: Any) -> Tuple[Task, float]:
