@@ -15,6 +15,7 @@ figure over the peer's, or the peer's over oqc's where smaller is better: above 
 Absolute figures move with the machine; quote the ratios.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -113,7 +114,8 @@ def resident(process):
     numbers = [process.pid]
     for number in numbers:              # which grows meanwhile
         for task in Path(f"/proc/{number}/task").iterdir():
-            numbers += (task / "children").read_text("ascii").split()
+            with contextlib.suppress(OSError):      # a thread that has ended meanwhile
+                numbers += (task / "children").read_text("ascii").split()
         status = Path(f"/proc/{number}/status").read_text("ascii")
         total += int(re.search(r"VmRSS:\s+(\d+)", status)[1])
     return total / 1024

@@ -93,7 +93,7 @@ def start(folder, runtime, *flags, environment=None):
     """Start a server on the jobs of this folder; return its process and its port."""
     command = [
         sys.executable, "-m", "oqc", "--port", "0", "--runtime", f"tiny={runtime}",
-        "--log-level", "info", "--kill-grace", "0.2", *flags,
+        "--log-level", "info", "--kill-grace", "0.2", "--drain", "1", *flags,
     ]
     process = subprocess.Popen(
         command, cwd=folder, stderr=subprocess.PIPE, text=True,

@@ -149,9 +149,17 @@ class Server:
         return next(runtime for runtime in runtimes if runtime["name"] == name)
 
     def keeper(self):
-        """The id of its keeper, the one child that is a fork of it and so has its command line."""
-        below = descendants(self.process.pid)
-        return next(pid for pid in below if command_line(pid) == command_line(self.process.pid))
+        """The id of its keeper, the one child that is a fork of it and so has its command line.
+        The kernel's list of children is not exact while some of them come and go."""
+        found = []
+
+        def look():
+            ours = command_line(self.process.pid)
+            found[:] = [pid for pid in descendants(self.process.pid) if command_line(pid) == ours]
+            return found
+
+        until(look)
+        return found[0]
 
     def children(self):
         """The ids of all processes below the server but its keeper, zombies included."""

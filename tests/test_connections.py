@@ -265,7 +265,18 @@ def test_a_head_request_that_finds_no_room_or_comes_too_late_gets_no_body(listen
         assert late.answer(body=False)[0] == 408 and late.closed()
     with Wire(server, GET):
         assert gate.entered.acquire(timeout=20)
+        service = server.server.service_actions
+        held, go = threading.Event(), threading.Event()
+
+        def stand_still():              # until the request is there when its connection is seen
+            server.server.service_actions = service
+            held.set()
+            go.wait(20)
+
+        server.server.service_actions = stand_still
+        assert held.wait(20)
         with Wire(server, GET.replace(b"GET", b"HEAD")) as client:
+            go.set()
             assert client.answer(body=False)[0] == 503 and client.closed()
 
 
