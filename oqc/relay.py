@@ -13,6 +13,7 @@ programs wrote on standard error, and waits there for an ssh that is slow; the r
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import queue
@@ -32,7 +33,8 @@ LOCK_EVERY = 0.05                   # seconds between looks whether it is free
 LOCK_SHARE = 0.9                    # of the timeout: the answer comes before the server gives up
 TIMEOUT = 60.0                      # seconds, of a question that names none
 MEMBERS = ("job", "mode", "shots", "seed", "tag", "note")       # of a question, and of a submission
-READ = 1 << 16                      # bytes of standard error that one read brings
+MOST_RESULT = 8 << 20               # bytes, as much as result_bytes may be: the server judges
+MOST_ERROR = 1 << 17                # bytes of standard error that wait to be copied: two reads
 MOST_PIECES = 64                    # of standard error that wait to be written
 ERRORS_WAIT = 5.0                   # seconds that an answer waits for them
 SURVIVORS_EVERY = 1.0               # seconds between looks at what cannot be ended
@@ -48,10 +50,6 @@ class Slot(Protocol):
     """What makes an attempt, as runtimes.Slot."""
 
     spec: RuntimeSpec
-
-    @property
-    def survivors(self) -> str:
-        """What of the last attempt could not be ended, as a line."""
 
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         """Run one attempt; ask `interrupted()` after whatever was read, and at each `wake`."""
@@ -75,9 +73,10 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     keeper = Keeper(clock, lock)    # before there are threads
     keeper.tell(tree.INSTANCE.begin(os.urandom(8).hex(), 1, clock))
+    survivors = functools.partial(tree.INSTANCE.survivors, spec.name)
     with contextlib.closing(runtimes.slot(spec, clock, kill_grace)) as slot:
-        Relay(slot, path, lock, clock).serve(0)
-    while tree.INSTANCE.survivors(spec.name):
+        Relay(slot, survivors, path, lock, clock).serve(0)
+    while survivors():
         clock.wait(threading.Event(), SURVIVORS_EVERY)
     keeper.stop()
     return 0
@@ -105,7 +104,9 @@ def _settings(arguments: Sequence[str]) -> Tuple[RuntimeSpec, str, float]:
     if not 0 <= options.kill_grace <= 3600:
         parser.error("--kill-grace: expected 0 to 3600 seconds")
     command = (options.command, *options.arguments)
-    return RuntimeSpec(options.name, command, jobs.MODES[:2]), options.lock, options.kill_grace
+    spec = RuntimeSpec(
+        options.name, command, jobs.MODES[:2], result_bytes=MOST_RESULT, log_bytes=MOST_ERROR)
+    return spec, options.lock, options.kill_grace
 
 
 def _open_lock(path: str) -> int:
@@ -120,9 +121,18 @@ def _open_lock(path: str) -> int:
 class Relay:
     """Answers questions by attempts in a slot, one at a time."""
 
-    def __init__(self, slot: Slot, path: str, lock: int, clock: Clock) -> None:
-        """`lock`: the open file of that path."""
+    def __init__(
+        self,
+        slot: Slot,
+        survivors: Callable[[], str],
+        path: str,
+        lock: int,
+        clock: Clock,
+    ) -> None:
+        """`survivors` returns what of an attempt cannot be ended, as a line; `lock` is the open
+        file of that path."""
         self._slot = slot
+        self._survivors = survivors
         self._path = path
         self._lock = lock
         self._clock = clock
@@ -186,13 +196,12 @@ class Relay:
         """Make an attempt while the lock is held; in `timeout` seconds, that for the lock too."""
         waited = self._take_lock(LOCK_SHARE * timeout)
         if waited is None:
-            error = f"busy: the program of another relay is not over, it holds {self._path}"
-            return Outcome(jobs.TEMPFAIL, error)
+            return Outcome(jobs.TEMPFAIL, f"busy: {self._obstacle()}")
         self._slot.spec = self._slot.spec._replace(timeout=timeout - waited)
         self._number = task.id
         self._copied = 0
         outcome = self._slot.run(task, self._is_interrupted)
-        if not self._slot.survivors:
+        if not self._survivors():
             fcntl.flock(self._lock, fcntl.LOCK_UN)
         self._copy_errors()
         written = threading.Event()
@@ -201,20 +210,25 @@ class Relay:
         return outcome
 
     def _take_lock(self, most: float) -> Optional[float]:
-        """Take the lock; return the seconds that it was waited for, None if it was not to be had in
-        `most`, or our input is closed."""
+        """Take the lock, when nothing is left of what we ran; return the seconds that it was waited
+        for, None if it was not to be had in `most`, or our input is closed."""
         began = self._clock.monotonic()
         waited = 0.0
         while waited < most and not self._closed.is_set():
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return waited
+                if not self._survivors():
+                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return waited
             if not waited:
-                words = f"oqc relay: waiting for {self._path}, which another relay's program holds"
-                self._errors.put(words.encode("utf-8", "replace") + b"\n")
+                words = f"oqc relay: waiting: {self._obstacle()}\n"
+                self._errors.put(words.encode("utf-8", "replace"))
             self._clock.wait(self._closed, LOCK_EVERY)
             waited = self._clock.monotonic() - began
         return None
+
+    def _obstacle(self) -> str:
+        """Return why a program cannot be started now, as a line."""
+        return self._survivors() or f"another relay's program is not over, it holds {self._path}"
 
     def _is_interrupted(self) -> bool:
         """Return whether the attempt is to end; called after whatever was read of its program."""

@@ -1,4 +1,5 @@
 """The relay: by its pipes, and behind a real ssh and sshd, on loopback and with keys of its own."""
+import fcntl
 import json
 import os
 import shlex
@@ -161,6 +162,11 @@ def test_a_standard_error_that_nobody_reads_holds_no_timeout_up(relay, script):
     assert far.ask(timeout=0.5)["return_code"] == 124
 
 
+def test_a_result_of_eight_mebibytes_is_handed_on_the_server_judges(relay, script):
+    result = relay(script(f"head -c {8 << 20} /dev/zero | tr '\\0' 0")).ask()["result"]
+    assert result == (8 << 20) * "0"
+
+
 # Its end
 
 def test_a_timeout_of_the_question_ends_all_that_the_program_has_started(relay, script, up):
@@ -205,7 +211,7 @@ def test_the_next_relay_waits_until_nothing_is_left_of_one_that_was_killed(
     second = relay("--lock", "./oqc-relay.lock", script("echo ran"))
     second.put()
     assert second.process.stderr.readline() == (
-        b"oqc relay: waiting for ./oqc-relay.lock, which another relay's program holds\n")
+        b"oqc relay: waiting: another relay's program is not over, it holds ./oqc-relay.lock\n")
     assert not gone(left)
     (tmp_path / "go on").write_text("now\n", encoding="ascii")
     assert second.answer()["result"] == "ran\n"
@@ -221,13 +227,45 @@ def test_a_lock_that_is_not_to_be_had_in_time_is_busy_and_another_file_is_free(
     second = relay("cat")
     assert second.ask(timeout=0.2) == {
         "id": 7, "return_code": 75, "result": None,
-        "runtime_error": "busy: the program of another relay is not over, it holds oqc-relay.lock"}
+        "runtime_error": "busy: another relay's program is not over, it holds oqc-relay.lock"}
     assert relay("--lock", "other.lock", "cat").ask()["return_code"] == 0
     second.put()
-    assert b"waiting for" in second.process.stderr.readline()
+    assert b"waiting: another" in second.process.stderr.readline()
     second.process.stdin.close()
     assert second.process.wait(20) == 0     # it waits no more
     assert not gone(left)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, setpriv")
+def test_the_lock_is_held_as_long_as_something_is_left_that_may_not_be_killed(
+        relay, script, tmp_path, up):
+    sleeper = script(f"echo $$ >{tmp_path}/up; exec sleep 300")
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    (tmp_path / "up").chmod(0o666)
+    program = script("[ $OQC_JOB_ID != 7 ] || "
+                     f"exec setpriv --reuid=65534 --clear-groups {sleeper}\necho ran")
+    first = relay("--kill-grace", "0.1", program, before=(
+        "setpriv", "--bounding-set=-kill", "--inh-caps=-kill"))
+    first.put(timeout=0.5)
+    pid, = up()
+    try:
+        assert first.answer()["return_code"] == 124
+        refused = first.ask(id=8, timeout=0.2)
+        assert (refused["return_code"], refused["runtime_error"]) == (
+            75, f"busy: process {pid} (sleep) of an earlier attempt cannot be ended")
+        first.process.stdin.close()
+        second = relay(program)
+        second.put(id=9)
+        assert b"waiting: another" in second.process.stderr.readline()
+        assert first.process.poll() is None
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert second.answer()["result"] == "ran\n"
+    status, _, error = first.close()
+    assert (status, error.decode()) == (
+        0, f"oqc relay: waiting: process {pid} (sleep) of an earlier attempt cannot be ended\n")
 
 
 def test_between_two_jobs_the_lock_is_free(relay):
@@ -360,9 +398,20 @@ def test_behind_ssh_the_next_attempt_begins_when_nothing_is_left_of_a_connection
     left = up()
     ssh, = [pid for pid in server.children() if command_line(pid).startswith(b"ssh\0")]
     os.kill(ssh, signal.SIGKILL)
-    until(lambda: "oqc relay: waiting for " in log(server, job))
+    until(lambda: "oqc relay: waiting: " in log(server, job))
     assert not gone(left)
     (tmp_path / "go on").write_text("now\n", encoding="ascii")
     assert server.wait(job)["return_code"] == 0
     assert server.result(job).json == "alone\n"
     assert gone(left)
+
+
+@pytest.mark.slow
+def test_behind_ssh_a_lock_that_is_not_to_be_had_is_an_answer_before_the_server_gives_up(
+        lab, script, tmp_path):
+    server = lab(script("echo ran"), keys="timeout = 10\nattempts = 1")
+    with open(tmp_path / "far" / "oqc-relay.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = server.wait(server.add(mode="verbatim"))
+    assert ended["return_code"] == 75
+    assert ended["runtime_error"].startswith("busy: another relay's program is not over")
