@@ -8,7 +8,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import re
 import threading
 from typing import (
@@ -24,7 +23,7 @@ from oqc.jobs import (
 from oqc.keys import (
     ALLOWED, KEY_HEADERS, NOBODY, NOT_HERE, OPERATOR, READER, USER, Key, Keys, is_local, may)
 from oqc.messages import (
-    PLAIN, Problem, Request, Response, array, choice, decode, failure, job_id, job_json,
+    PLAIN, Problem, Request, Response, array, choice, decode, failure, found, job_id, job_json,
     json_response, number, parameters, problem_response, text_response, wants_text)
 from oqc.queries import FILTERS, MOST_LIMIT, PAGE, may_have_more, next_page, pages
 from oqc.text import (
@@ -47,8 +46,6 @@ CHANGE = re.compile("[0-9]+")       # as GET /status/ gives it
 WANTS_HTML = re.compile(rb"\s*text/html\b")
 
 Headers = Tuple[Tuple[str, str], ...]
-
-log = logging.getLogger("oqc")
 
 
 class Store(Protocol):
@@ -371,7 +368,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
                  if mode in self.workers.describe(name)["modes"]]
         if submission.runtime not in names:
             raise Malformed(f"runtime: expected one that serves the mode {mode}: "
-                            f"{' or '.join(names)}; found {queries.found(submission.runtime)}")
+                            f"{' or '.join(names)}; found {found(submission.runtime)}")
 
     @staticmethod
     def _idempotency_key(request: Request) -> Optional[IdempotencyKey]:

@@ -7,7 +7,6 @@ import argparse
 import configparser
 import errno
 import functools
-import ipaddress
 import os
 import re
 import shlex
@@ -17,11 +16,10 @@ import sys
 from typing import (
     Any, BinaryIO, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple)
 
-from oqc.jobs import RuntimeSpec, whole_number
-from oqc.keys import OPERATOR, RESERVED, ROLES, Key
+from oqc.jobs import NAME, RuntimeSpec, whole_number
+from oqc.keys import OPERATOR, RESERVED, ROLES, Key, is_loopback
 
 DOCUMENTED_KEY = b"$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 KEY = re.compile(rb"[\t\x20-\x7e\x80-\xff]+")     # what a header can carry (RFC 9110, section 5.5)
 HEADER = re.compile(r"\[[^][;]+\]\s*(\s;.*)?")
 DECIMAL = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")   # float() also takes 1_0, nan and ٣
@@ -393,14 +391,6 @@ def _readers_beside(path: str) -> Dict[str, Callable[[str], Any]]:
 
 
 # Keys
-
-def is_loopback(host: str) -> bool:
-    """Tell whether only this machine can reach what listens on a host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
 
 def read_keys(values: Settings, environment: Mapping[str, str]) -> Tuple[Key, ...]:
     """Return the keys; raise ConfigError.

@@ -260,7 +260,8 @@ def mark_in_use(lock_file: int) -> Tuple[str, int]:
     """Write into the lock file that a server uses the database; return that server's instance and
     which run of it this is.
 
-    The instance stays the same from a kill to the next start; a copy of the file is another one.
+    The instance stays the same from a kill to the next start; a copy of the file is another one,
+    also in the copy of a whole file system, where it has the same inode.
     """
     words = os.pread(lock_file, 100, 0).split()
     run = 1
@@ -270,7 +271,8 @@ def mark_in_use(lock_file: int) -> Tuple[str, int]:
     else:
         instance = os.urandom(8).hex()
     os.pwrite(lock_file, f"in use\n{instance} {run}\n".encode(), 0)
-    return f"{instance}-{os.fstat(lock_file).st_ino:x}", run
+    stat = os.fstat(lock_file)
+    return f"{instance}-{stat.st_dev:x}.{stat.st_ino:x}", run
 
 
 def open_locked(path: str) -> int:

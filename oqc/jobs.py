@@ -47,7 +47,7 @@ DEFAULT_SHOTS = 1000
 MOST_SHOTS = 1_000_000
 MOST_SEED = 2 ** 63 - 1
 WHOLE_NUMBER = "expected a whole number from {} to {}"
-TAG = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")       # of a key, a runtime, a tag
 MOST_NOTE = 1024                    # bytes of JSON
 MOST_PRIORITY = 100                 # and the least is its negative
 DIGITS = re.compile("[0-9]{1,19}")  # ASCII digits; 19 hold 2**63 - 1
@@ -387,7 +387,7 @@ def _tag(value: Dict[str, Any]) -> Optional[str]:
     if "tag" not in value:
         return None
     tag = value["tag"]
-    if not isinstance(tag, str) or not TAG.fullmatch(tag):
+    if not isinstance(tag, str) or not NAME.fullmatch(tag):
         found = json.dumps(tag)[:80] if isinstance(tag, str) else KINDS[type(tag)]
         raise Malformed("tag: expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a "
                         f"letter or digit, found {found}")

@@ -75,19 +75,21 @@ def is_local(headers: Dict[str, bytes]) -> bool:
     if "via" in headers or "forwarded" in headers or "x-forwarded-" in " ".join(headers):
         return False
     host = headers.get("host")
-    return host is None or is_loopback(host)        # none: HTTP/1.0, which no browser speaks
+    return host is None or _is_ours(host)       # none: HTTP/1.0, which no browser speaks
 
 
 @functools.lru_cache(maxsize=256)
-def is_loopback(host: bytes) -> bool:
+def _is_ours(header: bytes) -> bool:
     """Return whether a Host header names this machine, by whatever port."""
-    match = HOST_NAME.fullmatch(host)
-    if not match:
-        return False
-    name = match[1].decode("latin-1").strip("[]").lower()
-    if name.rstrip(".") == "localhost":
+    match = HOST_NAME.fullmatch(header)
+    return match is not None and is_loopback(match[1].decode("latin-1").strip("[]"))
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach what listens on a host."""
+    if host.rstrip(".").lower() == "localhost":
         return True
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False

@@ -145,8 +145,14 @@ def _read_broken(line: bytes, begin: int, result_bytes: int) -> Optional[Answer]
 
 
 def _id_in(line: bytes) -> Optional[int]:
-    match = ID.search(line)
-    return int(match[1]) if match else None
+    """Return the id in what is no strict JSON: by Python's reader, which also takes NaN and finds
+    that of the object itself; else the first that stands there."""
+    try:
+        number = json.loads(line[line.find(b"{"):].decode("utf-8", "replace")).get("id")
+    except (ValueError, RecursionError):
+        match = ID.search(line)
+        number = int(match[1]) if match else None
+    return number if type(number) is int else None  # pylint: disable=unidiomatic-typecheck # True
 
 
 def _announcement(value: Dict[str, Any]) -> Optional[Announcement]:

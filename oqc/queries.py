@@ -9,7 +9,6 @@ from oqc.messages import choice, found
 PAGE = 1000                         # rows read at once for a listing: what bounds its memory
 MOST_LIMIT = 10_000
 FILTERS = Selection._fields
-NAME = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,63}")       # of a key, a runtime, a tag
 AGE = re.compile("([0-9]{1,6})([dhms])")
 AGE_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}        # in seconds
 # A UTC time as the API writes it, or its beginning.
@@ -49,7 +48,7 @@ def _name(query: Dict[str, str], name: str) -> Optional[str]:
     """Return a name in a parameter, None without it; raise Malformed. Nobody need have it: a key or
     a runtime may be gone, and its jobs are still there."""
     value = query.get(name)
-    if value is not None and not NAME.fullmatch(value):
+    if value is not None and not jobs.NAME.fullmatch(value):
         raise Malformed(f"{name}: expected 1 to 64 letters, digits, '.', '_' or '-', beginning "
                         f"with a letter or digit, found {found(value)}")
     return value

@@ -99,7 +99,7 @@ def _settings(arguments: Sequence[str]) -> Tuple[RuntimeSpec, str, float]:
     parser.add_argument("command", metavar="COMMAND", help="a program over the protocol exec")
     parser.add_argument("arguments", metavar="…", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(arguments)
-    if not jobs.TAG.fullmatch(options.name):
+    if not jobs.NAME.fullmatch(options.name):
         parser.error("--name: expected letters, digits, '.', '_' and '-', 64 at most")
     if not 0 <= options.kill_grace <= 3600:
         parser.error("--kill-grace: expected 0 to 3600 seconds")

@@ -166,7 +166,7 @@ class Slot:
         return Outcome(jobs.TIMED_OUT, error)
 
     def _time_allowed(self) -> str:
-        return f"its timeout of {self.spec.timeout:g} s"
+        return f"its timeout of {_seconds(self.spec.timeout)} s"
 
     def _outcome_of_exit(self, code: int, process: Child) -> Outcome:
         """Return the outcome of a process that ended by itself; the code is what `end` gave."""
@@ -226,10 +226,11 @@ class ExecSlot(Slot):
             "OQC_ATTEMPT": str(task.attempt),
             "OQC_SHOTS": str(task.shots),
             "OQC_SEED": str(task.seed),
-            "OQC_TIMEOUT": f"{self.spec.timeout:g}",
+            "OQC_TIMEOUT": _seconds(self.spec.timeout),
             "OQC_SUBMITTER": task.submitter,
             "OQC_TAG": task.tag or "",
-            "OQC_NOTE": task.note or "",
+            # UTF-8, also where the locale is another: a name of the system, as os.environ has it.
+            "OQC_NOTE": os.fsdecode((task.note or "").encode()),
         }
         with _memory_file() as feed:    # a pipe would block at 64 KiB until it is read
             feed.write(task.job.encode() + b"\n")
@@ -423,7 +424,8 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
     def _time_allowed(self) -> str:
         if self._is_ready:
             return super()._time_allowed()
-        return f"{super()._time_allowed()} and its start_timeout of {self.spec.start_timeout:g} s"
+        start_timeout = _seconds(self.spec.start_timeout)
+        return f"{super()._time_allowed()} and its start_timeout of {start_timeout} s"
 
     def _outcome_of_answer(self, process: Child, is_sent: bool) -> Outcome:
         """Return the outcome in the answer; end a process that does not keep to the protocol."""
@@ -537,6 +539,11 @@ def _unstartable(error: OSError) -> Outcome:
     code = jobs.NOT_FOUND if error.errno == errno.ENOENT else jobs.NOT_EXECUTABLE
     text = f"could not be started: {error.strerror}"
     return Outcome(code, text, transient=True, started=False)
+
+
+def _seconds(value: float) -> str:
+    """Return seconds as a decimal number, whole where they are."""
+    return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
 def _last_words(process: Child) -> Optional[str]:

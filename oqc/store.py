@@ -113,7 +113,7 @@ RELEASE = _update("retry", SET_WAITING + ", attempts = attempts - 1", IF_RUNNING
 SETTLE = {event: _update(event, SET_ENDED, IF_RUNNING) for event in ("succeeded", "failed")}
 CANCEL_WAITING = _update("failed", SET_ENDED, IF_WAITING)
 
-# The first five are the first members of a Submission, and the last two of EXTRA the others.
+# The first five are the first members of a Submission, and those of EXTRA the others.
 NEW = "job, mode, shots, seed, echo_code, created_time, submitter, status"
 ENDED = ", runtime, return_code, runtime_error, start_time, end_time, attempts"
 EXTRA = ", tag, note, asked_runtime, priority"
@@ -203,6 +203,11 @@ def _compressed(said: Log) -> bytes:
     return zlib.compress(said.text) if said.text else b""
 
 
+def _event(outcome: Outcome) -> str:
+    """Return the event of jobs.TRANSITIONS that an outcome is which ends its job."""
+    return "failed" if outcome.return_code else "succeeded"
+
+
 class Place(NamedTuple):
     """Where in a selection a page begins: its SQL, and the values in it."""
 
@@ -275,13 +280,6 @@ def _select(columns: str, selection: Selection, state: Optional[str], place: Opt
         where = " AND ".join([condition, *terms])
         parts.append(f"SELECT {columns} FROM jobs {by_index} WHERE {where} {group}")
     return " UNION ALL ".join(parts), values
-
-
-def _of_open_jobs(columns: str, condition: str) -> str:
-    """Return the SELECT of open jobs after the id `:last`, by the index of each open status."""
-    return " UNION ALL ".join(
-        f"SELECT {columns} FROM jobs WHERE status = '{status}' AND {condition} AND id > :last"
-        for status in jobs.OPEN)
 
 
 def _up_to_page_bytes(rows: sqlite3.Cursor) -> List[Any]:
@@ -500,20 +498,19 @@ class Store:
 
     def waiting(self) -> Iterator[List[Tuple[Queued, Optional[float]]]]:
         """Yield pages of (job, when it is due) of the jobs that wait, in id order."""
-        for page in self._pages(_of_open_jobs(f"{QUEUED}, due", IF_WAITING)):
+        for page in self._pages(f"{QUEUED}, due", "waiting"):
             yield [(Queued(*row[:-1]), row[-1]) for row in page]
 
     def running(self) -> Iterator[List[Tuple[int, int, str, str]]]:
         """Yield pages of (id, attempt, mode, runtime) of the jobs that run; at a start: of those
         that a crash cut off."""
-        return self._pages("SELECT id, attempts, mode, runtime FROM jobs WHERE id > :last "
-                           "AND start_time IS NOT NULL AND end_time IS NULL")
+        return self._pages("id, attempts, mode, runtime", "running")
 
-    def _pages(self, statement: str) -> Iterator[List[Any]]:
-        """Yield pages of what this statement selects after the id `:last`; the id is its first."""
-        statement += " ORDER BY id LIMIT 1000"
+    def _pages(self, columns: str, state: str) -> Iterator[List[Any]]:
+        """Yield pages of these columns, the id first, of the jobs in a state, in id order."""
+        statement, _ = _select(columns, Selection(), state, Place(("id > :last",)))
         last = 0
-        while page := self._read(statement, {"last": last}):
+        while page := self._read(f"{statement} ORDER BY id LIMIT 1000", {"last": last}):
             yield page
             last = page[-1][0]
 
@@ -772,8 +769,8 @@ class Store:
                 queued.append(Queued(number, mode, submission.priority, batch.submitter,
                                      submission.runtime))
             else:
-                event = "failed" if outcome.return_code else "succeeded"
-                endings.append(Ending(Task(number, job, mode, 1, *asked[:3]), event, outcome))
+                task = Task(number, job, mode, 1, *asked[:3])
+                endings.append(Ending(task, _event(outcome), outcome))
             # Also one that has ended is answered as it was when it came in.
             added.append(Job(number, job, mode, jobs.STARTING, None, None, None, now, None, None))
         if batch.key:
@@ -792,8 +789,7 @@ class Store:
         ended: Tuple[Any, ...] = ()
         if outcome is not None:
             statement = INSERT_ENDED_EXTRA if has_extra else INSERT_ENDED
-            event = "failed" if outcome.return_code else "succeeded"
-            status = jobs.TRANSITIONS[jobs.STARTING, event]
+            status = jobs.TRANSITIONS[jobs.STARTING, _event(outcome)]
             now = values[PLAIN_MEMBERS]
             # an echo's runtime is "echo"
             ended = (submission.mode, outcome.return_code, outcome.runtime_error, now, now, 1)

@@ -34,6 +34,7 @@ MARK = "OQC_MARK"
 MARK_IN_ENVIRON = re.compile(rb"(?:^|\0)OQC_MARK=([^\0]*)")
 KILL_WAIT = 2.0                     # seconds that a killed process has to be gone
 REAP_EVERY = 1.0                    # seconds between looks at what has ended unexpectedly
+KEEPER_EVERY = 5.0                  # seconds between looks at the keeper while nothing runs
 LEFT_OVER_WAIT = 4.0                # seconds that a killed server's keeper has to end its processes
 POLL_EVERY = 0.05                   # seconds between looks at a process that no descriptor watches
 EXEC_LOOKS = 100                    # at a process in execve(2), a millisecond apart
@@ -218,7 +219,7 @@ class Instance:                     # pylint: disable=too-many-instance-attribut
         never = threading.Event()
         began = clock.monotonic()
         while True:
-            clock.wait(self._started, None)
+            clock.wait(self._started, KEEPER_EVERY)
             clock.wait(never, REAP_EVERY)
             try:
                 self._reap()

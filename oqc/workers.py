@@ -915,8 +915,10 @@ class Workers:
     def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs would be started before one that waits, what it waits for); no
         number before its `due_time`."""
-        if due_time is not None:
+        if due_time is not None and due_time > self.clock.now():
             return None, f"tried again at {due_time}"
+        if job.id in self._cut_off_on:
+            return None, "the end of what a crash of the server left of its last attempt"
         with self.lock:
             its_own = [runtime for runtime in self.runtimes.values()
                        if runtime.may_run(job.mode, job.runtime)]

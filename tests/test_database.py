@@ -15,7 +15,7 @@ from conftest import ROOT, until
 
 from oqc import jobs
 from oqc.database import (
-    INVARIANTS, MIGRATIONS, VERSION, backup, check, disk_full_error, open_writer)
+    INVARIANTS, MIGRATIONS, VERSION, backup, check, disk_full_error, mark_in_use, open_writer)
 
 # SHA-256 of the schema that each released version made, as `schema` gives it. Never edit one.
 RELEASED = ["8bf7020b97686fd5b5f56a6ca882bc6c5ea0ce12548cfe00b35e5616996d58c1"]
@@ -208,6 +208,21 @@ def test_a_check_compares_the_kept_counts_with_the_jobs(version_1, change):
     with contextlib.closing(open_writer(version_1)) as connection:
         connection.execute(change)
         assert any(line.startswith("counts: ") and "waiting" in line for line in check(version_1))
+
+
+def test_the_instance_of_a_server_is_that_of_its_lock_file_on_its_file_system(tmp_path):
+    """A copied file has another inode; in a copied file system it has the same one."""
+    path = tmp_path / "oqc.db.lock"
+    path.touch()
+    with open(path, "r+b") as file:
+        stat = os.fstat(file.fileno())
+        first, run = mark_in_use(file.fileno())
+        assert (first.endswith(f"-{stat.st_dev:x}.{stat.st_ino:x}"), run) == (True, 1)
+        assert mark_in_use(file.fileno()) == (first, 2)
+    shutil.copy(path, tmp_path / "copy.lock")
+    with open(tmp_path / "copy.lock", "r+b") as file:
+        copied, _ = mark_in_use(file.fileno())
+    assert copied != first and copied.split("-")[0] == first.split("-")[0]
 
 
 def test_a_file_system_that_counts_no_blocks_is_never_full():

@@ -692,19 +692,13 @@ def test_a_check_makes_no_new_wal_where_it_is_missing(serve, tmp_path):
 
 
 def test_a_backup_beside_the_wal_of_what_it_replaced_is_refused_until_that_is_gone(
-        serve, tmp_path):
-    server = serve()
-    server.wait(server.add())
-    backup(str(tmp_path / "oqc.db"), str(tmp_path / "backup.db"))
-    server.wait(server.add())
-    server.process.kill()
-    server.stop()
-    copy_a_backup_over(tmp_path)
-    line = refusal(tmp_path)
+        backed_up, serve):
+    copy_a_backup_over(backed_up)
+    line = refusal(backed_up)
     assert line.startswith("oqc.db: is a backup, and oqc.db-wal belongs to what was here before")
     assert "remove oqc.db-wal and oqc.db-shm" in line
-    remove_wal(tmp_path)
-    remove_index(tmp_path)
+    remove_wal(backed_up)
+    remove_index(backed_up)
     assert ids(serve()) == [1]
 
 

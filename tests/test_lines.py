@@ -58,6 +58,7 @@ def test_what_stands_before_an_answer_on_its_line_is_noise():
 @pytest.mark.parametrize("text, number", [
     ('{"id": 6, "return_code": NaN}', 6), ('{"id": -3, "return_code": 0} x', -3),
     ('{"return_code": 0, "result": Infinity, "id": 12}', 12),
+    ('{"result": {"id": 22, "x": NaN}, "id": 15, "return_code": 0}', 15),
     ('\ufeff{"id": 6, "return_code": 0}', 6)])
 def test_of_an_answer_that_is_not_json_the_id_is_read(text, number):
     answer = read(text)

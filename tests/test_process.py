@@ -240,6 +240,14 @@ def test_a_keeper_that_was_killed_is_reaped_and_said(lab):
     assert server.stop() == 0
 
 
+def test_a_keeper_that_is_killed_while_nothing_was_ever_started_leaves_no_zombie(lab):
+    server = lab()
+    keeper = server.keeper()
+    os.kill(keeper, signal.SIGKILL)
+    until(lambda: not state(keeper))
+    assert f"process {keeper}" in server.line("the keeper")
+
+
 # A crash and an instant restart
 
 def test_a_new_attempt_waits_until_the_old_ones_tree_is_gone_and_other_jobs_do_not(

@@ -6,12 +6,13 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import RUNTIMES, descendants
+from conftest import ROOT, RUNTIMES, descendants
 
 from oqc import jobs, runtimes
 from oqc.clock import Clock
@@ -151,6 +152,32 @@ def test_exec_gives_the_documented_environment_and_nothing_of_oqc_besides(monkey
                     "OQC_MARK": ours["OQC_MARK"]}
     assert environment["LAB"] == "kept"
     assert "secret" not in environment.values()
+
+
+@pytest.mark.parametrize("timeout, text", [(30.0, "30"), (0.25, "0.25"), (1000001.5, "1000001.5"),
+                                           (1000000.0, "1000000")])
+def test_a_timeout_is_a_decimal_number_however_long_it_is(script, timeout, text):
+    assert run(script("echo \"t $OQC_TIMEOUT\""), timeout=timeout).result == f"t {text}\n"
+
+
+# A slot in a process of its own; the runtime prints its note in octal.
+NOTE = """
+import sys
+from oqc import runtimes
+from oqc.clock import Clock
+from oqc.jobs import RuntimeSpec, Task
+slot = runtimes.slot(RuntimeSpec("qpu", (sys.argv[1],)), Clock(), 5.0)
+task = Task(7, "X(90)", "verbatim", 1, 1, 1, 0, note='{"a": "\\u2192"}')
+print(slot.run(task, lambda: False).result)
+"""
+
+
+def test_a_note_is_utf_8_in_the_environment_whatever_the_locale_is(script):
+    says = script('printf %s "$OQC_NOTE" | od -An -t o1')
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-X", "utf8=0", "-c", NOTE, says], check=False,
+                          capture_output=True, text=True, timeout=60, env=environment)
+    assert "342 206 222" in done.stdout, done.stderr
 
 
 def test_exec_inherits_no_descriptor_of_this_process_but_the_standard_ones():

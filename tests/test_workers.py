@@ -9,7 +9,8 @@ from conftest import HandClock, until
 
 from oqc import jobs
 from oqc.jobs import (
-    Ended, IdempotencyKey, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission, UnknownJob)
+    Ended, IdempotencyKey, Outcome, Queued, RetryPolicy, RuntimeSpec, StoreError, Submission,
+    UnknownJob)
 from oqc.store import Store
 from oqc.waiting import Waiting
 from oqc.workers import Workers
@@ -185,8 +186,9 @@ class Lab:
         """Have new workers take up what the store says; some of its methods may be the test's."""
         self.waiting = Watched(self.store, self.clock)
         slots = [(spec, self.scripts[spec.name].make) for spec in self.specs]
+        left_over = methods.pop("left_over", lambda *_: False)
         self.workers = Workers(Altered(self.store, **methods), slots, self.policy, self.clock,
-                               lambda: self.dice, self.waiting)
+                               lambda: self.dice, self.waiting, left_over)
         self.workers.start()
         if "waiting" not in methods:    # until all that wait are loaded, no echo ends at once
             until(lambda: all(one.name != "loader" for one in threading.enumerate()))
@@ -424,6 +426,41 @@ def test_a_job_that_waits_for_its_next_attempt_says_so_and_holds_no_runtime(stil
     still.clock.seconds += 0.02
     assert still.end(number).status == "Success"
     assert qpu.order == [1, 2, 3, 1]
+
+
+def show_times_that_sort(clock):
+    """Have a clock show all times in one form, of which the texts sort as the times do."""
+    clock.at = lambda seconds: f"{seconds:020.6f}"
+    clock.now = lambda: clock.at(clock.wall)
+
+
+def test_a_job_that_is_due_says_what_it_waits_for_now(still):
+    show_times_that_sort(still.clock)
+    still.runtime(lambda task, _: BUSY if task.attempt == 1 else DONE)
+    still.start()
+    number = still.add()
+    until(lambda: still.store.get(number).status == "Retrying")
+    job = Queued(number, "verbatim", 0, "test")
+    due_time = still.store.details(number).due_time
+    assert still.workers.outlook(job, due_time) == (None, f"tried again at {due_time}")
+    still.workers.pause("qpu", "cable")
+    still.clock.wall += 1
+    assert still.workers.outlook(job, due_time) == (0, "qpu is paused: cable")
+
+
+def test_a_job_whose_attempt_a_crash_left_behind_says_so(lab):
+    show_times_that_sort(lab.clock)
+    lab.runtime()
+    number = lab.add()
+    lab.store.claim(number, "qpu")
+    left = [True]
+    lab.start(left_over=lambda *_: left[0])
+    job = Queued(number, "verbatim", 0, "test")
+    lab.clock.wall += 60
+    assert lab.workers.outlook(job, lab.store.details(number).due_time)[1] == (
+        "the end of what a crash of the server left of its last attempt")
+    left[0] = False
+    assert lab.end(number).status == "Success"
 
 
 def test_a_job_is_retrying_while_it_runs_again(lab):
