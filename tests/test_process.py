@@ -138,8 +138,9 @@ def test_a_background_child_of_a_lines_process_lives_as_long_as_that(lab, script
         tmp_path, f"[runtime kept]\ncommand = {command}\nprotocol = lines\n"
                   f"[runtime other]\ncommand = {other}\nmodes = simulation\n"))
     server.wait(server.add(mode="verbatim"))
+    # A child that has just called exec has no environment to be read for a moment.
+    until(lambda: len(bearers(f"LAB={tmp_path}")) == 2)
     left = bearers(f"LAB={tmp_path}")
-    assert len(left) == 2
     for _ in range(3):
         assert server.wait(server.add(mode="simulation"))["status"] == "Success"
     assert bearers(f"LAB={tmp_path}") == left
