@@ -36,6 +36,7 @@ MOST_WAIT = 300                     # seconds
 FOLLOW_EVERY = 0.25                 # seconds between looks at a log that is followed
 MOST_REASON = 1000                  # bytes of the reason of a pause
 WAITED_AT_ONCE = 1000               # jobs of a filter that are waited for before it is read again
+WIDE = {"device", "command", "failed_in_a_row", "last_error"}     # left out of a table of runtimes
 BESIDE_JOB = ", submitter, tag"     # what a table of jobs has beside their members
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
@@ -724,10 +725,14 @@ class Api:                          # pylint: disable=too-many-public-methods # 
     def runtimes(self, request: Request) -> Response:
         """GET /runtimes/: every runtime and its state."""
         runtimes = [self.workers.describe(name) for name in self.workers.runtimes]
+        if not may(request.role, OPERATOR):
+            for runtime in runtimes:
+                del runtime["command"]  # it may hold what is nobody else's business
         if not wants_text(request):
             return Response(200, b"".join(array([runtimes], json.dumps)))
         for runtime in runtimes:
-            del runtime["device"]       # too wide for a table
+            for name in WIDE & runtime.keys():
+                del runtime[name]
         rows = [[", ".join(map(str, value)) if isinstance(value, list) else value
                  for value in runtime.values()] for runtime in runtimes]
         return text_response(table(rows, [name.upper() for name in runtimes[0]]))

@@ -192,6 +192,7 @@ class _Runtime:                     # pylint: disable=too-many-instance-attribut
         self.start_error: Optional[str] = None      # the last one, once it is set aside
         self.failed_by: Optional[Queued] = None     # the job that it failed to start with last
         self.failed_jobs = 0            # in a row
+        self.last_error: Optional[str] = None       # of the last job that failed
         self.running: Dict[int, _Attempt] = {}
         self.jobs_ended = 0
         self.jobs_failed = 0
@@ -767,6 +768,9 @@ class Workers:
             runtime.jobs_ended += 1
             if ending.event == "failed":
                 runtime.jobs_failed += 1
+                runtime.last_error = (f"job {ending.task.id}, return code "
+                                      f"{ending.outcome.return_code}: "
+                                      f"{ending.outcome.runtime_error}")
             counts = self._durations.setdefault(
                 (ending.task.mode, ending.event), [0.0] * (len(jobs.BUCKETS) + 2))
             counts[bisect.bisect_left(jobs.BUCKETS, ending.seconds)] += 1
@@ -901,7 +905,9 @@ class Workers:
                     "state": runtime.state(), "reason": reason,
                     "paused_by": runtime.paused_by, "running": sorted(runtime.running),
                     "ended": runtime.jobs_ended, "failures": runtime.jobs_failed,
-                    "since": runtime.since, "device": json.loads(runtime.device or "null")}
+                    "failed_in_a_row": runtime.failed_jobs, "last_error": runtime.last_error,
+                    "since": runtime.since, "device": json.loads(runtime.device or "null"),
+                    "command": runtime.spec.command and list(runtime.spec.command)}
 
     def log(self, number: int) -> Optional[Log]:
         """Return what was said so far in the attempt that runs at a job; None if none does."""

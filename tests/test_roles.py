@@ -58,6 +58,15 @@ def test_everybody_may_read_everything(lab):
             assert ask(lab, name, "GET", path).status == 200, (name, path)
 
 
+def test_the_commands_of_the_runtimes_are_for_operators(tmp_path):
+    running = with_keys(tmp_path, "--runtime", "qpu=/bin/echo secret-address")
+    shown = {name: ask(running, name, "GET", "/runtimes/").json for name in SECRETS}
+    assert running.stop() == 0
+    assert [one["command"] for one in shown["ann"]] == [["/bin/echo", "secret-address"], None, None]
+    for name in ("bob", "eve", "rita"):
+        assert not any("command" in one for one in shown[name])
+
+
 @pytest.mark.parametrize("method, path", [
     ("POST", "/jobs/add/"), ("POST", "/jobs/1/rerun/"), ("POST", "/jobs/99/rerun/"),
     ("POST", "/jobs/cancel/?tag=x"), ("POST", "/jobs/cancel/"), ("DELETE", "/jobs/1/"),

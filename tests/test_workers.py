@@ -1337,7 +1337,8 @@ def test_a_runtime_says_how_it_fares(lab):
     fresh = {"name": "qpu", "modes": ["verbatim"], "protocol": "exec", "slots": 2,
              "state": "idle", "reason": None, "paused_by": None,
              "since": lab.workers.runtimes["qpu"].since,
-             "running": [], "ended": 0, "failures": 0, "device": None}
+             "running": [], "ended": 0, "failures": 0, "device": None,
+             "failed_in_a_row": 0, "last_error": None, "command": ["none"]}
     assert lab.workers.describe("qpu") == fresh
     lab.add()
     attempt.wait()
@@ -1348,7 +1349,9 @@ def test_a_runtime_says_how_it_fares(lab):
     for ended, outcome in enumerate((DONE, Outcome(3, "no")), 1):
         attempt.give(outcome)
         until(lambda ended=ended: lab.workers.describe("qpu")["ended"] == ended)
-    assert lab.workers.describe("qpu") == {**fresh, "ended": 2, "failures": 1}
+    assert lab.workers.describe("qpu") == {
+        **fresh, "ended": 2, "failures": 1, "failed_in_a_row": 1,
+        "last_error": "job 2, return code 3: no"}
 
 
 # Stopping
