@@ -9,8 +9,10 @@ MOST = 100                          # pulses drawn: with more a picture shows no
 NUMBERED = 20                       # states with their number beside them, and the last one
 STEP = 6                            # degrees from one point of an arc to the next, at most
 WIDTH = 480
-HEIGHT = 540
+HEIGHT = 564
 RADIUS = 180
+HEAD = 14                           # the length of the arrow's head
+LETTERS = 54                        # of a line of writing, in the widest of the usual fonts
 
 # The view: x comes towards the viewer and to the left, y goes to the right, z up.
 RIGHT = (-0.5, 0.8660254, 0.0)
@@ -19,6 +21,7 @@ TOWARDS = (0.8137977, 0.4698463, 0.3420201)
 ORIGIN = (0.0, 0.0, 0.0)
 X, Y, Z = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
 DOWN = (0.0, 0.0, -1.0)
+AXES = (("x", X), ("y", Y), ("z |0⟩", Z), ("|1⟩", DOWN))
 PICTURE = """\
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
 width="{width}" height="{height}" role="img" aria-labelledby="title path" \
@@ -27,11 +30,13 @@ font-family="sans-serif" font-size="15" fill="none" stroke-linejoin="round">
 <desc id="path">{path}</desc>
 <rect width="{width}" height="{height}" fill="#fff"/>
 <g stroke="#667"><circle cx="{middle}" cy="{middle}" r="{radius}"/><path d="{grid[0]}"/>\
-<path stroke-dasharray="2 5" d="{grid[1]}"/></g>
+<path stroke-dasharray="2 5" d="{grid[1]}"/><path d="{axes}"/></g>
 <g stroke="#06c" stroke-width="3"><path d="{arcs[0]}"/>\
 <path stroke-dasharray="5 5" d="{arcs[1]}"/></g>
 <path stroke="#000" stroke-width="2" d="{arrow}"/>
+<path fill="#000" d="{head}"/>
 <g fill="#000">{marks}</g>
+<g fill="#000" font-family="monospace" font-size="13">{writing}</g>
 </svg>
 """
 
@@ -51,12 +56,8 @@ def picture(title: str, job: str) -> str:
     if total > MOST:
         caption = f"the first {MOST} of {total} pulses"
         description += f" These are {caption}."
-    legend = f"0: start, 1: after the first pulse, …; {len(pulses)}: {_numbers(path[-1])}"
-    marks = [
-        *_marks(path),
-        _text(20, HEIGHT - 50, _cut(caption, 58)),
-        _text(20, HEIGHT - 22, legend),
-    ]
+    writing = (_cut(caption, LETTERS), "0: start, 1: after the first pulse, …",
+               f"{len(pulses)}: {_numbers(path[-1])}")
     return PICTURE.format(
         width=WIDTH,
         height=HEIGHT,
@@ -66,8 +67,12 @@ def picture(title: str, job: str) -> str:
         path=description,
         grid=_lines([_arc(Y, "X", 360), _arc(Z, "Y", 360), _arc(X, "Z", 360)]),
         arcs=_lines(_arc(start, pulse[0], int(pulse[2:-1])) for start, pulse in zip(path, pulses)),
+        axes="".join(f"M{_place(ORIGIN)}L{_place(axis)}" for _, axis in AXES),
         arrow=f"M{_place(ORIGIN)}L{_place(path[-1])}",
-        marks="".join(marks))
+        head=_head(path[-1]),
+        marks="".join(_marks(path)),
+        writing="".join(_text(20, HEIGHT - 70 + 24 * number, line)
+                        for number, line in enumerate(writing)))
 
 
 def _marks(path: List[Vector]) -> Iterator[str]:
@@ -82,9 +87,35 @@ def _marks(path: List[Vector]) -> Iterator[str]:
         yield f'<circle cx="{x}" cy="{y}" r="4"/>'
         beside, anchor = (-7, "end") if x > 300 else (7, "start")       # where there is room
         yield _text(x + beside, y + 16, _cut(",".join(numbers), 16), anchor)
-    for name, (x, y, z) in (("x", X), ("y", Y), ("z |0⟩", Z), ("|1⟩", DOWN)):
-        x, y = map(float, _place((1.16 * x, 1.16 * y, 1.16 * z)).split())
-        yield _text(x - 6, y + 5, name)
+    for name, axis in AXES:
+        x, y = _beyond(axis)
+        yield _text(x, y + 5, name, "middle")
+
+
+def _beyond(axis: Vector) -> Tuple[float, float]:
+    """Return where the name of an axis stands: past its end, and not on the sphere's outline."""
+    middle = WIDTH / 2
+    x, y = map(float, _place(axis).split())
+    length = math.hypot(x - middle, y - middle)
+    distance = 1.16 * length
+    if distance > RADIUS - 22:
+        distance = max(distance, RADIUS + 22)
+    return middle + (x - middle) * distance / length, middle + (y - middle) * distance / length
+
+
+def _head(end: Vector) -> str:
+    """Return the head of the arrow that ends there, as the d of a path; none if it points at the
+    viewer."""
+    middle = WIDTH / 2
+    x, y = map(float, _place(end).split())
+    length = math.hypot(x - middle, y - middle)
+    if length < HEAD:
+        return ""
+    along = (x - middle) / length
+    down = (y - middle) / length
+    points = [f"{x + far * along - beside * down:.1f} {y + far * down + beside * along:.1f}"
+              for far, beside in ((0, 0), (-HEAD, 5), (-HEAD, -5))]
+    return f"M{'L'.join(points)}Z"
 
 
 def _arc(start: Vector, axis: str, degrees: int) -> List[Vector]:

@@ -80,6 +80,31 @@ def test_it_has_a_title_a_description_and_the_numbers():
     assert set(root.get("aria-labelledby").split()) == {"title", "path"}
 
 
+@pytest.mark.parametrize("job", ["X(90), Z(90)", ", ".join(["X(359)"] * 100), "Y(7), " * 20 + "Z(1)"])
+def test_writing_is_not_cut_at_the_edge_in_a_wide_font(job):
+    writing = drawn(job).findall(f"{SVG}g")[3]
+    assert writing.get("font-family") == "monospace" and len(writing) == 3
+    for text in writing:                        # DejaVu Sans Mono is 0.602 em wide
+        assert float(text.get("x")) + 0.602 * 13 * len(text.text) < 480
+
+
+def test_the_names_of_the_axes_stand_off_the_outline():
+    middles = [position(text.get("x"), float(text.get("y")) - 5) for text in
+               drawn("X(0)").findall(f"{SVG}g")[2].iter(f"{SVG}text")
+               if text.text in ("x", "y", "z |0⟩", "|1⟩")]
+    assert len(middles) == 4
+    for middle in middles:
+        assert abs(math.dist(middle, (0, 0)) - 1) > 0.1
+
+
+def test_the_arrow_has_a_head_unless_it_points_at_the_viewer():
+    head = drawn("Y(90)").findall(f"{SVG}path")[1].get("d")
+    tip = re.findall(r"-?[\d.]+", head)[:2]
+    assert math.dist(position(*tip), seen((1, 0, 0))) < 0.001
+    assert head.endswith("Z") and head.count("L") == 2
+    assert bloch.picture("", "Y(70), Z(30)").count('fill="#000" d=""') == 1
+
+
 def test_states_at_one_place_share_a_mark():
     assert "0,2,4" in words(drawn("X(180), X(180), X(180), X(180)"))
 
