@@ -132,11 +132,17 @@ class Workers(Protocol):
     def describe(self, name: str) -> Dict[str, Any]:
         """Return a runtime as it is shown; raise KeyError."""
 
+    def ended(self) -> Dict[str, int]:
+        """Return how many jobs have ended of late."""
+
     def uptime(self) -> float:
         """Return the seconds since the server began."""
 
     def durations(self) -> Dict[Tuple[str, str], List[float]]:
         """Return how long attempts took, by mode and outcome."""
+
+    def jobs(self) -> Dict[Tuple[str, str, str], int]:
+        """Return how many jobs run and wait on each runtime, by mode."""
 
     def states(self) -> Dict[Tuple[str, str], int]:
         """Return how many runtimes of each mode are in each state."""
@@ -654,7 +660,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             stored = self.store.status()
         paused = [name for name in self.workers.runtimes
                   if self.workers.describe(name)["state"] == "paused"]
-        status = {**stored, "paused": paused, "version": __version__,
+        status = {**stored, **self.workers.ended(), "paused": paused, "version": __version__,
                   "uptime": self.workers.uptime(), "change": change,
                   "you": {"name": request.key_name, "role": request.role}}
         if wants_text(request):
@@ -699,7 +705,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         """GET /metrics/: the same and the durations of jobs, for Prometheus."""
         with self._heavy:
             stored = self.store.status()
-        text = metrics_text(jobs.BUCKETS, stored, self.workers.durations(), self.workers.states())
+        text = metrics_text(jobs.BUCKETS, stored, self.workers.durations(), self.workers.states(),
+                            self.workers.jobs())
         return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def health(self, _: Request) -> Response:
@@ -727,7 +734,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if not wants_text(request):
             return Response(200, b"".join(array([runtimes], json.dumps)))
         for runtime in runtimes:
-            del runtime["device"]       # too wide for a table
+            for name in ("device", "ended_per_minute"):     # too wide for a table
+                del runtime[name]
         rows = [[", ".join(map(str, value)) if isinstance(value, list) else value
                  for value in runtime.values()] for runtime in runtimes]
         return text_response(table(rows, [name.upper() for name in runtimes[0]]))

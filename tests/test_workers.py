@@ -1337,7 +1337,8 @@ def test_a_runtime_says_how_it_fares(lab):
     fresh = {"name": "qpu", "modes": ["verbatim"], "protocol": "exec", "slots": 2,
              "state": "idle", "reason": None, "paused_by": None,
              "since": lab.workers.runtimes["qpu"].since,
-             "running": [], "ended": 0, "failures": 0, "device": None}
+             "running": [], "ended": 0, "failures": 0, "device": None,
+             "ended_per_minute": []}
     assert lab.workers.describe("qpu") == fresh
     lab.add()
     attempt.wait()
@@ -1348,7 +1349,8 @@ def test_a_runtime_says_how_it_fares(lab):
     for ended, outcome in enumerate((DONE, Outcome(3, "no")), 1):
         attempt.give(outcome)
         until(lambda ended=ended: lab.workers.describe("qpu")["ended"] == ended)
-    assert lab.workers.describe("qpu") == {**fresh, "ended": 2, "failures": 1}
+    assert lab.workers.describe("qpu") == {
+        **fresh, "ended": 2, "failures": 1, "ended_per_minute": [2]}
 
 
 # Stopping
