@@ -36,7 +36,8 @@ MOST_WAIT = 300                     # seconds
 FOLLOW_EVERY = 0.25                 # seconds between looks at a log that is followed
 MOST_REASON = 1000                  # bytes of the reason of a pause
 WAITED_AT_ONCE = 1000               # jobs of a filter that are waited for before it is read again
-WIDE = {"device", "command", "failed_in_a_row", "last_error"}     # left out of a table of runtimes
+# Of a runtime: too much for a table.
+WIDE = {"device", "command", "failed_in_a_row", "last_error", "ended_per_minute"}
 BESIDE_JOB = ", submitter, tag"     # what a table of jobs has beside their members
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
@@ -133,11 +134,17 @@ class Workers(Protocol):
     def describe(self, name: str) -> Dict[str, Any]:
         """Return a runtime as it is shown; raise KeyError."""
 
+    def ended(self) -> Dict[str, int]:
+        """Return how many jobs have ended of late."""
+
     def uptime(self) -> float:
         """Return the seconds since the server began."""
 
     def durations(self) -> Dict[Tuple[str, str], List[float]]:
         """Return how long attempts took, by mode and outcome."""
+
+    def jobs(self) -> Dict[Tuple[str, str, str], int]:
+        """Return how many jobs run and wait on each runtime, by mode."""
 
     def states(self) -> Dict[Tuple[str, str], int]:
         """Return how many runtimes of each mode are in each state."""
@@ -655,7 +662,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             stored = self.store.status()
         paused = [name for name in self.workers.runtimes
                   if self.workers.describe(name)["state"] == "paused"]
-        status = {**stored, "paused": paused, "version": __version__,
+        status = {**stored, **self.workers.ended(), "paused": paused, "version": __version__,
                   "uptime": self.workers.uptime(), "change": change,
                   "you": {"name": request.key_name, "role": request.role}}
         if wants_text(request):
@@ -700,7 +707,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         """GET /metrics/: the same and the durations of jobs, for Prometheus."""
         with self._heavy:
             stored = self.store.status()
-        text = metrics_text(jobs.BUCKETS, stored, self.workers.durations(), self.workers.states())
+        text = metrics_text(jobs.BUCKETS, stored, self.workers.durations(), self.workers.states(),
+                            self.workers.jobs())
         return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def health(self, _: Request) -> Response:

@@ -138,9 +138,9 @@ STATUS = f"""
     SELECT state, mode, jobs, '' FROM counts
     UNION ALL SELECT 'oldest', '', 0, (
         SELECT created_time FROM jobs WHERE status = '{jobs.STARTING}' AND start_time IS NULL
-        ORDER BY id LIMIT 1)
-    UNION ALL SELECT 'minute', '', count(*), '' FROM jobs WHERE end_time BETWEEN :minute AND :now
-    UNION ALL SELECT 'hour', '', count(*), '' FROM jobs WHERE end_time BETWEEN :hour AND :now"""
+        ORDER BY id LIMIT 1)"""
+ENDED_ON = ("SELECT runtime, count(*) FROM jobs INDEXED BY jobs_end_time "
+            "WHERE end_time >= ? AND end_time < ? GROUP BY runtime")
 
 # Which jobs a Selection is. RAN_ON: or was asked to run, and has not yet.
 RAN_ON = "coalesce(runtime, asked_runtime)"
@@ -520,32 +520,28 @@ class Store:
         return {name: (reason, since, by) for name, reason, since, by in rows}
 
     def status(self) -> Dict[str, Any]:
-        """Return how much waits, runs and has ended, all of one moment: one statement is one
-        snapshot."""
+        """Return how much waits and runs, all of one moment: one statement is one snapshot."""
         now = self.clock.unix()
-        # not what ended before the clock was set back
-        times = {"minute": self.clock.ago(60), "hour": self.clock.ago(3600),
-                 "now": self.clock.now()}
-        rows = self._read(STATUS, times)
+        rows = self._read(STATUS)
         open_jobs = {state: {mode: 0 for mode in jobs.MODES}
                      for state in ("waiting", "running", "retrying")}
-        ended = {}
         oldest = None
         for state, mode, count, time in rows:
             if state in open_jobs:
                 open_jobs[state][mode] = count
-            elif state == "oldest":
-                oldest = time
             else:
-                ended[state] = count
+                oldest = time
         idle = not any(sum(modes.values()) for modes in open_jobs.values())
         age = None
         if oldest:
             age = max(0.0, round(now - self.clock.parse(oldest), 3))
         files = [path for path in (self.path, self.path + "-wal") if os.path.exists(path)]
         return {"idle": idle, **open_jobs, "oldest_waiting_seconds": age,
-                "ended_last_minute": ended["minute"], "ended_last_hour": ended["hour"],
                 "database_bytes": sum(map(os.path.getsize, files))}
+
+    def ended(self, since: str, until: str) -> Dict[Optional[str], int]:
+        """Return how many jobs ended on each runtime, from one UTC time until before another."""
+        return dict(self._read(ENDED_ON, (since, until)))
 
     def _read_job(self, statement: str, number: int) -> List[Any]:
         """Return the rows of a SELECT of one job; raise UnknownJob without any, DamagedRow."""

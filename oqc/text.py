@@ -146,25 +146,33 @@ Durations = Dict[Tuple[str, str], List[float]]
 
 
 def metrics_text(buckets: Sequence[float], status: Dict[str, Any], durations: Durations,
-                 states: Dict[Tuple[str, str], int]) -> str:
+                 states: Dict[Tuple[str, str], int],
+                 of_runtimes: Dict[Tuple[str, str, str], int]) -> str:
     """Return the metrics of a server in Prometheus's text format, version 0.0.4.
 
     `buckets`: the upper bounds, in seconds, of the histogram of durations.
     `status`: how much waits and runs, as the store counts it.
     `durations`: {(mode, outcome): [jobs in each bucket, jobs above them all, sum of all seconds]}.
     `states`: {(mode, state): number of runtimes}.
+    `of_runtimes`: {(runtime, mode, state): number of jobs}.
     """
     jobs = [f'{{mode="{mode}",state="{state}"}} {count}'
             for state in ("waiting", "running", "retrying")
             for mode, count in status[state].items()]
     runtimes = [f'{{mode="{mode}",state="{state}"}} {count}'
                 for (mode, state), count in states.items()]
+    on_runtimes = [f'{{runtime="{name}",mode="{mode}",state="{state}"}} {count}'
+                   for (name, mode, state), count in sorted(of_runtimes.items())]
     oldest = status["oldest_waiting_seconds"] or 0
     return "".join((
         _family(
             "jobs", "gauge",
             "Jobs that have not ended, by mode and what they do.",
             jobs),
+        _family(
+            "runtime_jobs", "gauge",
+            "Jobs that run on a runtime, or are due and asked for it; waiting for any: no name.",
+            on_runtimes),
         _family(
             "runtimes", "gauge",
             "Runtimes, by mode and state.",

@@ -175,6 +175,15 @@ class TurnQueue(queue.Queue):       # type: ignore[type-arg,unused-ignore]
         """Return how many jobs of this mode are in the queue."""
         return self._counts[mode]
 
+    def waiting(self) -> Dict[Kind, int]:
+        """Return {(mode, runtime that was asked for): how many jobs}."""
+        counts: Dict[Kind, int] = collections.Counter()
+        with self.mutex:
+            for lanes in self._lanes.values():
+                for kind, lane in lanes.items():
+                    counts[kind] += len(lane)
+        return counts
+
     def ahead(self, job: Queued, runtime: str) -> int:
         """Return how many jobs this runtime would take before one in the queue, if no other came
         and no other runtime took any."""

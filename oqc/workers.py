@@ -19,6 +19,7 @@ from oqc import jobs
 from oqc.jobs import (
     Addition, Ended, Ending, Job, Log, Outcome, Queued, RetryPolicy, RuntimeSpec, StoreError,
     Submission, Task)
+from oqc.recent import MINUTE, SECOND, Recent
 from oqc.turns import TurnQueue
 from oqc.waiting import Waiting
 
@@ -94,6 +95,9 @@ class Store(Protocol):
     def waiting(self) -> Iterator[List[Tuple[Queued, Optional[float]]]]:
         """Yield pages of (job, when it is due) of the jobs that wait."""
 
+    def ended(self, since: str, until: str) -> Dict[Optional[str], int]:
+        """Return how many jobs ended on each runtime, from one UTC time until before another."""
+
 
 class Slot(Protocol):
     """Room for one attempt at a time on a runtime."""
@@ -129,6 +133,9 @@ class Clock(Protocol):
 
     def now(self) -> str:
         """Return the UTC time as the API shows it."""
+
+    def at(self, seconds: float) -> str:
+        """Return the UTC time so many seconds since 1970."""
 
     def unix(self) -> float:
         """Return seconds since 1970."""
@@ -278,6 +285,7 @@ class Workers:
         self.runtimes = {spec.name: _Runtime(spec, make, clock.now(), policy)
                          for spec, make in runtimes}
         self._echo = self.runtimes.get("echo")
+        self._recent = Recent(clock)
         self._queue = TurnQueue({spec.name: spec.modes for spec, _ in runtimes})
         self._loading = True            # what waits in the database is not all in the queue yet
         self._arrived: List[Queued] = []        # what came meanwhile
@@ -300,7 +308,7 @@ class Workers:
     def start(self) -> None:
         """Take over what the database says, and start the threads."""
         self.take_over()
-        for target, name in ((self.load, "loader"), (self._ring_alarms, "alarms")):
+        for target, name in ((self._load_all, "loader"), (self._ring_alarms, "alarms")):
             self._threads.append(threading.Thread(target=target, name=name, daemon=True))
         for name, runtime in self.runtimes.items():
             for number in range(runtime.spec.slots):
@@ -320,11 +328,21 @@ class Workers:
                 self.runtimes[name].paused_by = by
                 self.runtimes[name].since = since
         for page in self.store.running():
-            self.store.settle([self._cut_off(*row) for row in page])
+            endings = [self._cut_off(*row) for row in page]
+            self.store.settle(endings)
+            for ending in endings:
+                if ending.event == "failed":
+                    self._recent.count(self._cut_off_on[ending.task.id])
+
+    def _load_all(self) -> None:
+        """The loader thread: read what waits, and then what has ended of late."""
+        self.load()
+        with contextlib.suppress(StoreError):       # which the store has logged
+            self._recent.load(self.store.ended, self._stopped.is_set)
 
     def load(self) -> None:
-        """The loader thread: queue what waits in the database, the oldest first, and then what came
-        meanwhile. Until then no job is started."""
+        """Queue what waits in the database, the oldest first, and then what came meanwhile. Until
+        then no job is started."""
         last = 0
         for page in self.store.waiting():
             if self._stopped.is_set():
@@ -759,6 +777,8 @@ class Workers:
                 log.info("job %d failed on %s after %d attempts: return code %d, %s", task.id,
                          runtime.spec.name, task.attempt, outcome.return_code,
                          outcome.runtime_error)
+        if ended:
+            self._recent.count(runtime.spec.name, len(ended))
         self.waiting.notify(ended)
 
     def _count(self, runtime: _Runtime, ending: Ending) -> None:
@@ -803,8 +823,7 @@ class Workers:
                 if self._ended_by_cancel(attempt):
                     return self.store.get(number)
             elif queued := self.store.cancel(number):
-                self._forget(queued)
-                self.waiting.notify([number])
+                self._forget([queued])
                 return self.store.get(number)
             job = self.store.get(number)
             if job.end_time is not None:
@@ -823,10 +842,8 @@ class Workers:
         for start in range(0, len(numbers), CANCELLED_AT_ONCE):
             group = numbers[start:start + CANCELLED_AT_ONCE]
             ended = self.store.cancel_together(group)
-            for queued in ended:
-                self._forget(queued)
+            self._forget(ended)
             ids = [queued.id for queued in ended]
-            self.waiting.notify(ids)
             cancelled += len(ids)
             others += sorted(set(group).difference(ids), reverse=True)
         # All are asked before one is waited for: each may take its grace.
@@ -840,11 +857,14 @@ class Workers:
                 cancelled += 1
         return cancelled
 
-    def _forget(self, queued: Queued) -> None:
-        """Take a job that was cancelled while it waited out of the queue."""
-        if not self._queue.remove(queued):      # it is on its way there, or taken
-            with self.lock:
-                self._cancelled.add(queued.id)
+    def _forget(self, cancelled: Sequence[Queued]) -> None:
+        """Take jobs that were cancelled while they waited out of the queue; tell of it."""
+        for queued in cancelled:
+            if not self._queue.remove(queued):      # it is on its way there, or taken
+                with self.lock:
+                    self._cancelled.add(queued.id)
+        self._recent.count(None, len(cancelled))
+        self.waiting.notify([queued.id for queued in cancelled])
 
     def _ended_by_cancel(self, attempt: _Attempt) -> bool:
         """Return whether an attempt that was asked to end did so because of that, not by itself;
@@ -907,7 +927,8 @@ class Workers:
                     "ended": runtime.jobs_ended, "failures": runtime.jobs_failed,
                     "failed_in_a_row": runtime.failed_jobs, "last_error": runtime.last_error,
                     "since": runtime.since, "device": json.loads(runtime.device or "null"),
-                    "command": runtime.spec.command and list(runtime.spec.command)}
+                    "command": runtime.spec.command and list(runtime.spec.command),
+                    "ended_per_minute": self._recent.per_minute(name)}
 
     def log(self, number: int) -> Optional[Log]:
         """Return what was said so far in the attempt that runs at a job; None if none does."""
@@ -940,6 +961,11 @@ class Workers:
             return ahead, f"{ahead} jobs are before it"
         return ahead, "a free slot"
 
+    def ended(self) -> Dict[str, int]:
+        """Return how many jobs have ended of late, as GET /status/ says it."""
+        return {"ended_last_minute": self._recent.total(SECOND),
+                "ended_last_hour": self._recent.total(MINUTE)}
+
     def uptime(self) -> float:
         """Return the seconds since the server began."""
         return round(float(self.clock.monotonic() - self._began), 3)
@@ -949,6 +975,22 @@ class Workers:
         sum of seconds]}."""
         with self.lock:
             return {key: list(values) for key, values in self._durations.items()}
+
+    def jobs(self) -> Dict[Tuple[str, str, str], int]:
+        """Return {(runtime, mode, state): how many jobs} of those that run, and of those that are
+        due and wait for it alone; for any runtime with an empty name."""
+        counts = Counter({("", mode, "waiting"): 0 for mode in jobs.MODES})
+        for name, runtime in self.runtimes.items():
+            for mode in runtime.spec.modes:
+                counts[name, mode, "waiting"] = counts[name, mode, "running"] = 0
+        for (mode, asked), count in self._queue.waiting().items():
+            counts[asked or "", mode, "waiting"] += count
+        with self.lock:
+            for name, runtime in self.runtimes.items():
+                for attempt in runtime.running.values():
+                    if attempt.task:
+                        counts[name, attempt.task.mode, "running"] += 1
+        return counts
 
     def states(self) -> Counter:
         """Return how many runtimes of each mode are in each state: {(mode, state): n}."""

@@ -988,7 +988,9 @@ def test_what_ended_before_the_clock_was_set_back_did_not_end_in_the_last_minute
         job = server.wait(server.add())
     assert server.stop() == 0
     sql(tmp_path / "oqc.db", f"UPDATE jobs SET end_time = '2999' WHERE id = {job['id']}")
-    status = serve().request("GET", "/status/").json
+    server = serve()
+    until(lambda: server.request("GET", "/status/").json["ended_last_hour"])
+    status = server.request("GET", "/status/").json
     assert (status["ended_last_minute"], status["ended_last_hour"]) == (1, 1)
 
 

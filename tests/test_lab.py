@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import KEY, ROOT
+from conftest import KEY, ROOT, until
 
 from oqc import api, jobs
 
@@ -312,6 +312,26 @@ def test_the_status_counts_what_waits_runs_and_ended(serve, script, tmp_path):
     assert status["database_bytes"] > 0 and status["uptime"] > 0
 
 
+def test_what_ended_in_the_last_hour_is_known_also_after_a_restart(serve):
+    server = serve()
+    server.request("POST", "/runtimes/emulator/pause/")
+    waits = server.add(mode="verbatim")["id"]
+    server.request("DELETE", f"/jobs/{waits}/")
+    waits = server.add(mode="verbatim", tag="more")["id"]
+    server.request("POST", "/jobs/cancel/?tag=more")
+    server.request("POST", "/jobs/add/", [{"job": "X(1)", "mode": "echo"}] * 3)
+    server.wait(server.add(mode="simulation"))
+    before = server.request("GET", "/status/").json
+    assert (before["ended_last_minute"], before["ended_last_hour"]) == (6, 6)
+    shown = {name: sum(server.runtime(name)["ended_per_minute"])
+             for name in ("emulator", "simulator", "echo")}
+    assert shown == {"emulator": 0, "simulator": 1, "echo": 3}, "nothing ran the cancelled ones"
+    assert server.stop() == 0
+    server = serve()
+    until(lambda: server.request("GET", "/status/").json["ended_last_hour"] == 6)
+    until(lambda: sum(server.runtime("echo")["ended_per_minute"]) == 3)
+
+
 LINE = re.compile(r'[a-z_]+(?:\{[a-z]+="[^"\\\n]*"(?:,[a-z]+="[^"\\\n]*")*\})? [0-9.+eE-]+')
 
 
@@ -340,6 +360,26 @@ def test_the_metrics_keep_to_prometheus_s_format(server):
     for histogram in buckets.values():
         bounds, counts = zip(*histogram)
         assert bounds[-1] == "+Inf" and list(counts) == sorted(counts)
+
+
+def test_the_metrics_say_what_runs_and_waits_on_which_runtime_and_not_whose_it_is(
+        serve, script, tmp_path):
+    started = tmp_path / "started"
+    os.mkfifo(started)
+    runtime = script(f'echo yes >"{started}"; exec sleep 60')
+    server = serve("--runtime", f"q={runtime}", "--drain", "0", "--kill-grace", "0")
+    server.add(mode="verbatim")
+    assert started.read_text("ascii") == "yes\n"
+    server.request("POST", "/jobs/add/", [{"job": "X(1)", "mode": "verbatim"}] * 3)
+    server.request("POST", "/jobs/add/", [{"job": "X(1)", "mode": "verbatim", "runtime": "q"}] * 2)
+    text = server.request("GET", "/metrics/").body.decode()
+    counts = dict(re.findall(r"^oqc_runtime_jobs(\{.*\}) ([0-9]+)$", text, re.M))
+    assert counts['{runtime="q",mode="verbatim",state="running"}'] == "1"
+    assert counts['{runtime="q",mode="verbatim",state="waiting"}'] == "2"
+    assert counts['{runtime="",mode="verbatim",state="waiting"}'] == "3"
+    assert counts['{runtime="simulator",mode="simulation",state="running"}'] == "0"
+    assert sum(map(int, counts.values())) == 6
+    assert "documented" not in text, "names of keys are without bound"
 
 
 def test_health_needs_no_key(server):

@@ -29,8 +29,9 @@ ROOMS = {
     "queries": {"messages", "jobs"},    # what a query asks for, kept apart from what answers it
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
     "text": {"jobs"},           # what a person or a scraper reads
-    "workers": {"waiting", "turns", "jobs"},
+    "workers": {"waiting", "recent", "turns", "jobs"},
     "waiting": {"jobs"},
+    "recent": set(),            # what ended of late, tested alone
     "turns": {"jobs"},          # the queue, tested alone
     "store": {"database", "jobs"},
     "database": {"jobs"},       # the file, kept apart from the jobs in it

@@ -47,6 +47,7 @@ MASKS = (                           # what is another on every run
     (r"\b\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\b", "TIME"),
     (r'"seed": \d{10,}', '"seed": SEED'),       # one that the server chose; a chosen 7 is compared
     (r"(?m)^Date: .*$", "Date: DATE"),
+    (r'"ended_per_minute": \[[0-9, ]+\]', '"ended_per_minute": [N]'),  # a minute may just begin
     # sines and cosines differ in their last digit from one C library to the next
     (r"-?\b\d+(\.\d+(e-\d+)?|e-\d+)\b", lambda number: f"{round(float(number[0]), 9) + 0.0:g}"),
 )

@@ -2,6 +2,7 @@
 import queue
 import random
 import threading
+from collections import Counter
 
 import pytest
 
@@ -82,6 +83,8 @@ def test_twenty_thousand_random_operations_do_what_the_naive_model_does(seed):
         assert turns.qsize() == len(model.waiting)
     for mode in ("verbatim", "simulation", "echo"):
         assert turns.count(mode) == sum(job.mode == mode for job in model.waiting)
+    kinds = Counter((job.mode, job.runtime) for job in model.waiting)
+    assert {kind: count for kind, count in turns.waiting().items() if count} == kinds
     for runtime in RUNTIMES:
         while (expected := model.take(runtime)) is not None:
             assert turns.take(runtime) == expected

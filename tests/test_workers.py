@@ -1338,7 +1338,7 @@ def test_a_runtime_says_how_it_fares(lab):
              "state": "idle", "reason": None, "paused_by": None,
              "since": lab.workers.runtimes["qpu"].since,
              "running": [], "ended": 0, "failures": 0, "device": None,
-             "failed_in_a_row": 0, "last_error": None, "command": ["none"]}
+             "failed_in_a_row": 0, "last_error": None, "command": ["none"], "ended_per_minute": []}
     assert lab.workers.describe("qpu") == fresh
     lab.add()
     attempt.wait()
@@ -1351,7 +1351,8 @@ def test_a_runtime_says_how_it_fares(lab):
         until(lambda ended=ended: lab.workers.describe("qpu")["ended"] == ended)
     assert lab.workers.describe("qpu") == {
         **fresh, "ended": 2, "failures": 1, "failed_in_a_row": 1,
-        "last_error": "job 2, return code 3: no"}
+        "last_error": "job 2, return code 3: no",
+        "ended_per_minute": [2]}
 
 
 # Stopping
