@@ -442,8 +442,7 @@ def needs_check(path: str) -> bool:
         return False
     if not header:
         return False
-    mode, application = struct.unpack_from(">18x2s48xI", header)
-    return _was_used(path) or mode != LIVE or application != APPLICATION_ID
+    return _was_used(path) or header[18:20] != LIVE
 
 
 def refuse_damaged(path: str, reader: sqlite3.Connection) -> None:
@@ -763,6 +762,11 @@ def _is_utf_8(value: object) -> bool:
         return True
     except UnicodeDecodeError:
         return False
+
+
+def legible(text: bytes) -> str:
+    """Return the text of a row that may be damaged, with U+FFFD in place of what is no UTF-8."""
+    return text.decode("utf-8", "replace")
 
 
 def is_json_text(text: str) -> bool:

@@ -1095,6 +1095,115 @@ def test_a_damaged_row_is_500_for_that_job_and_nothing_else_and_a_check_names_it
     assert server.add() and server.request("GET", "/health/").status == 200
     assert "Traceback" not in server.log
 
+
+NO_TEXT = "UPDATE jobs SET {} = CAST({} || x'ff' AS TEXT) WHERE id = 2"
+DAMAGED_ROWS = {                    # what is done to job 2; what of it still has its answers
+    "job": (NO_TEXT.format("job", "job"), ()),
+    "job, with a quote": ("UPDATE jobs SET job = 'X(90)\"\\' WHERE id = 2", ()),
+    "job, as bytes": ("UPDATE jobs SET job = x'58ff' WHERE id = 2", ()),
+    "runtime_error": (NO_TEXT.format("runtime_error", "'cold'"), ()),
+    "tag": (NO_TEXT.format("tag", "tag"), ("",)),
+    "submitter": (NO_TEXT.format("submitter", "submitter"), ("",)),
+    "note": ("UPDATE jobs SET note = '{' WHERE id = 2", ("",)),
+    "created_time": (NO_TEXT.format("created_time", "'2020'"), ()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_ROWS)
+def test_a_damaged_row_costs_a_listing_no_other_row(serve, tmp_path, name):
+    statement, answered = DAMAGED_ROWS[name]
+    server = serve()
+    server.request("POST", "/runtimes/simulator/pause/")
+    for _ in range(3):
+        server.add(mode="simulation", tag="t", note={})
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", statement)
+    server = serve()
+    for query in ("", "?limit=5", "?state=waiting", "?order=desc", "?since=1999", "?by=documented",
+                  "?limit=2&after=1", "?limit=1&after=2&since=1999"):
+        listing = server.request("GET", "/jobs/list/" + query)
+        assert listing.status == 200 and listing.json[-1], query
+        table = server.request("GET", "/jobs/list/" + query, headers={"Accept": "text/plain"})
+        assert len(table.body.splitlines()) == 1 + len(listing.json)
+    assert ids(server) == [1, 2, 3]
+    for path in ("/status/", "/status/?tag=t", "/status/?state=waiting", "/metrics/", "/health/"):
+        assert server.request("GET", path).status == 200, path
+    for part in ("", "details"):
+        answer = server.request("GET", f"/jobs/2/{part}")
+        assert answer.status == (200 if part in answered else 500)
+        assert answer.json and server.request("GET", f"/jobs/3/{part}").status == 200
+        if answer.status == 500:
+            assert "job 2: what is stored of it is damaged" in answer.detail
+    assert server.request("POST", "/runtimes/simulator/resume/").status == 200
+    assert server.wait(3)["status"] == "Success"
+    assert server.request("POST", "/jobs/cancel/?state=ended").json["cancelled"] == 0
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["at the start", "behind another"])
+@pytest.mark.parametrize("change", [
+    "job = CAST(job || x'ff' AS TEXT)", "job = 'X(90); rm'", "job = x'58ff'"])
+def test_a_job_that_is_damaged_while_it_waits_ends_with_70_and_is_given_to_no_runtime(
+        serve, script, tmp_path, change, number):
+    runtime = f"qpu={script('cat >>ran')}"
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/pause/")
+    for _ in range(3):
+        server.add(mode="verbatim")
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", f"UPDATE jobs SET {change} WHERE id = {number}")
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/resume/")
+    assert server.wait(3)["status"] == "Success"
+    listing = server.request("GET", "/jobs/list/").json
+    assert [job["return_code"] for job in listing] == [70 if n == number else 0 for n in (1, 2, 3)]
+    ended = listing[number - 1]
+    assert (ended["status"], ended["runtime"]) == ("Runtime Error", None)
+    assert f"job {number}: what is stored of it is damaged" in ended["runtime_error"]
+    assert server.request("GET", "/status/").json["idle"]
+    assert (tmp_path / "ran").read_text(encoding="utf-8") == "X(90)\n" * 2
+    assert server.request("GET", f"/jobs/{number}/").status == (200 if "rm" in change else 500)
+    assert server.request("POST", f"/jobs/{number}/rerun/").status == 500
+    assert "Traceback" not in server.log and server.line("is damaged; `oqc check` says")
+
+
+@pytest.mark.parametrize("column", ["submitter", "asked_runtime", "tag", "note"])
+def test_what_is_damaged_beside_a_job_string_keeps_no_server_from_its_jobs(
+        serve, script, tmp_path, column):
+    runtime = f"qpu={script('cat')}"
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/pause/")
+    for _ in range(3):
+        server.add(mode="verbatim")
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", f"UPDATE jobs SET {column} = CAST(x'ff' AS TEXT) WHERE id = 2")
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/resume/")
+    assert server.wait(3)["status"] == server.wait(1)["status"] == "Success"
+    if column == "note":                    # which its runtime would get
+        assert server.wait(2)["return_code"] == 70
+    elif column == "asked_runtime":         # which nobody is
+        assert server.request("GET", "/jobs/list/?state=waiting").json[0]["id"] == 2
+        assert server.request("DELETE", "/jobs/2/").json["return_code"] == 130
+    else:
+        assert server.wait(2)["status"] == "Success"
+    assert server.request("GET", "/status/").json["idle"] and "Traceback" not in server.log
+
+
+def test_a_note_of_when_a_server_ran_that_is_damaged_deletes_nothing_and_ends_no_server(
+        serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", "UPDATE jobs SET end_time = '2020', start_time = '2020',"
+        " created_time = '2020'", "UPDATE notes SET value = 'x' WHERE name = 'seen'")
+    server = serve("--keep-days", "30")
+    server.line(" error old jobs not deleted: ")
+    assert server.get(1)["return_code"] == 0
+    assert server.request("DELETE", "/jobs/list/?older-than=30d").json == {"deleted": 1}
+    assert server.stop() == 0 and serve("--keep-days", "30").add()["id"] == 2
+
+
 def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(
         left, serve, tmp_path):
     shutil.copytree(left / "stopped", tmp_path, dirs_exist_ok=True)

@@ -12,8 +12,8 @@ from oqc import jobs
 from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check, connect_to, open_writer
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
-    Outcome, Queued, Selection, StoreError, Submission, UnknownJob)
+    Addition, Attempt, Batch, DamagedRow, Details, DiskFull, Ending, IdempotencyKey, Job,
+    KeyReused, Log, Outcome, Queued, Selection, StoreError, Submission, UnknownJob)
 from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store
 
 ECHO = Submission("X(90)", "echo", seed=7)
@@ -30,6 +30,15 @@ class Writer:
         self.connection = open_writer(path)
         self.statements = []            # what was executed
         self.before = lambda statement: None    # called before each; may block or raise
+
+    @property
+    def text_factory(self):
+        """What makes texts of bytes."""
+        return self.connection.text_factory
+
+    @text_factory.setter
+    def text_factory(self, texts):
+        self.connection.text_factory = texts
 
     @property
     def in_transaction(self):
@@ -670,6 +679,24 @@ def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(
     assert store.get(1).status == "Starting" and store.get(number).runtime == "qpu"
     assert held.commits() in (commits, commits - 1), (
         "one for all, or one for each that did nothing wrong")
+
+
+def test_a_job_that_is_damaged_is_not_started_and_harms_no_other_write_of_a_group(
+        store, writer, tmp_path):
+    damaged, = added(store, ECHO._replace(job="X(90); rm"))
+    with raw(tmp_path) as connection:
+        connection.execute("UPDATE jobs SET tag = CAST(x'ff' AS TEXT)")
+    number = waiting(store)
+    held = Held(store, writer)
+    held.ask("added", added, store)
+    held.ask("damaged", store.claim, damaged, "qpu")
+    held.ask("claimed", store.claim, number, "qpu")
+    results = held.go()
+    assert isinstance(results["damaged"], DamagedRow) and "job 1: " in str(results["damaged"])
+    assert (results["added"], results["claimed"].id) == ([3], number)
+    assert store.cancel(damaged, 70, "damaged").id == damaged
+    assert store.get(damaged).return_code == 70
+    assert store.unusable() is None
 
 
 def test_batches_that_are_added_together_share_a_commit_and_one_that_is_wrong_harms_no_other(
