@@ -712,6 +712,17 @@ def command(folder, *arguments, environment=None):
     return done.returncode, done.stdout + done.stderr
 
 
+# So that integrity_check finds them wrong, and quick_check does not.
+SWAPPED_INDEXES = (
+    "PRAGMA writable_schema = 1",
+    "CREATE TEMP TABLE roots AS SELECT name, rootpage FROM sqlite_master",
+    "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM roots WHERE name = 'jobs_mode')"
+    " WHERE name = 'jobs_submitter'",
+    "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM roots WHERE name ="
+    " 'jobs_submitter') WHERE name = 'jobs_mode'",
+)
+
+
 @pytest.fixture
 def backed_up(serve, tmp_path):
     """A folder with backup.db, which has job 1, and the database of a killed server, which has
@@ -738,6 +749,7 @@ def test_a_restore_puts_a_backup_in_place_and_keeps_what_it_replaces(serve, back
     assert stat.st_mode & 0o777 == 0o640
     assert os.geteuid() or stat.st_uid == (backed_up / "oqc.db.lock").stat().st_uid == owner
     assert (backed_up / "backup.db").read_bytes() == before
+    assert not (backed_up / "oqc.db-shm").exists(), "the index of another WAL"
     kept = str(backed_up / "oqc.db.replaced-1")
     with contextlib.closing(sqlite3.connect(f"file:{kept}?mode=ro", uri=True)) as connection:
         assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (2,)
@@ -756,12 +768,30 @@ def test_a_restore_refuses_while_a_server_uses_the_database_and_what_is_no_backu
     assert server.stop() == 0
     shutil.copy(backed_up / "backup.db", backed_up / "bad.db")
     overwrite(backed_up / "bad.db", 8192, b"\xff" * 4096)
+    shutil.copy(backed_up / "backup.db", backed_up / "index.db")
+    sql(backed_up / "index.db", *SWAPPED_INDEXES)
     (backed_up / "text").write_text("shopping list\n" * 99)
-    for name, says in (("bad.db", "is damaged ("), ("text", "is not a database"),
-                       ("none.db", "no such file")):
+    for name, says in (("bad.db", "is damaged ("), ("index.db", "is damaged ("),
+                       ("text", "is not a database"), ("none.db", "no such file")):
         status, text = command(backed_up, "restore", name)
         assert status == 1 and says in text and text.count("\n") == 1
     assert ids(serve()) == [1, 2] and not list(backed_up.glob("*restor*"))
+
+
+@pytest.mark.parametrize("arguments", [("restore", "backup.db"), ("compact",)])
+def test_a_database_that_a_server_uses_by_another_name_is_neither_replaced_nor_made_smaller(
+        serve, backed_up, arguments):
+    server = serve()
+    (backed_up / "other").mkdir()
+    by_a_link(backed_up)
+    status, text = command(backed_up, *arguments, "--db", "other/oqc.db")
+    says = "by another name of the file"
+    if arguments == ("compact",):   # which needs the WAL that is under the first name
+        says = "-wal: is missing or empty"
+    assert status == 1 and says in text
+    others = {path.name for path in (backed_up / "other").iterdir()}
+    assert others - {"oqc.db.lock"} == {"oqc.db"}
+    assert ids(server) == [1, 2] and server.stop() == 0
 
 
 # Dies at the n-th change of a name, or of the lock file's size.
@@ -834,6 +864,7 @@ def test_what_is_in_the_file_alone_can_be_restored_where_the_wal_is_lost(serve, 
     line = refusal(tmp_path)
     assert line.endswith("oqc restore oqc.db")
     assert command(tmp_path, *line.split()[-2:])[0] == 0
+    assert sql(tmp_path / "oqc.db", "PRAGMA application_id") == [(0x6F716331,)], "nobody uses it"
     assert len(ids(serve())) == 500
 
 
@@ -847,13 +878,47 @@ def test_a_compact_gives_room_back_and_has_an_older_file_give_it_back_later(serv
     before = ids(server)
     assert server.stop() == 0
     size = path.stat().st_size
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+        (tmp_path / "oqc.db.lock").unlink()
     status, text = command(tmp_path, "compact")
+    assert os.geteuid() or (tmp_path / "oqc.db.lock").stat().st_uid == 12345
     assert status == 0 and path.stat().st_size < size / 2
     assert text == f"oqc.db: {size} bytes before, {path.stat().st_size} now\n"
     assert set(files(tmp_path)) == {"oqc.db"} and not list(check(str(path)))
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
     assert ids(serve()) == before
+
+
+KILLED_AFTER_VACUUM = """
+import os, signal, sqlite3
+connect = sqlite3.connect
+class Connection(sqlite3.Connection):
+    def execute(self, statement, *values):
+        done = super().execute(statement, *values)
+        if statement == "VACUUM":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+sqlite3.connect = lambda *a, **k: connect(*a, factory=Connection, **k)
+"""
+
+
+def test_a_compact_that_is_killed_loses_nothing_and_its_wal_is_missed(serve, tmp_path):
+    server = serve()
+    assert add(server, BATCH[:500]).status == 201
+    assert server.stop() == 0
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILLED_AFTER_VACUUM, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    assert command(tmp_path, "compact", environment=environment)[0] == -9
+    (tmp_path / "oqc.db-wal").rename(tmp_path / "elsewhere")
+    remove_index(tmp_path)
+    assert "-wal: is missing or empty" in refusal(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "oqc.db-wal")
+    server = serve()
+    assert len(ids(server)) == 500 and server.stop() == 0
+    assert not list(check(str(tmp_path / "oqc.db")))
 
 
 # A disk that the database filled
@@ -921,6 +986,8 @@ def test_signals_are_heard_during_a_prune(serve, tmp_path):
     until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)
     server.process.send_signal(signal.SIGHUP)
     server.line("keys read again")
+    first = server.request("GET", "/jobs/list/?limit=1").json
+    until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)   # it goes on
     assert server.stop() == 0
     server.line(" jobs that ended before ")
     assert sql(path, "SELECT count(*) FROM jobs")[0][0] > 1000, "it was still at it"

@@ -1146,6 +1146,37 @@ def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_th
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
 
 
+def test_a_prune_lets_others_write_after_a_hundred_jobs(opened, connections):
+    store = opened(clock=Clock())
+    store.add([ECHO] * 250, "alice", outcomes=[GOOD] * 250)
+    writer = connections.writer
+    left = set()
+
+    def count(statement):
+        if statement == "COMMIT":
+            left.add(writer.connection.execute("SELECT count(*) FROM jobs").fetchone()[0])
+    writer.before = count
+    assert store.prune(0) == 250
+    assert left == {250, 150, 50, 0}
+
+
+def test_a_prune_that_is_interrupted_gives_back_no_more_pages_either(opened, connections):
+    store = opened(clock=Clock())
+    store.add([ECHO._replace(job="X(90), " * 100_000)], "alice", outcomes=[GOOD])
+    interrupted = threading.Event()
+
+    def interrupt(statement):
+        if "incremental_vacuum" in statement:
+            interrupted.set()
+    connections.writer.before = interrupt
+    before = connections.writer.connection.execute("PRAGMA freelist_count").fetchone()[0]
+    assert store.prune(0, is_interrupted=interrupted.is_set) == 1
+    left = connections.writer.connection.execute("PRAGMA freelist_count").fetchone()[0]
+    assert interrupted.is_set() and before == 0 and left > 0
+    store.prune(0)
+    assert connections.writer.connection.execute("PRAGMA freelist_count").fetchone()[0] == 0
+
+
 def test_no_reader_is_opened_beside_a_wal_that_is_gone(tmp_path, opened, connections):
     """It would make a new one, empty, and read the database without its last jobs."""
     store = opened()
