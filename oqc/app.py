@@ -192,10 +192,8 @@ class _Running:
     def until_stopped(self, signals: Signals) -> None:
         """Prune and read keys and certificate again, as it is time, until a signal asks to stop."""
         while not signals.stop.is_set():
-            pause = HOUR
-            if not self._each_hour(signals):
-                pause = 0.0             # to go on where it was interrupted
-            self.clock.wait(signals.any, pause)
+            self._each_hour(signals)
+            self.clock.wait(signals.any, HOUR)      # not at all, if a signal has interrupted it
             signals.any.clear()
             if signals.reload.is_set():
                 signals.reload.clear()
@@ -222,9 +220,9 @@ class _Running:
         self.store.close()
         log.info("stopped")
 
-    def _each_hour(self, signals: Signals) -> bool:
+    def _each_hour(self, signals: Signals) -> None:
         """Remember when the server was seen, and delete old jobs, but not by a clock that was set
-        far ahead; return whether all of that is done, and no signal interrupted it."""
+        far ahead, and until a signal interrupts it."""
         period = (self.settings.keep_days or 0) * 86400
         try:
             absent = self.store.seconds_since_seen()
@@ -238,7 +236,6 @@ class _Running:
         except StoreError as error:
             if period:
                 log.error("old jobs not deleted: %s", error)
-        return not signals.any.is_set()
 
     def _read_keys_again(self) -> None:
         try:

@@ -203,11 +203,11 @@ def _restore(arguments: Sequence[str]) -> int:
     parser.add_argument("file", metavar="BACKUP", help="what backup wrote; it stays as it is")
     _add_database(parser)
     options = parser.parse_args(arguments[1:])
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        print(app.restore(options.db, options.file))
+        return _write(app.restore(options.db, options.file) + "\n")
     except app.StoreError as error:
         return _fail(str(error), EX_FAILED)
-    return 0
 
 
 def _compact(arguments: Sequence[str]) -> int:
@@ -217,10 +217,9 @@ def _compact(arguments: Sequence[str]) -> int:
     _add_database(parser)
     options = parser.parse_args(arguments[1:])
     try:
-        print(app.compact(options.db))
+        return _write(app.compact(options.db) + "\n")
     except app.StoreError as error:
         return _fail(str(error), EX_FAILED)
-    return 0
 
 
 def _builtin(arguments: Sequence[str]) -> int:

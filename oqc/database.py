@@ -30,6 +30,7 @@ RESTORING = b"restoring "           # begins the lock file while a restore goes 
 LIVE = b"\2\2"                      # bytes 18 and 19 of a file in WAL mode; a backup has 1, 1
 LEAST_FREE = 4 << 20                # bytes: with fewer of them free a disk counts as full
 CHECKED_AT_START = 16 << 20         # bytes of database up to which a start after a kill reads all
+COPIED_AT_ONCE = 1000               # pages
 WAL_KEPT = 16 << 20                 # bytes of the WAL that are not given back when it begins anew
 
 # A migration that was released is frozen, to the byte: there are databases that were made with it.
@@ -442,8 +443,7 @@ def needs_check(path: str) -> bool:
         return False
     if not header:
         return False
-    mode, application = struct.unpack_from(">18x2s48xI", header)
-    return _was_used(path) or mode != LIVE or application != APPLICATION_ID
+    return _was_used(path) or header[18:20] != LIVE
 
 
 def refuse_damaged(path: str, reader: sqlite3.Connection) -> None:
@@ -551,12 +551,25 @@ def _inode(path: str) -> Tuple[int, int]:
     return stat.st_dev, stat.st_ino
 
 
-def backup(path: str, target: str) -> None:
-    """Copy the database to a new file while a server may use it; raise StoreError.
+def _copy(source: sqlite3.Connection, target: sqlite3.Connection) -> None:
+    """Copy a whole database, as it is now, while others may write.
 
-    In one step: a copy of some pages at a time begins again at every write, and so might never end
+    By some pages at a time, so that a signal is heard between two. Without a transaction that
+    begins before the first, such a copy would begin again at every write, and might never end
     (https://sqlite.org/c3ref/backup_finish.html).
     """
+    source.execute("BEGIN")
+    source.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchall()
+    source.backup(target, pages=COPIED_AT_ONCE, progress=_hear_signals)
+    source.execute("COMMIT")
+
+
+def _hear_signals(*_: int) -> None:
+    """Do nothing: the interpreter handles signals as it calls this."""
+
+
+def backup(path: str, target: str) -> None:
+    """Copy the database to a new file while a server may use it; raise StoreError."""
     path = _existing(path)
     try:
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -567,7 +580,7 @@ def backup(path: str, target: str) -> None:
     try:
         with observed(path) as source, \
                 contextlib.closing(sqlite3.connect(target)) as copy:
-            source.backup(copy, pages=-1)
+            _copy(source, copy)
             copy.execute(f"PRAGMA application_id = {APPLICATION_ID}")       # nobody uses it
             copy.execute("PRAGMA journal_mode = DELETE")        # one file, without a WAL beside it
     except BaseException as error:          # Ctrl-C as well: a part of a copy is no backup
@@ -626,7 +639,7 @@ def _copy_to_restore(source: str, copy: str, name: str) -> int:
     _remove(copy)
     with observed(source) as reader, \
             contextlib.closing(sqlite3.connect(copy)) as target:
-        reader.backup(target, pages=-1)
+        _copy(reader, target)
         verdict = target.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if verdict != "ok":
             raise Damaged(f"{source}: is damaged ({verdict.splitlines()[-1]}); "
@@ -763,6 +776,11 @@ def _is_utf_8(value: object) -> bool:
         return True
     except UnicodeDecodeError:
         return False
+
+
+def legible(text: bytes) -> str:
+    """Return the text of a row that may be damaged, with U+FFFD in place of what is no UTF-8."""
+    return text.decode("utf-8", "replace")
 
 
 def is_json_text(text: str) -> bool:

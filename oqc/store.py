@@ -10,20 +10,23 @@ scheme of LevelDB's DBImpl::Write). The next ones to take it find their writes d
 import collections
 import contextlib
 import logging
+import operator
 import os
+import re
 import sqlite3
 import threading
 import zlib
 from types import MappingProxyType
 from typing import (
-    Any, Callable, Counter, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Protocol,
-    Sequence, Tuple, Union)
+    Any, Callable, Counter, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+    Protocol, Sequence, Tuple, Union)
 
 from oqc import jobs
 from oqc.database import (
-    CHECKED_AT_START, STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal, connect_to,
-    disk_full_error, inspect, is_json_text, mark_in_file, mark_in_use, needs_check, open_locked,
-    open_writer, refuse_damaged, resolve, sql_list, take_lock, unmark_in_file)
+    CHECKED_AT_START, STATE, VERSION, Damaged, Watch, as_store_error, close_keeping_wal,
+    connect_to, disk_full_error, inspect, is_json_text, legible, mark_in_file, mark_in_use,
+    needs_check, open_locked, open_writer, refuse_damaged, resolve, sql_list, take_lock,
+    unmark_in_file)
 from oqc.jobs import (
     Addition, Attempt, Batch, DamagedRow, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused,
     Log, Outcome, Queued, Refused, Selection, StoreError, Submission, Task, UnknownJob)
@@ -197,6 +200,12 @@ DETAILS = """
     WHERE jobs.id = ? ORDER BY serial"""
 
 
+JOB_OF_ROW = operator.itemgetter(1)
+UNQUOTABLE = re.compile(r"[^ -~]|[\"\\]")           # in a job string, which is printable ASCII
+Values = Union[Sequence[Any], Dict[str, Any]]
+Fetch = Callable[[sqlite3.Cursor], List[Any]]
+
+
 def _compressed(said: Log) -> bytes:
     """Return what was said as it is stored, empty for nothing. Not while others wait for a
     commit: a MiB takes 10 ms."""
@@ -280,6 +289,29 @@ def _select(columns: str, selection: Selection, state: Optional[str], place: Opt
         where = " AND ".join([condition, *terms])
         parts.append(f"SELECT {columns} FROM jobs {by_index} WHERE {where} {group}")
     return " UNION ALL ".join(parts), values
+
+
+def _are_plain(texts: Iterable[Any]) -> bool:
+    """Return whether job strings are as JSON has them between quotes: an answer holds them so."""
+    try:
+        text = "".join(texts)
+    except TypeError:               # bytes, in a row that is damaged
+        return False
+    return text.isprintable() and '"' not in text and "\\" not in text
+
+
+def _refuse_damaged_job(number: int, text: Any, note: Optional[str] = None) -> None:
+    """Raise DamagedRow if this is no job string, or no note."""
+    is_job = isinstance(text, str) and jobs.PATTERN.fullmatch(text)
+    if not is_job or (note is not None and not is_json_text(note)):
+        raise DamagedRow(ROW.format(number))
+
+
+def _mended(row: Tuple[Any, ...]) -> Tuple[Any, ...]:
+    """Return a row of a job whose string is damaged as it can be shown."""
+    number, job, *others = row
+    text = job if isinstance(job, str) else legible(job)
+    return (number, UNQUOTABLE.sub("\ufffd", text), *others)
 
 
 def _up_to_page_bytes(rows: sqlite3.Cursor) -> List[Any]:
@@ -378,8 +410,7 @@ class Store:
         """Return the job with this id; raise UnknownJob."""
         rows = self._read_job(GET, number)
         job = Job._make(rows[0])
-        text = job.job
-        if not text.isprintable() or '"' in text or "\\" in text:     # an answer holds it as it is
+        if not _are_plain((job.job,)):
             raise DamagedRow(ROW.format(number))
         return job
 
@@ -388,6 +419,7 @@ class Store:
         """Return up to `limit` jobs of a selection, fewer if they are long, that follow the id
         `after` in id order or, if so asked, in descending order; as plain tuples of Job's members
         and of the columns in `more`. With since or until the order is that of (created_time, id).
+        A job that is damaged is among them, with U+FFFD in place of what is no text.
 
         By keyset: a page deep in the list costs what the first one does.
         """
@@ -399,8 +431,11 @@ class Store:
         if after is not None:
             place = self._place(selection, after, descending)
         statement, values = _select(MEMBERS + more, selection, selection.state, place)
-        return self._read(f"{statement} ORDER BY {order_by} LIMIT :limit",
-                          {**values, "limit": limit}, _up_to_page_bytes)
+        rows = self._read_many(f"{statement} ORDER BY {order_by} LIMIT :limit",
+                               {**values, "limit": limit}, _up_to_page_bytes)
+        if _are_plain(map(JOB_OF_ROW, rows)):
+            return rows
+        return [row if _are_plain(row[1:2]) else _mended(row) for row in rows]
 
     def _place(self, selection: Selection, after: int, descending: bool) -> Place:
         """Return where the page begins that follows this job."""
@@ -418,8 +453,8 @@ class Store:
     def _created_time(self, number: int, descending: bool) -> str:
         """Return when a job was created; if it was deleted since, the one before it in a list."""
         comparison, order = (">=", "ASC") if descending else ("<=", "DESC")
-        rows = self._read(f"SELECT created_time FROM jobs WHERE id {comparison} ? "
-                          f"ORDER BY id {order} LIMIT 1", (number,))
+        rows = self._read_many(f"SELECT created_time FROM jobs WHERE id {comparison} ? "
+                               f"ORDER BY id {order} LIMIT 1", (number,))
         if rows:
             return str(rows[0][0])
         return LAST_TIME if descending else FIRST_TIME
@@ -448,18 +483,15 @@ class Store:
 
     def submitter(self, number: int) -> str:
         """Return the name of the key that a job came with; raise UnknownJob."""
-        rows = self._read("SELECT submitter FROM jobs WHERE id = ?", (number,))
-        if not rows:
-            raise UnknownJob(number)
+        rows = self._read_job("SELECT submitter FROM jobs WHERE id = ?", number)
         return str(rows[0][0])
 
     def submission(self, number: int) -> Submission:
         """Return a job as it would be submitted again, without its note and its priority; raise
         UnknownJob."""
-        rows = self._read(AGAIN, (number,))
-        if not rows:
-            raise UnknownJob(number)
-        return Submission(*rows[0])
+        submission = Submission(*self._read_job(AGAIN, number)[0])
+        _refuse_damaged_job(number, submission.job)
+        return submission
 
     def result(self, number: int) -> Tuple[str, bool]:
         """Return (what a job's runtime put out, whether that is JSON); null if it put out nothing.
@@ -481,7 +513,11 @@ class Store:
         due_time = None
         if due is not None:
             due_time = self.clock.at(due)
-        return Details(*members, due_time, attempts)
+        details = Details(*members, due_time, attempts)
+        texts = [details.note, *(attempt.device for attempt in attempts)]
+        if not all(text is None or is_json_text(text) for text in texts):
+            raise DamagedRow(ROW.format(number))
+        return details
 
     def log(self, number: int, serial: int) -> Log:
         """Return what was said in an attempt of a job that is over, the first having the serial 1;
@@ -510,19 +546,19 @@ class Store:
         """Yield pages of these columns, the id first, of the jobs in a state, in id order."""
         statement, _ = _select(columns, Selection(), state, Place(("id > :last",)))
         last = 0
-        while page := self._read(f"{statement} ORDER BY id LIMIT 1000", {"last": last}):
+        while page := self._read_many(f"{statement} ORDER BY id LIMIT 1000", {"last": last}):
             yield page
             last = page[-1][0]
 
     def pauses(self) -> Dict[str, Tuple[str, str, Optional[str]]]:
         """Return {runtime: (reason, since, by whose key)} of the paused ones."""
-        rows = self._read("SELECT runtime, reason, since, paused_by FROM pauses")
+        rows = self._read_many("SELECT runtime, reason, since, paused_by FROM pauses")
         return {name: (reason, since, by) for name, reason, since, by in rows}
 
     def status(self) -> Dict[str, Any]:
         """Return how much waits and runs, all of one moment: one statement is one snapshot."""
         now = self.clock.unix()
-        rows = self._read(STATUS)
+        rows = self._read_many(STATUS)
         open_jobs = {state: {mode: 0 for mode in jobs.MODES}
                      for state in ("waiting", "running", "retrying")}
         oldest = None
@@ -534,14 +570,15 @@ class Store:
         idle = not any(sum(modes.values()) for modes in open_jobs.values())
         age = None
         if oldest:
-            age = max(0.0, round(now - self.clock.parse(oldest), 3))
+            with contextlib.suppress(ValueError):       # it is damaged
+                age = max(0.0, round(now - self.clock.parse(oldest), 3))
         files = [path for path in (self.path, self.path + "-wal") if os.path.exists(path)]
         return {"idle": idle, **open_jobs, "oldest_waiting_seconds": age,
                 "database_bytes": sum(map(os.path.getsize, files))}
 
     def ended(self, since: str, until: str) -> Dict[Optional[str], int]:
         """Return how many jobs ended on each runtime, from one UTC time until before another."""
-        return dict(self._read(ENDED_ON, (since, until)))
+        return dict(self._read_many(ENDED_ON, (since, until)))
 
     def _read_job(self, statement: str, number: int) -> List[Any]:
         """Return the rows of a SELECT of one job; raise UnknownJob without any, DamagedRow."""
@@ -553,9 +590,19 @@ class Store:
             raise UnknownJob(number)
         return rows
 
-    def _read(self, statement: str, values: Union[Sequence[Any], Dict[str, Any]] = (),
-              fetch: Callable[[sqlite3.Cursor], List[Any]] = sqlite3.Cursor.fetchall) -> List[Any]:
-        """Return the rows of one SELECT, on a connection that nobody else uses meanwhile."""
+    def _read_many(self, statement: str, values: Values = (),
+                   fetch: Fetch = sqlite3.Cursor.fetchall) -> List[Any]:
+        """Return the rows of one SELECT. One that is damaged costs no other: what is no UTF-8 in it
+        comes as U+FFFD."""
+        try:
+            return self._read(statement, values, fetch)
+        except DamagedRow:
+            return self._read(statement, values, fetch, legible)
+
+    def _read(self, statement: str, values: Values = (), fetch: Fetch = sqlite3.Cursor.fetchall,
+              texts: Callable[[bytes], str] = str) -> List[Any]:
+        """Return the rows of one SELECT, on a connection that nobody else uses meanwhile. `texts`:
+        str, or what makes text of bytes. Raise DamagedRow."""
         try:
             reader = self._readers.pop()
         except IndexError:          # all are in use
@@ -565,6 +612,7 @@ class Store:
             if gone:                # or it would read another file
                 raise self._noted(gone) from None
             reader = self.connect(self.path)
+        reader.text_factory = texts
         try:
             return fetch(reader.execute(statement, values))
         except sqlite3.Error as error:
@@ -645,10 +693,15 @@ class Store:
             (seen,), = self._read("SELECT max(created_time) FROM jobs")
         if seen is None:
             return 0.0
-        return self.clock.unix() - self.clock.parse(seen)
+        try:
+            return self.clock.unix() - self.clock.parse(seen)
+        except ValueError as error:
+            raise DamagedRow(f"{self.path}: when a server ran last is damaged ({error}); a prune "
+                             "by hand writes it anew") from error
 
     def claim(self, number: int, runtime: str) -> Optional[Task]:
-        """Start an attempt at a job, and count it; return None if it does not wait any more."""
+        """Start an attempt at a job, and count it; return None if it does not wait any more. Raise
+        DamagedRow if it is no job: it goes on waiting."""
         return self._write(self._claim, number, runtime)
 
     def settle(self, endings: Sequence[Ending]) -> None:
@@ -667,9 +720,11 @@ class Store:
         compressed = _compressed(ending.outcome.log)
         return self._write(self._settle_and_claim, ending, compressed, number, runtime)
 
-    def cancel(self, number: int) -> Optional[Queued]:
-        """End a job that waits as cancelled, and return it; None if it does not wait."""
-        return self._write(self._cancel, number)
+    def cancel(self, number: int, code: int = jobs.CANCELLED,
+               error: str = "cancelled") -> Optional[Queued]:
+        """End a job that waits as cancelled, or with another return code, and return it; None if it
+        does not wait."""
+        return self._write(self._cancel, number, code, error)
 
     def cancel_together(self, numbers: Sequence[int]) -> List[Queued]:
         """End those of these jobs that wait as cancelled, in one transaction; return them."""
@@ -815,21 +870,36 @@ class Store:
         values = (runtime, self.clock.now(), number)
         if not self._writer.execute(CLAIM, values).rowcount:
             return None
-        *members, status = self._writer.execute(TASK, (number,)).fetchone()
+        *members, status = self._legible_row(TASK, number)
         task = Task(*members)
+        _refuse_damaged_job(number, task.job, task.note)    # nothing of it reaches a device
         before = "retrying" if status == jobs.RETRYING else "waiting"
         self._counted[before, task.mode] -= 1
         self._counted["running", task.mode] += 1
         return task
 
-    def _cancel(self, number: int) -> Optional[Queued]:
-        row = self._writer.execute(WAITS, (number,)).fetchone()
+    def _legible_row(self, statement: str, number: int) -> Any:
+        """Return the row of a job, also of one that is damaged: it can be ended all the same; None
+        without one."""
+        try:
+            return self._writer.execute(statement, (number,)).fetchone()
+        except sqlite3.OperationalError as error:
+            if not isinstance(as_store_error(self.path, error), DamagedRow):
+                raise
+        self._writer.text_factory = legible
+        try:
+            return self._writer.execute(statement, (number,)).fetchone()
+        finally:
+            self._writer.text_factory = str
+
+    def _cancel(self, number: int, code: int = jobs.CANCELLED,
+                error: str = "cancelled") -> Optional[Queued]:
+        row = self._legible_row(WAITS, number)
         if row is None:
             return None
         *members, state = row
         queued = Queued(*members)
-        values = (jobs.CANCELLED, "cancelled", self.clock.now(), number)
-        self._writer.execute(CANCEL_WAITING, values)
+        self._writer.execute(CANCEL_WAITING, (code, error, self.clock.now(), number))
         self._counted[state, queued.mode] -= 1
         return queued
 
@@ -957,7 +1027,9 @@ class Store:
             self._writer.execute("COMMIT")
         except Exception as error:  # pylint: disable=broad-exception-caught # each write gets it
             self._undo()
-            if len(group) > 1 and not isinstance(error, (StoreError, sqlite3.OperationalError)):
+            meaning = as_store_error(self.path, error)
+            if len(group) > 1 and (isinstance(meaning, DamagedRow)
+                                   or not isinstance(meaning, StoreError)):
                 for write in group:
                     self._commit([write])
                 return

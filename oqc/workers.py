@@ -17,8 +17,8 @@ from typing import (
 
 from oqc import jobs
 from oqc.jobs import (
-    Addition, Ended, Ending, Job, Log, Outcome, Queued, RetryPolicy, RuntimeSpec, StoreError,
-    Submission, Task)
+    Addition, DamagedRow, Ended, Ending, Job, Log, Outcome, Queued, RetryPolicy, RuntimeSpec,
+    StoreError, Submission, Task)
 from oqc.recent import MINUTE, SECOND, Recent
 from oqc.turns import TurnQueue
 from oqc.waiting import Waiting
@@ -29,6 +29,7 @@ SET_ASIDE_AFTER = 3                 # failures to start, in a row
 FIRST_PAUSE = 1.0                   # seconds that a failing runtime is left alone, doubling
 MOST_PAUSE = 60.0
 INTERRUPTED = Outcome(jobs.KILLED, "interrupted, outcome unknown", interrupted=True)
+DEFECT = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 NO_JOB = 0                          # an id that is never given out
@@ -52,8 +53,8 @@ def _queued(task: Task) -> Queued:
     return Queued(task.id, task.mode, task.priority, task.submitter, task.asked_runtime)
 
 
-class _Stopping(Exception):
-    """The server stops before something could be stored."""
+class _Stopping(BaseException):
+    """The server stops before something could be stored. No Exception: it is no defect."""
 
 
 class Store(Protocol):
@@ -63,7 +64,7 @@ class Store(Protocol):
         """Return a job; raise UnknownJob."""
 
     def claim(self, number: int, runtime: str) -> Optional[Task]:
-        """Start an attempt at a job; return None if it does not wait any more."""
+        """Start an attempt at a job; return None if it does not wait any more. Raise DamagedRow."""
 
     def settle(self, endings: Sequence[Ending]) -> None:
         """End these attempts."""
@@ -74,8 +75,10 @@ class Store(Protocol):
     def keep_log(self, number: int, attempt: int, said: Log) -> None:
         """Replace the log of a job's last attempt that has this number and is over."""
 
-    def cancel(self, number: int) -> Optional[Queued]:
-        """End a job that waits as cancelled, and return it; None if it does not wait."""
+    def cancel(self, number: int, code: int = jobs.CANCELLED,
+               error: str = "cancelled") -> Optional[Queued]:
+        """End a job that waits as cancelled, or with another return code, and return it; None if it
+        does not wait."""
 
     def cancel_together(self, numbers: Sequence[int]) -> List[Queued]:
         """End those of these jobs that wait as cancelled; return them."""
@@ -586,8 +589,7 @@ class Workers:
         it may not run."""
         while attempt := self._take(runtime, slot):
             try:
-                attempt.task = self._write_until_stored(
-                    self.store.claim, attempt.number, runtime.spec.name)
+                attempt.task = self._claim(attempt)
             finally:
                 if attempt.task is None:    # it was cancelled meanwhile, or cannot be stored
                     self._cancelled.discard(attempt.number)
@@ -597,6 +599,28 @@ class Workers:
                 self.waiting.notify()
                 return attempt
         return None
+
+    def _claim(self, attempt: _Attempt) -> Optional[Task]:
+        """Store that an attempt begins; return None if its job does not wait any more. If it is
+        damaged, or after a defect, it ends: nothing would take it up again."""
+        number = attempt.number
+        error = DEFECT.runtime_error
+        try:
+            task: Optional[Task] = self._write_until_stored(
+                self.store.claim, number, attempt.runtime.spec.name)
+            return task
+        except DamagedRow as damage:
+            error = str(damage)
+            log.error("%s; it is not run and ends with 70", damage)
+        except Exception:           # pylint: disable=broad-exception-caught # the job has to end
+            self._log_defect(attempt)
+        self._write_until_stored(self.store.cancel, number, DEFECT.return_code, error)
+        self.waiting.notify([number])
+        return None
+
+    @staticmethod
+    def _log_defect(attempt: _Attempt) -> None:
+        log.exception("%s: job %d", attempt.runtime.spec.name, attempt.number)
 
     def end(self, attempt: _Attempt, outcome: Outcome) -> Optional[_Attempt]:
         """End an attempt with this outcome. After a success return the next one of its slot, begun
@@ -611,9 +635,9 @@ class Workers:
             if ending.event == "succeeded":     # which never keeps a runtime from its next job
                 following = self._take(attempt.runtime, attempt.slot)
             if following is None:
-                self._write_until_stored(self.store.settle, [ending])
+                ending = self._settle(attempt, ending)
             else:
-                self._settle_and_claim(ending, following)
+                ending = self._settle_and_claim(attempt, ending, following)
             attempt.ending = ending
         finally:
             self._finish(attempt)
@@ -621,18 +645,37 @@ class Workers:
             return None
         return following
 
-    def _settle_and_claim(self, ending: Ending, following: _Attempt) -> None:
-        """Store how an attempt ended and that another begins, in one transaction: a commit takes as
-        long as a short job."""
+    def _settle(self, attempt: _Attempt, ending: Ending) -> Ending:
+        """Store how an attempt ended; return that, or, after a defect, the end that was stored
+        instead."""
         try:
-            following.task = self._write_until_stored(
-                self.store.settle_and_claim, ending, following.number,
-                following.runtime.spec.name)
+            self._write_until_stored(self.store.settle, [ending])
+        except Exception:           # pylint: disable=broad-exception-caught # the job has to end
+            self._log_defect(attempt)
+            ending = Ending(ending.task, "failed", DEFECT, seconds=ending.seconds)
+            self._write_until_stored(self.store.settle, [ending])
+        return ending
+
+    def _settle_and_claim(self, attempt: _Attempt, ending: Ending, following: _Attempt) -> Ending:
+        """Store how an attempt ended and that another begins, in one transaction: a commit takes as
+        long as a short job. Return what _settle does."""
+        try:
+            try:
+                following.task = self._write_until_stored(
+                    self.store.settle_and_claim, ending, following.number,
+                    following.runtime.spec.name)
+            except Exception as error:  # pylint: disable=broad-exception-caught # of one of the two
+                if not isinstance(error, DamagedRow):
+                    log.exception("%s: job %d, or job %d behind it", following.runtime.spec.name,
+                                  attempt.number, following.number)
+                ending = self._settle(attempt, ending)
+                following.task = self._claim(following)
             following.began = self.clock.monotonic()
         finally:
             if following.task is None:      # it was cancelled meanwhile
                 self._cancelled.discard(following.number)
                 self._finish(following)
+        return ending
 
     def _take(self, runtime: _Runtime, slot: Slot) -> Optional[_Attempt]:
         """Return an attempt at the job to run next on this slot, already entered as running; None
@@ -681,8 +724,8 @@ class Workers:
         try:
             return attempt.slot.run(attempt.task, attempt.must_end)
         except Exception:           # pylint: disable=broad-exception-caught # the job has to end
-            log.exception("%s: job %d", attempt.runtime.spec.name, attempt.number)
-            return Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
+            self._log_defect(attempt)
+            return DEFECT
 
     def _decide(self, attempt: _Attempt, outcome: Outcome) -> Ending:
         """Return what becomes of a job after this outcome; if it was interrupted, it was cancelled
@@ -803,6 +846,8 @@ class Workers:
         while True:
             try:
                 return write(*arguments)
+            except DamagedRow:      # it stays so
+                raise
             except StoreError as error:
                 if not said:
                     log.error("waiting for the database: %s", error)
@@ -852,7 +897,7 @@ class Workers:
             if attempt is not None and self._ended_by_cancel(attempt):
                 cancelled += 1
                 continue
-            with contextlib.suppress(Ended, jobs.UnknownJob):
+            with contextlib.suppress(DamagedRow, Ended, jobs.UnknownJob):
                 self.cancel(number)
                 cancelled += 1
         return cancelled

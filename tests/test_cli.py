@@ -16,6 +16,8 @@ from conftest import ROOT, Server
 
 import oqc
 from oqc import config
+from oqc.clock import Clock
+from oqc.store import Store
 
 PYTHON = (sys.executable, "-m", "oqc")
 
@@ -333,13 +335,16 @@ def test_a_closed_standard_error_changes_no_status(tmp_path, arguments, status):
 
 
 COMMANDS = (["key", "alice"], ["--help"], ["--version"], ["help", "keys"], ["list", "--help"],
-            ["check", "--help"])
+            ["check", "--help"], ["restore", "backup.db"], ["compact"])
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_output_that_nobody_reads_or_that_has_no_room_is_one_line_at_most(tmp_path, arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("PYTHONUNBUFFERED", None)       # argparse would keep the error to itself
+    if arguments[0] in ("restore", "compact"):
+        for name in ("oqc.db", "backup.db"):
+            Store(str(tmp_path / name), Clock()).close()
     with open("/dev/full", "wb") as full:
         ended = subprocess.run([*PYTHON, *arguments], cwd=tmp_path, env=environment, check=False,
                                stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
@@ -394,3 +399,30 @@ def test_a_backup_that_is_told_to_end_leaves_no_part(tmp_path, serve):
     ended = run(tmp_path, command=(sys.executable, "-c", program))
     assert (ended.returncode, ended.stderr) == (143, "")
     assert not list(tmp_path.glob("copy.db*"))
+
+
+@pytest.mark.parametrize("arguments", [["backup", "copy.db"], ["restore", "full.db"]])
+def test_a_copy_that_is_told_to_end_does_so_before_it_is_done_and_leaves_no_part(
+        tmp_path, serve, arguments):
+    server = serve()
+    server.add(", ".join(["X(90)"] * 10_000))
+    assert server.stop() == 0
+    assert run(tmp_path, "backup", "full.db").returncode == 0
+    before = sorted(path.name for path in tmp_path.iterdir())
+    program = ("import os, signal, sqlite3, sys\n"
+               "from oqc import cli\n"
+               "connect = sqlite3.connect\n"
+               "class Connection(sqlite3.Connection):\n"
+               "    def backup(self, target, *, pages=-1, progress=None):\n"
+               "        def step(status, remaining, total):\n"
+               "            if remaining:\n"
+               "                os.kill(os.getpid(), signal.SIGTERM)\n"
+               "            if progress:\n"
+               "                progress(status, remaining, total)\n"
+               "        super().backup(target, pages=min(pages, 5), progress=step)\n"
+               "sqlite3.connect = lambda *a, **k: connect(*a, factory=Connection, **k)\n"
+               f"sys.exit(cli.main({arguments}))")
+    ended = run(tmp_path, command=(sys.executable, "-c", program))
+    assert (ended.returncode, ended.stderr) == (143, "")
+    assert {path.name for path in tmp_path.iterdir()} - {"oqc.db.lock"} == {
+        *before} - {"oqc.db.lock"}

@@ -1,7 +1,9 @@
 """Connections at their limits: who makes room for whom, what is cut short, what stopping does. In
 this process, with an Api that does what the test says."""
 import contextlib
+import errno
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -330,6 +332,32 @@ def test_tls_on_the_plain_port_is_refused_at_once(listen):
             context.wrap_socket(client, server_hostname="localhost")
     for begin in (b"\x16\x03\x01", b"\x80", b"\0", b"\r\n\x16"):
         assert ask(server, begin)[0] == 400
+
+
+class OutOfDescriptors(Server):
+    """A server that finds no descriptor for its eleventh connection, once."""
+
+    raised = False
+
+    def get_request(self):
+        if len(self.connections) == 10 and not self.raised and self.clock.seconds:
+            self.raised = True
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().get_request()
+
+
+def test_without_a_descriptor_several_idle_connections_make_room_at_once(listen):
+    server = listen(make=OutOfDescriptors, tick=0.05)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(Wire(server)) for _ in range(10)]
+        until(lambda: len(server.connections) == 10)
+        server.clock.seconds += 2
+        new = stack.enter_context(Wire(server, GET))
+        assert new.answer()[0] == 200
+        assert all(client.closed() for client in idle[:8])
+        for client in idle[8:]:
+            client.sock.sendall(GET)
+            assert client.answer()[0] == 200
 
 
 def test_clients_that_were_turned_away_leave_no_room_for_another(listen, gate):

@@ -15,7 +15,8 @@ from conftest import ROOT, until
 
 from oqc import jobs
 from oqc.database import (
-    INVARIANTS, MIGRATIONS, VERSION, backup, check, disk_full_error, mark_in_use, open_writer)
+    INVARIANTS, MIGRATIONS, VERSION, backup, check, disk_full_error, mark_in_file, mark_in_use,
+    open_writer)
 
 # SHA-256 of the schema that each released version made, as `schema` gives it. Never edit one.
 RELEASED = ["8bf7020b97686fd5b5f56a6ca882bc6c5ea0ce12548cfe00b35e5616996d58c1"]
@@ -102,6 +103,42 @@ def test_a_backup_that_is_interrupted_leaves_no_part_of_a_copy(tmp_path):
         process.send_signal(signal.SIGINT)      # heard when SQLite has done with its step
     assert process.wait(20) == 130
     assert not copy.exists()
+
+
+class BusySource(sqlite3.Connection):
+    """A connection whose copy takes many steps, between which somebody writes."""
+
+    write = print
+    steps = 0
+
+    def backup(self, target, *, pages=-1, progress=None, **_):
+        """Copy all."""
+        def step(*arguments):
+            self.write()
+            self.steps += 1
+            assert self.steps < 1000, "it begins again and again"
+            if progress:
+                progress(*arguments)
+        super().backup(target, pages=min(pages, 2), progress=step)
+
+
+def test_a_backup_during_steady_writes_ends_and_is_of_one_moment(tmp_path, monkeypatch):
+    path = str(tmp_path / "oqc.db")
+    connect = sqlite3.connect
+    with contextlib.closing(open_writer(path)) as writer:
+        mark_in_file(writer)
+        writer.execute("INSERT INTO notes VALUES ('a', 0)")
+        writer.execute("INSERT INTO notes VALUES ('b', ?)", ("b" * 100_000,))
+        writer.execute("INSERT INTO notes VALUES ('z', 0)")
+        BusySource.write = lambda _: writer.execute("UPDATE notes SET value = value + 1 "
+                                                    "WHERE name IN ('a', 'z')")
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=BusySource, **k))
+            backup(path, str(tmp_path / "copy.db"))
+    with contextlib.closing(connect(tmp_path / "copy.db")) as copy:
+        values = copy.execute("SELECT value FROM notes WHERE name IN ('a', 'z')").fetchall()
+        assert values == [("0",), ("0",)]
+    assert not list(check(str(tmp_path / "copy.db")))
 
 
 # From version 1

@@ -712,6 +712,17 @@ def command(folder, *arguments, environment=None):
     return done.returncode, done.stdout + done.stderr
 
 
+# So that integrity_check finds them wrong, and quick_check does not.
+SWAPPED_INDEXES = (
+    "PRAGMA writable_schema = 1",
+    "CREATE TEMP TABLE roots AS SELECT name, rootpage FROM sqlite_master",
+    "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM roots WHERE name = 'jobs_mode')"
+    " WHERE name = 'jobs_submitter'",
+    "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM roots WHERE name ="
+    " 'jobs_submitter') WHERE name = 'jobs_mode'",
+)
+
+
 @pytest.fixture
 def backed_up(serve, tmp_path):
     """A folder with backup.db, which has job 1, and the database of a killed server, which has
@@ -738,6 +749,7 @@ def test_a_restore_puts_a_backup_in_place_and_keeps_what_it_replaces(serve, back
     assert stat.st_mode & 0o777 == 0o640
     assert os.geteuid() or stat.st_uid == (backed_up / "oqc.db.lock").stat().st_uid == owner
     assert (backed_up / "backup.db").read_bytes() == before
+    assert not (backed_up / "oqc.db-shm").exists(), "the index of another WAL"
     kept = str(backed_up / "oqc.db.replaced-1")
     with contextlib.closing(sqlite3.connect(f"file:{kept}?mode=ro", uri=True)) as connection:
         assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (2,)
@@ -756,12 +768,30 @@ def test_a_restore_refuses_while_a_server_uses_the_database_and_what_is_no_backu
     assert server.stop() == 0
     shutil.copy(backed_up / "backup.db", backed_up / "bad.db")
     overwrite(backed_up / "bad.db", 8192, b"\xff" * 4096)
+    shutil.copy(backed_up / "backup.db", backed_up / "index.db")
+    sql(backed_up / "index.db", *SWAPPED_INDEXES)
     (backed_up / "text").write_text("shopping list\n" * 99)
-    for name, says in (("bad.db", "is damaged ("), ("text", "is not a database"),
-                       ("none.db", "no such file")):
+    for name, says in (("bad.db", "is damaged ("), ("index.db", "is damaged ("),
+                       ("text", "is not a database"), ("none.db", "no such file")):
         status, text = command(backed_up, "restore", name)
         assert status == 1 and says in text and text.count("\n") == 1
     assert ids(serve()) == [1, 2] and not list(backed_up.glob("*restor*"))
+
+
+@pytest.mark.parametrize("arguments", [("restore", "backup.db"), ("compact",)])
+def test_a_database_that_a_server_uses_by_another_name_is_neither_replaced_nor_made_smaller(
+        serve, backed_up, arguments):
+    server = serve()
+    (backed_up / "other").mkdir()
+    by_a_link(backed_up)
+    status, text = command(backed_up, *arguments, "--db", "other/oqc.db")
+    says = "by another name of the file"
+    if arguments == ("compact",):   # which needs the WAL that is under the first name
+        says = "-wal: is missing or empty"
+    assert status == 1 and says in text
+    others = {path.name for path in (backed_up / "other").iterdir()}
+    assert others - {"oqc.db.lock"} == {"oqc.db"}
+    assert ids(server) == [1, 2] and server.stop() == 0
 
 
 # Dies at the n-th change of a name, or of the lock file's size.
@@ -834,6 +864,7 @@ def test_what_is_in_the_file_alone_can_be_restored_where_the_wal_is_lost(serve, 
     line = refusal(tmp_path)
     assert line.endswith("oqc restore oqc.db")
     assert command(tmp_path, *line.split()[-2:])[0] == 0
+    assert sql(tmp_path / "oqc.db", "PRAGMA application_id") == [(0x6F716331,)], "nobody uses it"
     assert len(ids(serve())) == 500
 
 
@@ -847,13 +878,47 @@ def test_a_compact_gives_room_back_and_has_an_older_file_give_it_back_later(serv
     before = ids(server)
     assert server.stop() == 0
     size = path.stat().st_size
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345)
+        (tmp_path / "oqc.db.lock").unlink()
     status, text = command(tmp_path, "compact")
+    assert os.geteuid() or (tmp_path / "oqc.db.lock").stat().st_uid == 12345
     assert status == 0 and path.stat().st_size < size / 2
     assert text == f"oqc.db: {size} bytes before, {path.stat().st_size} now\n"
     assert set(files(tmp_path)) == {"oqc.db"} and not list(check(str(path)))
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA auto_vacuum").fetchone() == (2,)
     assert ids(serve()) == before
+
+
+KILLED_AFTER_VACUUM = """
+import os, signal, sqlite3
+connect = sqlite3.connect
+class Connection(sqlite3.Connection):
+    def execute(self, statement, *values):
+        done = super().execute(statement, *values)
+        if statement == "VACUUM":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+sqlite3.connect = lambda *a, **k: connect(*a, factory=Connection, **k)
+"""
+
+
+def test_a_compact_that_is_killed_loses_nothing_and_its_wal_is_missed(serve, tmp_path):
+    server = serve()
+    assert add(server, BATCH[:500]).status == 201
+    assert server.stop() == 0
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILLED_AFTER_VACUUM, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    assert command(tmp_path, "compact", environment=environment)[0] == -9
+    (tmp_path / "oqc.db-wal").rename(tmp_path / "elsewhere")
+    remove_index(tmp_path)
+    assert "-wal: is missing or empty" in refusal(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "oqc.db-wal")
+    server = serve()
+    assert len(ids(server)) == 500 and server.stop() == 0
+    assert not list(check(str(tmp_path / "oqc.db")))
 
 
 # A disk that the database filled
@@ -921,6 +986,8 @@ def test_signals_are_heard_during_a_prune(serve, tmp_path):
     until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)
     server.process.send_signal(signal.SIGHUP)
     server.line("keys read again")
+    first = server.request("GET", "/jobs/list/?limit=1").json
+    until(lambda: server.request("GET", "/jobs/list/?limit=1").json != first)   # it goes on
     assert server.stop() == 0
     server.line(" jobs that ended before ")
     assert sql(path, "SELECT count(*) FROM jobs")[0][0] > 1000, "it was still at it"
@@ -1096,6 +1163,115 @@ def test_a_damaged_row_is_500_for_that_job_and_nothing_else_and_a_check_names_it
     assert server.request("GET", "/jobs/1/").status == server.request("GET", "/health/").status
     assert server.add() and server.request("GET", "/health/").status == 200
     assert "Traceback" not in server.log
+
+
+NO_TEXT = "UPDATE jobs SET {} = CAST({} || x'ff' AS TEXT) WHERE id = 2"
+DAMAGED_ROWS = {                    # what is done to job 2; what of it still has its answers
+    "job": (NO_TEXT.format("job", "job"), ()),
+    "job, with a quote": ("UPDATE jobs SET job = 'X(90)\"\\' WHERE id = 2", ()),
+    "job, as bytes": ("UPDATE jobs SET job = x'58ff' WHERE id = 2", ()),
+    "runtime_error": (NO_TEXT.format("runtime_error", "'cold'"), ()),
+    "tag": (NO_TEXT.format("tag", "tag"), ("",)),
+    "submitter": (NO_TEXT.format("submitter", "submitter"), ("",)),
+    "note": ("UPDATE jobs SET note = '{' WHERE id = 2", ("",)),
+    "created_time": (NO_TEXT.format("created_time", "'2020'"), ()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_ROWS)
+def test_a_damaged_row_costs_a_listing_no_other_row(serve, tmp_path, name):
+    statement, answered = DAMAGED_ROWS[name]
+    server = serve()
+    server.request("POST", "/runtimes/simulator/pause/")
+    for _ in range(3):
+        server.add(mode="simulation", tag="t", note={})
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", statement)
+    server = serve()
+    for query in ("", "?limit=5", "?state=waiting", "?order=desc", "?since=1999", "?by=documented",
+                  "?limit=2&after=1", "?limit=1&after=2&since=1999"):
+        listing = server.request("GET", "/jobs/list/" + query)
+        assert listing.status == 200 and listing.json[-1], query
+        table = server.request("GET", "/jobs/list/" + query, headers={"Accept": "text/plain"})
+        assert len(table.body.splitlines()) == 1 + len(listing.json)
+    assert ids(server) == [1, 2, 3]
+    for path in ("/status/", "/status/?tag=t", "/status/?state=waiting", "/metrics/", "/health/"):
+        assert server.request("GET", path).status == 200, path
+    for part in ("", "details"):
+        answer = server.request("GET", f"/jobs/2/{part}")
+        assert answer.status == (200 if part in answered else 500)
+        assert answer.json and server.request("GET", f"/jobs/3/{part}").status == 200
+        if answer.status == 500:
+            assert "job 2: what is stored of it is damaged" in answer.detail
+    assert server.request("POST", "/runtimes/simulator/resume/").status == 200
+    assert server.wait(3)["status"] == "Success"
+    assert server.request("POST", "/jobs/cancel/?state=ended").json["cancelled"] == 0
+    assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["at the start", "behind another"])
+@pytest.mark.parametrize("change", [
+    "job = CAST(job || x'ff' AS TEXT)", "job = 'X(90); rm'", "job = x'58ff'"])
+def test_a_job_that_is_damaged_while_it_waits_ends_with_70_and_is_given_to_no_runtime(
+        serve, script, tmp_path, change, number):
+    runtime = f"qpu={script('cat >>ran')}"
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/pause/")
+    for _ in range(3):
+        server.add(mode="verbatim")
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", f"UPDATE jobs SET {change} WHERE id = {number}")
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/resume/")
+    assert server.wait(3)["status"] == "Success"
+    listing = server.request("GET", "/jobs/list/").json
+    assert [job["return_code"] for job in listing] == [70 if n == number else 0 for n in (1, 2, 3)]
+    ended = listing[number - 1]
+    assert (ended["status"], ended["runtime"]) == ("Runtime Error", None)
+    assert f"job {number}: what is stored of it is damaged" in ended["runtime_error"]
+    assert server.request("GET", "/status/").json["idle"]
+    assert (tmp_path / "ran").read_text(encoding="utf-8") == "X(90)\n" * 2
+    assert server.request("GET", f"/jobs/{number}/").status == (200 if "rm" in change else 500)
+    assert server.request("POST", f"/jobs/{number}/rerun/").status == 500
+    assert "Traceback" not in server.log and server.line("is damaged; `oqc check` says")
+
+
+@pytest.mark.parametrize("column", ["submitter", "asked_runtime", "tag", "note"])
+def test_what_is_damaged_beside_a_job_string_keeps_no_server_from_its_jobs(
+        serve, script, tmp_path, column):
+    runtime = f"qpu={script('cat')}"
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/pause/")
+    for _ in range(3):
+        server.add(mode="verbatim")
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", f"UPDATE jobs SET {column} = CAST(x'ff' AS TEXT) WHERE id = 2")
+    server = serve("--runtime", runtime)
+    server.request("POST", "/runtimes/qpu/resume/")
+    assert server.wait(3)["status"] == server.wait(1)["status"] == "Success"
+    if column == "note":                    # which its runtime would get
+        assert server.wait(2)["return_code"] == 70
+    elif column == "asked_runtime":         # which nobody is
+        assert server.request("GET", "/jobs/list/?state=waiting").json[0]["id"] == 2
+        assert server.request("DELETE", "/jobs/2/").json["return_code"] == 130
+    else:
+        assert server.wait(2)["status"] == "Success"
+    assert server.request("GET", "/status/").json["idle"] and "Traceback" not in server.log
+
+
+def test_a_note_of_when_a_server_ran_that_is_damaged_deletes_nothing_and_ends_no_server(
+        serve, tmp_path):
+    server = serve()
+    server.wait(server.add())
+    assert server.stop() == 0
+    sql(tmp_path / "oqc.db", "UPDATE jobs SET end_time = '2020', start_time = '2020',"
+        " created_time = '2020'", "UPDATE notes SET value = 'x' WHERE name = 'seen'")
+    server = serve("--keep-days", "30")
+    server.line(" error old jobs not deleted: ")
+    assert server.get(1)["return_code"] == 0
+    assert server.request("DELETE", "/jobs/list/?older-than=30d").json == {"deleted": 1}
+    assert server.stop() == 0 and serve("--keep-days", "30").add()["id"] == 2
+
 
 def test_damage_under_a_running_server_is_503_and_one_line_in_the_log_and_ends_nothing(
         left, serve, tmp_path):

@@ -12,8 +12,8 @@ from oqc import jobs
 from oqc.clock import Clock
 from oqc.database import INVARIANTS, backup, check, connect_to, open_writer
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, DiskFull, Ending, IdempotencyKey, Job, KeyReused, Log,
-    Outcome, Queued, Selection, StoreError, Submission, UnknownJob)
+    Addition, Attempt, Batch, DamagedRow, Details, DiskFull, Ending, IdempotencyKey, Job,
+    KeyReused, Log, Outcome, Queued, Selection, StoreError, Submission, UnknownJob)
 from oqc.store import LARGE, MOST_READERS, IllegalTransition, Store
 
 ECHO = Submission("X(90)", "echo", seed=7)
@@ -30,6 +30,15 @@ class Writer:
         self.connection = open_writer(path)
         self.statements = []            # what was executed
         self.before = lambda statement: None    # called before each; may block or raise
+
+    @property
+    def text_factory(self):
+        """What makes texts of bytes."""
+        return self.connection.text_factory
+
+    @text_factory.setter
+    def text_factory(self, texts):
+        self.connection.text_factory = texts
 
     @property
     def in_transaction(self):
@@ -672,6 +681,24 @@ def test_what_is_wrong_with_one_write_of_a_group_harms_no_other(
         "one for all, or one for each that did nothing wrong")
 
 
+def test_a_job_that_is_damaged_is_not_started_and_harms_no_other_write_of_a_group(
+        store, writer, tmp_path):
+    damaged, = added(store, ECHO._replace(job="X(90); rm"))
+    with raw(tmp_path) as connection:
+        connection.execute("UPDATE jobs SET tag = CAST(x'ff' AS TEXT)")
+    number = waiting(store)
+    held = Held(store, writer)
+    held.ask("added", added, store)
+    held.ask("damaged", store.claim, damaged, "qpu")
+    held.ask("claimed", store.claim, number, "qpu")
+    results = held.go()
+    assert isinstance(results["damaged"], DamagedRow) and "job 1: " in str(results["damaged"])
+    assert (results["added"], results["claimed"].id) == ([3], number)
+    assert store.cancel(damaged, 70, "damaged").id == damaged
+    assert store.get(damaged).return_code == 70
+    assert store.unusable() is None
+
+
 def test_batches_that_are_added_together_share_a_commit_and_one_that_is_wrong_harms_no_other(
         store, writer, tmp_path):
     key = IdempotencyKey("k", "digest")
@@ -1117,6 +1144,37 @@ def test_a_disk_on_which_some_writes_fit_and_others_do_not_is_said_once_until_th
     added(store, *[ECHO] * 1000)
     assert store.unusable() is None
     assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]
+
+
+def test_a_prune_lets_others_write_after_a_hundred_jobs(opened, connections):
+    store = opened(clock=Clock())
+    store.add([ECHO] * 250, "alice", outcomes=[GOOD] * 250)
+    writer = connections.writer
+    left = set()
+
+    def count(statement):
+        if statement == "COMMIT":
+            left.add(writer.connection.execute("SELECT count(*) FROM jobs").fetchone()[0])
+    writer.before = count
+    assert store.prune(0) == 250
+    assert left == {250, 150, 50, 0}
+
+
+def test_a_prune_that_is_interrupted_gives_back_no_more_pages_either(opened, connections):
+    store = opened(clock=Clock())
+    store.add([ECHO._replace(job="X(90), " * 100_000)], "alice", outcomes=[GOOD])
+    interrupted = threading.Event()
+
+    def interrupt(statement):
+        if "incremental_vacuum" in statement:
+            interrupted.set()
+    connections.writer.before = interrupt
+    before = connections.writer.connection.execute("PRAGMA freelist_count").fetchone()[0]
+    assert store.prune(0, is_interrupted=interrupted.is_set) == 1
+    left = connections.writer.connection.execute("PRAGMA freelist_count").fetchone()[0]
+    assert interrupted.is_set() and before == 0 and left > 0
+    store.prune(0)
+    assert connections.writer.connection.execute("PRAGMA freelist_count").fetchone()[0] == 0
 
 
 def test_no_reader_is_opened_beside_a_wal_that_is_gone(tmp_path, opened, connections):

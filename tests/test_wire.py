@@ -347,6 +347,14 @@ def test_without_a_descriptor_to_be_had_the_server_neither_spins_nor_fails(serve
     assert ask(server, GET)[0] == 200
 
 
+def test_the_descriptors_of_the_slots_are_no_connections(serve):
+    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, "
+               "(200, 200)); sys.argv[0] = 'oqc'; "
+               "runpy.run_module('oqc', run_name='__main__', alter_sys=True)")
+    server = serve(command=(sys.executable, "-c", limited))
+    server.line(" 150 connections at most, not 512: too few descriptors")    # of 200: 3 slots
+
+
 def trickle(clients, stop):
     """Send a byte on each connection every second until told to stop."""
     place = 0

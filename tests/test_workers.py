@@ -501,6 +501,42 @@ def test_a_defect_in_a_slot_ends_its_job_and_not_its_worker(lab, caplog):
     assert "a defect" in caplog.text
 
 
+def defect(*_):
+    """What goes wrong although it cannot."""
+    raise ZeroDivisionError("a defect")
+
+
+@pytest.mark.parametrize("write", ["claim", "settle", "settle_and_claim"])
+def test_a_defect_of_a_write_ends_at_most_its_job_and_others_go_on(lab, caplog, write):
+    broken = [defect]
+
+    def once(*arguments):
+        return (broken.pop() if broken else getattr(lab.store, write))(*arguments)
+    qpu = lab.runtime()
+    for _ in range(3):
+        lab.add()
+    lab.start(**{write: once})
+    codes = [lab.end(number).return_code for number in (1, 2, 3)]
+    until(lambda: not lab.workers.busy())
+    expected = {"claim": [70, 0, 0], "settle": [0, 0, 70], "settle_and_claim": [0, 0, 0]}
+    assert codes == expected[write] and not broken
+    assert qpu.order == ([2, 3] if write == "claim" else [1, 2, 3])
+    if write != "settle_and_claim":
+        assert lab.store.get(1 if write == "claim" else 3).runtime_error == (
+            "internal error; the server's log has it")
+        assert "a defect" in caplog.text
+
+
+def test_of_two_jobs_whose_writes_are_defective_together_only_the_one_ends_whose_fault_it_is(lab):
+    def claim(number, runtime):
+        return defect() if number == 2 else lab.store.claim(number, runtime)
+    lab.runtime()
+    for _ in range(3):
+        lab.add()
+    lab.start(claim=claim, settle_and_claim=lambda *_: defect())
+    assert [lab.end(number).return_code for number in (1, 2, 3)] == [0, 70, 0]
+
+
 def test_what_the_store_cannot_take_now_is_written_later_and_said_once(lab, caplog):
     refusals = [StoreError("no room on the disk") for _ in range(3)]
 
