@@ -1133,6 +1133,27 @@ def test_a_job_that_is_cancelled_between_its_turn_and_its_claim_is_counted_once(
     assert lab.workers.queued() == 1
 
 
+def test_others_write_while_thousands_are_cancelled_the_newest_of_which_end_first(lab):
+    """A thousand at a time: what is added meanwhile is stored between two groups, and stays."""
+    groups = []
+    added = []
+
+    def cancel_together(numbers):
+        added.append(lab.add())
+        groups.append(len(numbers))
+        return lab.store.cancel_together(numbers)
+    lab.runtime()
+    lab.start(cancel_together=cancel_together)
+    lab.workers.pause("qpu", "")
+    numbers = lab.add(count=2500)[::-1]
+    assert lab.workers.cancel_all(numbers) == 2500
+    assert groups == [1000, 1000, 500]
+    ends = [lab.store.get(number).end_time for number in numbers]
+    assert ends == sorted(ends)
+    assert [lab.store.get(number).end_time for number in added] == [None] * 3
+    assert lab.workers.queued() == 3
+
+
 def test_the_end_of_a_success_and_the_start_of_the_next_job_are_one_commit(lab):
     calls = []
 
