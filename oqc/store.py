@@ -142,8 +142,8 @@ STATUS = f"""
     UNION ALL SELECT 'oldest', '', 0, (
         SELECT created_time FROM jobs WHERE status = '{jobs.STARTING}' AND start_time IS NULL
         ORDER BY id LIMIT 1)"""
-ENDED_ON = ("SELECT runtime, count(*) FROM jobs INDEXED BY jobs_end_time "
-            "WHERE end_time >= ? AND end_time < ? GROUP BY runtime")
+ENDED_ON = ("SELECT runtime, count(*) FROM jobs WHERE end_time >= ? AND end_time < ? "
+            "GROUP BY runtime")
 
 # Which jobs a Selection is. RAN_ON: or was asked to run, and has not yet.
 RAN_ON = "coalesce(runtime, asked_runtime)"

@@ -24,16 +24,13 @@ class Lane:
         self._ids = array("q")          # ascending; those before _head are taken
         self._head = 0
         self._back: List[int] = []      # a heap: ids older than the head that have come back
-        self._removed: Set[int] = set()     # of _ids, behind the head
 
     def __len__(self) -> int:
-        return len(self._ids) - self._head + len(self._back) - len(self._removed)
+        return len(self._ids) - self._head + len(self._back)
 
     def add(self, number: int) -> None:
         """Add an id that is not in the lane."""
-        if number in self._removed:
-            self._removed.remove(number)
-        elif not self._ids or number > self._ids[-1]:
+        if not self._ids or number > self._ids[-1]:
             self._ids.append(number)
         elif self._head < len(self._ids) and number > self._ids[self._head]:
             bisect.insort(self._ids, number, self._head)
@@ -52,7 +49,9 @@ class Lane:
             return heapq.heappop(self._back)
         number = self._ids[self._head]
         self._head += 1
-        self._skip_removed()
+        if self._head > TIDY and self._head > len(self._ids) // 2:
+            del self._ids[:self._head]
+            self._head = 0
         return number
 
     def remove(self, number: int) -> bool:
@@ -62,27 +61,17 @@ class Lane:
             heapq.heapify(self._back)
             return True
         place = bisect.bisect_left(self._ids, number, self._head)
-        if place == len(self._ids) or self._ids[place] != number or number in self._removed:
+        if place == len(self._ids) or self._ids[place] != number:
             return False
-        self._removed.add(number)
-        self._skip_removed()
+        # Moves what is younger: 0.3 ms for a million ids, nothing for the newest first.
+        del self._ids[place]
         return True
 
     def before(self, number: int) -> int:
         """Return how many ids are older than this one."""
         behind_head = bisect.bisect_left(self._ids, number, self._head) - self._head
         back = sum(one < number for one in self._back)
-        removed = sum(one < number for one in self._removed)
-        return behind_head + back - removed
-
-    def _skip_removed(self) -> None:
-        """Move the head to an id that is there; forget the places before it, now and then."""
-        while self._head < len(self._ids) and self._ids[self._head] in self._removed:
-            self._removed.remove(self._ids[self._head])
-            self._head += 1
-        if self._head > TIDY and self._head > len(self._ids) // 2:
-            del self._ids[:self._head]
-            self._head = 0
+        return behind_head + back
 
 
 class _Turns:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from oqc import jobs
 from oqc.database import check, open_writer
 from oqc.jobs import (
-    Batch, Ended, Outcome, RetryPolicy, RuntimeSpec, StoreError, Submission)
+    Batch, Ended, Outcome, RetryPolicy, RuntimeSpec, Selection, StoreError, Submission)
 from oqc.store import Store
 from oqc.waiting import Waiting
 from oqc.workers import Workers
@@ -41,6 +41,7 @@ RUNTIMES = (
     RuntimeSpec("echo", None, ("echo",), "echo"))
 MODES = {spec.name: spec.modes for spec in RUNTIMES}
 SUBMITTERS = ("ada", "bob", "cyd", "dan", "eve")
+TAGS = ("rabi-7", "t1")
 STEPS = 1000
 CHECK_EVERY = 50                    # steps from one check of the whole file to the next
 GOOD = Outcome(0, None, "[1]", True)
@@ -139,6 +140,7 @@ class Accepted(NamedTuple):
     priority: int
     submitter: str
     runtime: str                    # None: any
+    tag: str                        # None: none
 
 
 # pylint: disable-next=too-many-instance-attributes, too-many-public-methods # a step each
@@ -222,6 +224,7 @@ class History:
     def step(self):
         """Do something."""
         steps = ((self.add, 25), (self.begin, 30), (self.end, 30), (self.cancel, 6),
+                 (self.cancel_by_filter, 2),
                  (self.pause, 2), (self.resume, 4), (self.pass_time, 12), (self.jump, 1),
                  (self.fail_writes, 1), (self.stop, 0.5), (self.crash, 0.5),
                  (self.break_or_mend, 1))
@@ -241,7 +244,8 @@ class History:
             return
         for job, submission in zip(addition.jobs, submissions):
             self.jobs[job.id] = Accepted(
-                job.id, job.mode, submission.priority, submitter, submission.runtime)
+                job.id, job.mode, submission.priority, submitter, submission.runtime,
+                submission.tag)
         self.workers.take_up([addition])
         for queued in addition.queued:
             self.enqueue(queued.id)
@@ -254,7 +258,7 @@ class History:
         priority = self.dice.choice((0, 0, 0, 0, 5, -5))
         code = self.dice.choice((0, 3, 75)) if mode == "echo" else 0
         return Submission("X(90)", mode, seed=1, return_code=code, runtime=runtime,
-                          priority=priority)
+                          priority=priority, tag=self.dice.choice((None, None, *TAGS)))
 
     def begin(self):
         """Let a slot take its next job, if it has one."""
@@ -376,6 +380,32 @@ class History:
         except (Ended, StoreError) as error:
             hold(isinstance(error, StoreError) or number in self.final or self.ended(number),
                  "job {} is said to have ended", number)
+
+    def cancel_by_filter(self):
+        """Cancel all jobs of a filter that have not ended; those that run end in a later step, as
+        their runtimes have it."""
+        tag = self.dice.choice((None, *TAGS))
+        by = self.dice.choice((None, *self.submitters) if tag else self.submitters)
+        matching = {job.id for job in self.jobs.values()
+                    if tag in (None, job.tag) and by in (None, job.submitter)}
+        still_open = [number for number in sorted(matching, reverse=True)
+                      if not self.ended(number)]
+        numbers = self.store.open_jobs(Selection(tag=tag, by=by))
+        hold(numbers == still_open, "of tag {}, by {} are open {}, found {}", tag, by, still_open,
+             numbers)
+        running = [number for number in numbers if number in self.running]
+        for number in running:
+            self.workers.interrupt(number)
+        waiting = [number for number in numbers if number not in self.running]
+        with contextlib.suppress(StoreError):
+            count = self.workers.cancel_all(waiting)
+            hold(count == len(waiting), "{} of {} were cancelled", count, len(waiting))
+        for number in waiting:
+            if self.ended(number):
+                code = self.store.get(number).return_code
+                hold(code == jobs.CANCELLED, "job {} was cancelled and ended with {}", number, code)
+                if number in self.queue:
+                    self.queue.remove(number)
 
     def ended(self, number):
         """Return whether a job has ended on disk."""

@@ -729,7 +729,8 @@ def scripted_api(store, waiting=None, **options):
     """An Api over a store that the test scripts, and workers that do nothing."""
     workers = types.SimpleNamespace(
         draining=threading.Event(), queued=lambda: 0, immediate_outcome=lambda _: None, runtimes={},
-        take_up=lambda _: None, uptime=lambda: 0, durations=dict, states=dict)
+        take_up=lambda _: None, uptime=lambda: 0, durations=dict, states=dict, ended=dict,
+        jobs=dict)
     keys = Keys([Key("lab", "operator", b"k")])
     return Api(types.SimpleNamespace(**store), workers, waiting, keys, lambda: 7, Clock(),
                **options)

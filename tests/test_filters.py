@@ -9,8 +9,11 @@ from urllib.parse import quote
 import pytest
 from conftest import Server, until
 
+from oqc.api import Api
 from oqc.clock import Clock
 from oqc.jobs import OPEN, Job, Selection, Submission
+from oqc.keys import Key, Keys
+from oqc.messages import Request
 from oqc.store import Store
 
 COLUMNS = Job._fields + ("submitter", "tag", "asked_runtime")
@@ -206,6 +209,31 @@ def test_a_page_of_any_single_filter_costs_at_most_twice_a_plain_one(tmp_path):
     steps.store.close()
 
 
+def test_a_tag_or_a_time_beside_another_filter_costs_what_it_costs_alone(tmp_path):
+    """Whatever SQLite guesses: without being told it reads a third of all jobs for some pairs."""
+    fill(tmp_path / "oqc.db", 20_000)
+    steps = Steps(tmp_path / "oqc.db")
+    for first, other in itertools.product(({"since": "2027"}, {"tag": "none"}), SINGLE):
+        if other.keys() & {"since", "until", "tag"}:
+            continue
+        for descending in (False, True):
+            taken, length = steps.of(None, 100, descending, Selection(**first, **other))
+            assert (length, taken < 100) == (0, True), (first, other, descending, taken)
+        for read in (steps.store.open_jobs, steps.store.count):
+            steps.count = 0
+            read(Selection(**first, **other))
+            assert steps.count < 100, (first, other, read, steps.count)
+    steps.store.close()
+
+
+def test_what_ended_in_a_minute_is_read_without_the_other_jobs(tmp_path):
+    fill(tmp_path / "oqc.db", 20_000)
+    steps = Steps(tmp_path / "oqc.db")
+    assert steps.store.ended("2026", "2027") == {} and steps.count < 100
+    assert sum(steps.store.ended("2027", "2028").values()) == 16_000
+    steps.store.close()
+
+
 # Over HTTP
 
 JOBS = 60
@@ -349,6 +377,32 @@ def test_a_status_with_wait_answers_when_no_job_that_matches_is_open(own):
     assert ask(own, "POST", "/jobs/cancel/?tag=slow").json == {"cancelled": 3, "by": None}
     waiting.join(20)
     assert found == [{"waiting": 0, "running": 0, "retrying": 0, "succeeded": 0, "failed": 3}]
+
+
+class Ending:
+    """Those who wait: what they wait for ends at once, by a cancel."""
+
+    def __init__(self, store):
+        self.store = store
+        self.waited_for = []
+
+    def until_ended(self, numbers, *_):
+        """The jobs, ended."""
+        self.waited_for.append(list(numbers))
+        self.store.cancel_together(numbers)
+        return [self.store.get(number) for number in numbers]
+
+
+def test_a_status_waits_for_more_jobs_than_are_waited_for_at_once(tmp_path):
+    store = Store(str(tmp_path / "oqc.db"), Clock())
+    store.add([Submission("X(1)", "verbatim", seed=1, tag="many")] * 2500, "ann")
+    waiting = Ending(store)
+    api = Api(store, None, waiting, Keys([Key("ann", "reader", b"k")]), None, Clock())
+    answer = api.handle(Request("GET", "/status/", "tag=many&wait=60", {"api_key": b"k"}))
+    assert json.loads(answer.body)["jobs"]["failed"] == 2500
+    assert json.loads(answer.body)["jobs"]["waiting"] == 0
+    assert sum(waiting.waited_for, []) == list(range(2500, 0, -1))
+    store.close()
 
 
 def test_a_cancel_by_filter_ends_what_matches_and_is_open_and_nothing_else(own):
