@@ -85,7 +85,7 @@ class Store(Protocol):
     def log(self, number: int, serial: int) -> Log:
         """Return what was said in an attempt that is over; the first has the serial 1."""
 
-    def result(self, number: int) -> Tuple[str, bool]:
+    def result(self, number: int) -> Tuple[Union[str, bytes], bool]:
         """Return (what a job's runtime put out, whether that is JSON)."""
 
     def prune(self, seconds: float, by: str, is_interrupted: Callable[[], bool]) -> int:
@@ -460,17 +460,19 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         return Response(200, job_json(job), headers=headers)
 
     def result(self, request: Request, job_number: str) -> Response:
-        """GET /jobs/{id}/result/: what the runtime put out, as JSON where it is that, else as
-        text."""
+        """GET /jobs/{id}/result/: what the runtime put out, byte for byte, as JSON where it is
+        that, else as text or, if it is no UTF-8, as bytes. JSON and text end with a line feed."""
         job, headers = self._job(request, job_number)
         if job.end_time is None:
             raise Problem(409, f"job {job.id} has not ended yet: {job.status}", *headers)
         result, is_json = self.store.result(job.id)
+        if isinstance(result, bytes):
+            return Response(200, result, "application/octet-stream")
         if not is_json:
             return text_response(whole_lines(result))
         if wants_text(request):
             return text_response(result_text(result))
-        return Response(200, result.encode() + b"\n")
+        return Response(200, whole_lines(result).encode())
 
     def details(self, request: Request, job_number: str) -> Response:
         """GET /jobs/{id}/details/: what its ten members do not hold, its attempts above all."""

@@ -293,6 +293,9 @@ def _read_section(section: Section, texts: Dict[str, str],
         readers = _readers_beside(section.path)
         for key, text in {"command": "", **texts}.items():
             values[key] = readers[key](text)
+        for key in ONLY_LINES:
+            if key in values and values.get("protocol") != "lines":
+                raise ValueError("only with protocol = lines")
     except ValueError as error:
         raise section.error(error, key) from None
     return RuntimeSpec(name.strip(), **values)
@@ -378,6 +381,8 @@ READERS: Dict[str, Callable[[str], Any]] = {
     "result_bytes": functools.partial(_whole, 1024, 8 << 20),
     "log_bytes": functools.partial(_whole, 1024, 8 << 20),
 }
+
+ONLY_LINES = ("start_timeout", "warm")      # of READERS: exec would ignore them
 
 
 def _readers_beside(path: str) -> Dict[str, Callable[[str], Any]]:

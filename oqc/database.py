@@ -759,7 +759,9 @@ def _wrong_texts(reader: sqlite3.Connection) -> Iterator[str]:
             yield f"job {row[0]}: a text of it is no UTF-8"
         elif not jobs.PATTERN.fullmatch(row[job_column].decode()):
             yield f"job {row[0]}: its job string does not fit the pattern"
-    for number, result, is_json in reader.execute("SELECT id, result, is_json FROM results"):
+    # Bytes that are no text are what a program put out.
+    texts = "SELECT id, result, is_json FROM results WHERE typeof(result) = 'text' OR is_json"
+    for number, result, is_json in reader.execute(texts):
         if not _is_utf_8(result):
             yield f"job {number}: its result is no UTF-8"
         elif is_json and not is_json_text(result.decode()):

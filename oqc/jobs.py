@@ -226,7 +226,7 @@ class Outcome(NamedTuple):
 
     return_code: int
     runtime_error: Optional[str] = None
-    result: Optional[str] = None    # what the runtime put out
+    result: Optional[str] = None    # what the runtime put out; as `result_bytes` takes it
     is_json: bool = False           # whether `result` is JSON, or else text
     transient: bool = False         # worth another attempt
     started: bool = True            # False: the runtime could not be started
@@ -319,6 +319,12 @@ def echo(return_code: int, retry_codes: Sequence[int]) -> Outcome:
         return Outcome(0)
     error = f"echo of return code {return_code}"
     return Outcome(return_code, error, transient=return_code in retry_codes)
+
+
+def result_bytes(result: str) -> bytes:
+    """Return the bytes of an outcome's result: what is no UTF-8 in them stands there escaped, as in
+    names of files (PEP 383)."""
+    return result.encode("utf-8", "surrogateescape")
 
 
 KINDS = {                           # what JSON calls the types of decoded values

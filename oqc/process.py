@@ -50,6 +50,7 @@ class Process:                      # pylint: disable=too-many-instance-attribut
 
     most_output = 0                 # bytes that are kept of `output`, from its beginning
     heard = 0                       # bytes of both that were read
+    has_closed_input = False        # nobody can read what it is sent
 
     def __init__(
         self,
@@ -179,9 +180,11 @@ class Process:                      # pylint: disable=too-many-instance-attribut
     def _wait_for_event(self, seconds: float) -> None:
         """Wait until something can be read or written, or for so long; read and write it."""
         milliseconds = min(seconds, self._longest_poll) * 1000 + 1
-        for descriptor, _ in self._poll.poll(milliseconds):
+        for descriptor, events in self._poll.poll(milliseconds):
             if descriptor in self._sinks:
                 self._read(descriptor)
+            elif descriptor == self._input and events & select.POLLERR:
+                self._note_closed_input()
             elif descriptor == self._input:
                 self._write()
             elif descriptor == self._wake:
@@ -216,12 +219,18 @@ class Process:                      # pylint: disable=too-many-instance-attribut
                 self._unsent = self._unsent[written:]
         except BlockingIOError:
             return
-        except BrokenPipeError:
-            pass                        # it has closed its input: what it answers to that decides
+        except BrokenPipeError:         # what it answers to that decides
+            self._note_closed_input()
+            return
         self._end_of_data()
 
     def _end_of_data(self) -> None:
         self._unsent = memoryview(b"")
+        self._poll.register(self._input, 0)     # which goes on to say when it is closed
+
+    def _note_closed_input(self) -> None:
+        self._unsent = memoryview(b"")
+        self.has_closed_input = True
         self._poll.unregister(self._input)
 
 

@@ -310,8 +310,10 @@ def _task(question: Any) -> Tuple[Task, float]:
 
 def _result(outcome: Outcome) -> Any:
     """Return the result as JSON; as text if it is none that an answer can carry (1e999)."""
-    if outcome.result is None or not outcome.is_json:
-        return outcome.result
+    if outcome.result is None:
+        return None
+    if not outcome.is_json:
+        return jobs.result_bytes(outcome.result).decode("utf-8", "replace")
     try:
         result = json.loads(outcome.result)
         json.dumps(result, allow_nan=False)

@@ -11,11 +11,12 @@ import logging
 import os
 import signal
 import tempfile
-from typing import IO, Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple
+from typing import IO, Any, Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
 
 from oqc import jobs
 from oqc.jobs import Log, Outcome, RuntimeSpec, Task
-from oqc.lines import BESIDE_RESULT, Answer, Lines, last_line, read, read_cut, too_long
+from oqc.lines import (
+    BESIDE_RESULT, Answer, Lines, beginning, cut, is_object, last_line, read, read_cut, too_long)
 from oqc.process import PIPE_READ, Clock, Process, Tail
 from oqc.tree import script_fault
 
@@ -24,6 +25,7 @@ log = logging.getLogger("oqc")
 SECRETS = ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")    # of the environment, and all of OQC_*
 INTERRUPTED = Outcome(jobs.CANCELLED, interrupted=True)
 STARTED = Outcome(0)                # of a process that has started without a job
+ENDED_BY_US = (-signal.SIGTERM, -signal.SIGKILL)
 KEEP_EVERY = 1.0                    # seconds between two logs that are kept between attempts
 
 
@@ -35,6 +37,7 @@ class Child(Protocol):
     error: bytearray
     log: Tail
     heard: int
+    has_closed_input: bool
 
     @property
     def survivors(self) -> str:
@@ -199,11 +202,13 @@ class ExecSlot(Slot):
         except OSError as error:
             return _unstartable(error)
         deadline = self._clock.monotonic() + self.spec.timeout
-        in_time = process.listen(deadline, interrupted)
-        exited = process.exited()       # by itself: asked before it is made to
-        outcome = INTERRUPTED if in_time else self._timed_out(process)
-        code = process.end(self._kill_grace)
-        self.survivors = process.survivors
+        try:
+            in_time = process.listen(deadline, interrupted)
+            exited = process.exited()   # by itself: asked before it is made to
+            outcome = INTERRUPTED if in_time else self._timed_out(process)
+        finally:                        # also at a defect
+            code = process.end(self._kill_grace)
+            self.survivors = process.survivors
         if exited:
             outcome = self._outcome_of_exit(code, process)
         outcome = self._with_result(outcome, process.output)
@@ -212,10 +217,13 @@ class ExecSlot(Slot):
     def _with_result(self, outcome: Outcome, output: bytearray) -> Outcome:
         """Return the outcome with what was put out; one that is too long makes it no success."""
         most = self.spec.result_bytes
-        if len(output) > most and outcome.return_code == 0:
+        if len(output) <= most:
+            result, is_json = _result(output)
+            return outcome._replace(result=result, is_json=is_json)
+        if outcome.return_code == 0:
             return too_long(output, most)
-        result, is_json = _result(output[:most])
-        return outcome._replace(result=result, is_json=is_json and len(output) <= most)
+        error = cut(outcome.runtime_error, most)
+        return outcome._replace(runtime_error=error, result=beginning(output, most))
 
     def _start_attempt(self, task: Task) -> Tuple[Child, bytes]:
         """Start the process that this task is given to; return it and the hash of the job in the
@@ -254,6 +262,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         self._has_answered = False      # it, to anything
         self._starts_at = 0.0           # when it was started, or 0.0: the worker knows how it went
         self._has_warned = False        # of answers to other questions
+        self._retried: Set[int] = set()         # jobs that it is not asked again
         self._asked: Optional[Task] = None
         self._answer: Optional[Outcome] = None
         self._last: Optional[Tuple[int, int]] = None    # the job and attempt that `_log` is of
@@ -262,9 +271,17 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         self._late: List[Tuple[int, int, Log]] = []
 
     def run(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
+        try:
+            return self._attempt(task, interrupted)
+        except Exception:               # a defect
+            if self._process is not None:
+                self._end(self._process)
+            raise
+
+    def _attempt(self, task: Task, interrupted: Callable[[], bool]) -> Outcome:
         began = self._clock.monotonic()
         try:
-            process = self._make_ready()
+            process = self._make_ready(task)
         except OSError as error:
             return _unstartable(error)
         self._asked = task
@@ -273,14 +290,19 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         device = self.device
         question = self._question(task)
         in_time = self._ask(process, question, began, interrupted)
-        if self._answer is None and process is self._process:
+        if self._answer is None:
             process.read_on()           # it may have answered and ended at once
+            if process.exited() and is_object(process.output):
+                process.output += b"\n"         # the end of its output ends its last line
             self._hear(process)
+        if self._answer is None and self._has_answered and _is_lost(process):
+            self._end(process)          # it harmed no job: a new one is asked
+            return self._attempt(task, interrupted)
         if not self._has_answered:
             device = self.device        # said while it started
         sent = process.written()
         if self._answer is not None:
-            outcome = self._outcome_of_answer(process, sent is not None)
+            outcome = self._outcome_of_answer(process, task, sent is not None)
         else:
             outcome = self._outcome_without_answer(process, in_time)
         self._asked = None
@@ -322,11 +344,12 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         self._is_ready = False
         self._has_answered = False
         self._has_warned = False
+        self._retried.clear()
         self._starts_at = self._clock.monotonic()
         return process
 
-    def _make_ready(self) -> Child:
-        """Return a process that can be asked, the old one or a new one; raise OSError.
+    def _make_ready(self, task: Task) -> Child:
+        """Return a process that can be asked this, the old one or a new one; raise OSError.
 
         What the old one has said since the last attempt belongs to that one.
         """
@@ -334,8 +357,10 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         if process is not None:
             process.read_on()
             self._hear(process)
-            if process.exited():
-                self._end(process)      # it ended between two attempts, and harmed neither
+            # One that ended between two attempts harmed neither. One that was asked this job
+            # before may answer that once more, and nobody could tell what it answers.
+            if process.exited() or process.has_closed_input or task.id in self._retried:
+                self._end(process)
                 process = None
         if process is None:
             return self._begin()
@@ -373,18 +398,19 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         """Ask, and listen until there is an answer; return False if it was not in time."""
         deadline = began + self.spec.timeout
         if self._is_ready:
-            return process.send(question, deadline, lambda: self._hear(process) or interrupted())
+            return process.send(question, deadline, lambda: self._is_over(process, interrupted))
         late = deadline + self.spec.start_timeout
         in_time = process.send(
-            question,
-            late,
-            lambda: self._hear(process) or self._is_ready or interrupted(),
-        )
+            question, late, lambda: self._is_over(process, interrupted) or self._is_ready)
         if not in_time or not self._is_ready or self._answer is not None:
             return in_time
         # It is warm from now on: from when it was, it has as long as any other.
         deadline = min(late, max(deadline, self._ready_at + self.spec.timeout))
-        return process.listen(deadline, lambda: self._hear(process) or interrupted())
+        return process.listen(deadline, lambda: self._is_over(process, interrupted))
+
+    def _is_over(self, process: Child, interrupted: Callable[[], bool]) -> bool:
+        """Return whether there is an answer, or nobody waits for one any more."""
+        return self._hear(process) or _is_deaf(process) or interrupted()
 
     def _hear(self, process: Child) -> bool:
         """Take in the lines that the process has put out; return whether one is the answer."""
@@ -427,13 +453,15 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         start_timeout = _seconds(self.spec.start_timeout)
         return f"{super()._time_allowed()} and its start_timeout of {start_timeout} s"
 
-    def _outcome_of_answer(self, process: Child, is_sent: bool) -> Outcome:
+    def _outcome_of_answer(self, process: Child, task: Task, is_sent: bool) -> Outcome:
         """Return the outcome in the answer; end a process that does not keep to the protocol."""
         assert self._answer is not None
         outcome = self._answer
         self._is_ready = True
         self._has_answered = True
         self._starts_at = 0.0
+        if outcome.transient:
+            self._retried.add(task.id)
         # One that has not read all of a question would take its rest for the next one.
         if outcome.pause or self._lines.is_skipping or not is_sent:
             self._end(process)
@@ -443,10 +471,14 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         """End the process; return the outcome without an answer."""
         exited = process.exited()       # by itself: asked before it is made to
         took_it = process.took_some()
+        is_deaf = _is_deaf(process)     # as one is, too, that is about to exit
         unheard = INTERRUPTED if in_time else self._timed_out(process)
         code = self._end(process)
-        if not exited:
+        if not exited and not is_deaf:
             return unheard
+        if not exited and code in ENDED_BY_US:
+            error = "closed its standard input before it took the job"
+            return Outcome(jobs.PROTOCOL, error, transient=True, started=False)
         outcome = self._outcome_of_exit(code, process)
         if code == 0:
             error = _last_words(process) or "ended without an answer"
@@ -454,7 +486,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         if took_it:
             return outcome
         # It is not the job's fault, and the job did not run.
-        return outcome._replace(transient=True, started=self._has_answered)
+        return outcome._replace(transient=True, started=False)
 
     def _rest_on(self, process: Child, is_over: Callable[[], bool]) -> Optional[Outcome]:
         """Listen to a process between attempts."""
@@ -546,6 +578,16 @@ def _seconds(value: float) -> str:
     return f"{value:.3f}".rstrip("0").rstrip(".")
 
 
+def _is_deaf(process: Child) -> bool:
+    """Return whether a process cannot read anything of what it was sent last, and has not."""
+    return process.has_closed_input and not process.took_some()
+
+
+def _is_lost(process: Child) -> bool:
+    """Return whether a process will never read anything of what it was sent last."""
+    return (process.exited() or process.has_closed_input) and not process.took_some()
+
+
 def _last_words(process: Child) -> Optional[str]:
     return last_line(process.error.decode("utf-8", "replace"))
 
@@ -559,12 +601,12 @@ def _signal_name(number: int) -> str:
 
 def _result(output: bytearray) -> Tuple[Optional[str], bool]:
     """Return what was put out as text, None for nothing, and whether it is JSON."""
-    text = output.decode("utf-8", "replace")
     try:
+        text = output.decode("utf-8")
         json.loads(text, parse_constant=jobs.refuse_constant)
-        return text.strip(), True
+        return text, True
     except (ValueError, RecursionError):
-        return text or None, False
+        return output.decode("utf-8", "surrogateescape") or None, False
 
 
 def _job_sha256(question: Optional[bytes]) -> Optional[bytes]:

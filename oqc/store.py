@@ -212,6 +212,15 @@ def _compressed(said: Log) -> bytes:
     return zlib.compress(said.text) if said.text else b""
 
 
+def _stored(result: str) -> Union[str, bytes]:
+    """Return a result as it is stored: text, or bytes that are no UTF-8."""
+    try:
+        result.encode()
+        return result
+    except UnicodeEncodeError:
+        return jobs.result_bytes(result)
+
+
 def _event(outcome: Outcome) -> str:
     """Return the event of jobs.TRANSITIONS that an outcome is which ends its job."""
     return "failed" if outcome.return_code else "succeeded"
@@ -493,9 +502,9 @@ class Store:
         _refuse_damaged_job(number, submission.job)
         return submission
 
-    def result(self, number: int) -> Tuple[str, bool]:
-        """Return (what a job's runtime put out, whether that is JSON); null if it put out nothing.
-        Raise UnknownJob."""
+    def result(self, number: int) -> Tuple[Union[str, bytes], bool]:
+        """Return (what a job's runtime put out, whether that is JSON); null if it put out nothing,
+        and bytes if it is no UTF-8. Raise UnknownJob."""
         result, is_json = self._read_job(RESULT, number)[0]
         if is_json and not is_json_text(result):
             raise DamagedRow(ROW.format(number))
@@ -940,7 +949,7 @@ class Store:
         changed = self._writer.execute(statement, (*values, task.id, task.attempt)).rowcount
         if changed and event in SETTLE and outcome.result is not None:
             self._writer.execute("INSERT INTO results VALUES (?, ?, ?)",
-                                 (task.id, outcome.result, outcome.is_json))
+                                 (task.id, _stored(outcome.result), outcome.is_json))
         return bool(changed)
 
     def _record(self, ending: Ending, now: str, compressed: bytes) -> bool:

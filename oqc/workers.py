@@ -987,19 +987,22 @@ class Workers:
     def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs would be started before one that waits, what it waits for); no
         number before its `due_time`."""
-        if due_time is not None and due_time > self.clock.now():
-            return None, f"tried again at {due_time}"
-        if job.id in self._cut_off_on:
-            return None, "the end of what a crash of the server left of its last attempt"
         with self.lock:
             its_own = [runtime for runtime in self.runtimes.values()
                        if runtime.may_run(job.mode, job.runtime)]
-            if not its_own:
-                return None, f"{job.runtime}, which is not configured for this mode"
             obstacles = [runtime.obstacle() for runtime in its_own]
-        ahead = min(self._queue.ahead(job, runtime.spec.name) for runtime in its_own)
+        obstacle = ""
         if None not in obstacles:
-            return ahead, "; ".join(filter(None, obstacles))
+            obstacle = "; ".join(filter(None, obstacles))
+        if due_time is not None and due_time > self.clock.now():
+            return None, ": ".join(filter(None, (f"tried again at {due_time}", obstacle)))
+        if job.id in self._cut_off_on:
+            return None, "the end of what a crash of the server left of its last attempt"
+        if not its_own:
+            return None, f"{job.runtime}, which is not configured for this mode"
+        ahead = min(self._queue.ahead(job, runtime.spec.name) for runtime in its_own)
+        if obstacle:
+            return ahead, obstacle
         if ahead == 1:
             return ahead, "1 job is before it"
         if ahead:

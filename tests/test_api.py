@@ -377,17 +377,20 @@ def a_server_with_an_outside_runtime(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outside")
     os.mkfifo(folder / "go")
     program = folder / "my-runtime"
-    program.write_text(f"""#!/bin/sh
+    program.write_text(fr"""#!/bin/sh
 read -r job
 case $job in
-"X(0)") echo ' {{"fidelity": 0.5}} ' ;;
+"X(0)") echo ' {{"fidelity": 0.5}} '; echo ;;
 "X(1)") echo '{{"fidelity": 0.5'; echo done ;;
 "X(2)") ;;
 "X(3)") echo partial; echo first >&2; echo last >&2; exit 3 ;;
 "X(4)") cat {folder}/go ;;
 "X(5)") printf 'no line end' ;;
 "X(6)") echo '[NaN]' ;;
-*) printf '%s\\n' "$job" "$@"
+"X(7)") printf '\033[2J\000\r\n \n' ;;
+"X(8)") printf '\377\000\303\251' ;;
+"X(9)") printf '{{"a": "\377"}}\n' ;;
+*) printf '%s\n' "$job" "$@"
    echo "$OQC_JOB_ID $OQC_MODE $OQC_RUNTIME $OQC_ATTEMPT $OQC_SHOTS $OQC_SEED" ;;
 esac
 """, encoding="utf-8")
@@ -398,13 +401,16 @@ esac
 
 
 @pytest.mark.parametrize("job, content_type, body", [
-    ("X(0)", "application/json", b'{"fidelity": 0.5}\n'),
+    ("X(0)", "application/json", b' {"fidelity": 0.5} \n\n'),
     ("X(1)", "text/plain; charset=utf-8", b'{"fidelity": 0.5\ndone\n'),
     ("X(2)", "application/json", b"null\n"),
     ("X(3)", "text/plain; charset=utf-8", b"partial\n"),
     ("X(5)", "text/plain; charset=utf-8", b"no line end\n"),
-    ("X(6)", "text/plain; charset=utf-8", b"[NaN]\n")])
-def test_what_a_runtime_put_out_is_served_as_json_where_it_is_that_and_else_as_text(
+    ("X(6)", "text/plain; charset=utf-8", b"[NaN]\n"),
+    ("X(7)", "text/plain; charset=utf-8", b"\x1b[2J\0\r\n \n"),
+    ("X(8)", "application/octet-stream", b"\xff\0\xc3\xa9"),
+    ("X(9)", "application/octet-stream", b'{"a": "\xff"}\n')])
+def test_what_a_runtime_put_out_is_served_byte_for_byte_as_json_text_or_bytes(
         outside, job, content_type, body):
     ended = outside.wait(outside.add(job, "verbatim"))
     assert ended["runtime"] == "qpu-1"

@@ -55,7 +55,32 @@ def test_what_stands_before_an_answer_on_its_line_is_noise():
     assert read('100 % {"id": true, "return_code": 0}') is None
 
 
+@pytest.mark.parametrize("noise", ["50% {a}", "{} {'b': 1}", '{"a": {"id": 5}}', "{{", "{\"id\""])
+def test_braces_and_objects_before_an_answer_on_its_line_are_noise(noise):
+    answer = read(noise + ' {"id": 6, "return_code": 0}')
+    if noise == '{"id"':
+        assert answer.outcome.return_code == 76, "half an answer, and another one"
+    else:
+        assert (answer.id, answer.noise, answer.outcome.return_code) == (6, noise.encode(), 0)
+
+
+def test_two_answers_on_a_line_are_none():
+    answer = read('{"id": 6, "return_code": 0} {"id": 7, "return_code": 0}')
+    assert (answer.id, answer.outcome.return_code) == (6, 76)
+
+
+def test_an_answer_inside_of_a_broken_one_is_none():
+    answer = read('{"id": 6, "return_code": 0, "result": NaN, "log": {"id": 6, "return_code": 0}')
+    assert (answer.id, answer.outcome.return_code) == (6, 76)
+
+
+def test_a_line_of_many_braces_is_read_in_one_go():
+    assert read('{"a":' * 200_000) is None
+    assert read('{"a": 1} {' * 100_000) is None
+
+
 @pytest.mark.parametrize("text, number", [
+    ('{"result": {"id": 22}, "id": 15, "return_code": 0} x', 15),
     ('{"id": 6, "return_code": NaN}', 6), ('{"id": -3, "return_code": 0} x', -3),
     ('{"return_code": 0, "result": Infinity, "id": 12}', 12),
     ('{"result": {"id": 22, "x": NaN}, "id": 15, "return_code": 0}', 15),
@@ -89,7 +114,25 @@ def test_of_a_line_that_is_too_long_the_id_at_its_beginning_counts():
     assert lines.read_cut(b"y" * 100, 6, 10) is None
 
 
+@pytest.mark.parametrize("begins", [
+    '{"return_code": 0, "result": {"id": 1, "a": "', '{"result": {"id": 1, "a": "',
+    '{"runtime_error": "', '{"seconds": 5, "return_code": 0, "data": "'])
+def test_a_line_that_is_too_long_and_names_no_question_answers_the_one_that_was_asked(begins):
+    assert lines.read_cut(begins.encode() + b"y" * 100, 7, 10).id == 7
+
+
+@pytest.mark.parametrize("begins", ['{"config": "', '{"t1": 5, "result": "', '{"data": {"id": 7, '])
+def test_an_object_that_is_too_long_and_begins_as_no_answer_does_is_noise(begins):
+    assert lines.read_cut(begins.encode() + b"y" * 100, 7, 10) is None
+
+
 def test_a_result_is_measured_as_json():
     for size, code in ((1022, 0), (1023, 76)):
         answer = {"id": 1, "return_code": 0, "result": "y" * size}
         assert read(json.dumps(answer)).outcome.return_code == code
+
+
+def test_a_failure_whose_result_is_too_long_keeps_its_code_and_names_the_key():
+    answer = {"id": 1, "return_code": 3, "runtime_error": "warm", "result": "y" * 2000}
+    assert read(json.dumps(answer)).outcome[:2] == (
+        3, "warm; a result longer than result_bytes (1024); its beginning is kept")

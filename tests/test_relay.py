@@ -100,7 +100,7 @@ def test_the_program_gets_the_job_and_the_environment_and_nothing_of_ours(relay,
 @pytest.mark.parametrize("text, answer", [
     ("echo '{\"a\": [1,\n2]}'", (0, None, {"a": [1, 2]})),
     ("echo no JSON", (0, None, "no JSON\n")),
-    ("echo 1e999", (0, None, "1e999")),
+    ("echo 1e999", (0, None, "1e999\n")),
     ("echo '\"\\ud800\"'", (0, None, "\ud800")),
     ("exit 3", (3, "exit status 3", None)),
     ("echo part; echo why >&2; exit 75", (75, "why", "part\n")),

@@ -203,7 +203,7 @@ def test_a_runtime_is_started_without_a_shell_in_a_group_of_its_own_with_no_sign
 
 def test_a_runtime_has_no_child_that_it_did_not_start(script):
     outcome = run(script('read -r children <"/proc/$$/task/$$/children"; echo "[$children]"'))
-    assert outcome.result == "[]"
+    assert outcome.result == "[]\n"
 
 
 @pytest.mark.parametrize("code", [1, 3, 70, 74, 76, 123, 124, 125, 126, 127, 128, 130, 137, 180,
@@ -262,13 +262,21 @@ def test_a_result_is_json_where_it_parses_and_else_text(script):
         if kind or not text.startswith("9"):    # before Python 3.10.7 a number may have any length
             assert (outcome.result, outcome.is_json) == (text, kind), text[:40]
     assert run("true")[2:4] == (None, False)
-    assert run("printf", r"\377\303\251")[2:4] == ("\ufffd\u00e9", False)
+
+
+@pytest.mark.parametrize("text, kind", [
+    (b"\xff\xc3\xa9", False), (b'{"a": "\xff"}', False), (b" \r\n five\0 \n\n", False),
+    (b' {"a": 1}\r\n\n', True), (b" \n", False)])
+def test_a_result_is_what_was_put_out_byte_for_byte(text, kind, tmp_path):
+    (tmp_path / "put-out").write_bytes(text)
+    outcome = run("cat", tmp_path / "put-out")
+    assert (jobs.result_bytes(outcome.result), outcome.is_json) == (text, kind)
 
 
 def test_of_a_result_that_fails_the_beginning_is_kept_and_the_rest_is_read_and_dropped(script):
     outcome = run(script("head -c 1048576 /dev/zero | tr '\\0' a; head -c 3000000 /dev/zero\n"
                          "echo done >&2; exit 5"))
-    assert (outcome.return_code, outcome.runtime_error) == (5, "done")
+    assert (outcome.return_code, outcome.runtime_error[:6]) == (5, "done; ")
     assert outcome.result == "a" * (1 << 20)
 
 
@@ -413,6 +421,15 @@ def test_bytes_that_are_not_utf_8_are_no_answer(script):
     assert (outcome.return_code, outcome.transient) == (76, False)
 
 
+def test_an_answer_without_a_line_end_counts_if_its_runtime_then_ends(script):
+    whole = """read -r line; printf '{"id": 7, "return_code": 0, "result": 5}'; """
+    assert run(script(whole + "exit 3"), protocol="lines")[:3] == (0, None, "5")
+    half = """read -r line; printf '{"id": 7, "return_code": 0, "result": {}'; kill -KILL $$"""
+    died = run(script(half), protocol="lines")
+    assert (died.return_code, died.transient) == (137, True), "cut off while it answered"
+    assert time_out(script(whole + "echo >&2; exec sleep 60"), protocol="lines").return_code == 124
+
+
 @pytest.mark.parametrize("protocol", ["exec", "lines"])
 def test_a_result_that_is_too_long_is_76_and_no_success(protocol, script):
     """For exec what was put out, for lines the JSON in the answer's line."""
@@ -429,10 +446,16 @@ def test_a_result_that_is_too_long_is_76_and_no_success(protocol, script):
         assert (outcome.is_json, outcome.transient) == (False, False)
 
 
-def test_a_result_that_is_too_long_keeps_the_return_code_of_a_failure():
-    outcome, = lines('{"id": ID, "return_code": 3, "result": "' + "y" * 5000 + '"}\n',
-                     result_bytes=1024)
-    assert (outcome.return_code, len(outcome.result), outcome.is_json) == (3, 1024, False)
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_failure_whose_result_is_too_long_keeps_its_return_code_and_names_the_key(
+        protocol, script):
+    puts = {"exec": "echo warm >&2; head -c 5000 /dev/zero | tr '\\0' y; exit 3",
+            "lines": """read -r line; echo '{"id": 7, "return_code": 3, "runtime_error": "warm", """
+                     """"result": "%s"}'""" % ("y" * 5000)}[protocol]
+    outcome = run(script(puts), protocol=protocol, result_bytes=1024)
+    assert outcome[:2] == (
+        3, "warm; a result longer than result_bytes (1024); its beginning is kept")
+    assert (len(outcome.result), outcome.is_json) == (1024, False)
 
 
 def test_of_a_line_that_does_not_end_the_beginning_is_kept_and_its_job_is_not_run_again(script):
@@ -510,21 +533,21 @@ def test_a_lines_runtime_that_dies_of_its_job_has_started():
     assert (outcome.transient, outcome.started) == (True, True)
 
 
-def test_a_lines_runtime_that_answered_and_then_ends_without_a_look_at_the_next_job_had_started(
-        script, tmp_path):
+def test_a_lines_runtime_that_ends_without_a_look_at_the_next_job_harms_none(script, tmp_path):
     os.mkfifo(tmp_path / "end")
     blind = script(f"""echo '{{"id": 7, "return_code": 0}}'
                        read -r line <{tmp_path}/end; exit 1""")
 
     def end_it():
-        (tmp_path / "end").write_text("now\n", encoding="ascii")
-        return starts.wait_for_exit()
+        if len(starts.processes) == 1:
+            (tmp_path / "end").write_text("now\n", encoding="ascii")
+            starts.wait_for_exit()
+        return False
     starts = Starts()
     with contextlib.closing(slot_for(blind, protocol="lines", start=starts)) as slot:
         assert slot.run(TASK, lambda: False).return_code == 0
-        outcome = slot.run(TASK, end_it)
-        assert (outcome.return_code, outcome.started) == (1, True)
-        assert len(starts.processes) == 1
+        assert slot.run(TASK, end_it).return_code == 0
+        assert len(starts.processes) == 2
 
 
 def test_a_lines_runtime_that_cannot_start_again_has_not_started(script, tmp_path):
@@ -737,6 +760,89 @@ def test_there_is_no_receipt_of_a_job_that_was_not_written_whole(script):
             outcome = slot.run(big, lambda: False)
             assert (outcome.return_code, outcome.sent_sha256) == (0, None)
             assert len(starts.processes) == count
+
+
+# Which process is asked
+
+def test_a_process_is_never_asked_the_same_job_twice(script):
+    """Or its late second answer to the first attempt would be the answer to the second."""
+    twice = script("""while read -r line; do
+                          echo '{"id": 7, "return_code": 75, "result": '$$'}'
+                          echo '{"id": 8, "return_code": 0, "result": '$$'}'
+                      done""")
+    with contextlib.closing(slot_for(twice, protocol="lines")) as slot:
+        asked = [slot.run(TASK._replace(id=number), lambda: False).result
+                 for number in (7, 8, 7, 8, 7)]
+    assert asked[0] == asked[1] and asked[2] == asked[3], "another job is asked of the same process"
+    assert len(set(asked)) == 3
+
+
+@pytest.mark.parametrize("closes", ["exec <&-; echo closed >&2", "echo closed >&2; exec <&-"])
+def test_a_process_that_closes_its_input_between_two_jobs_is_not_asked_again(closes, script):
+    deaf = script(f"""read -r line; echo '{{"id": 7, "return_code": 0, "result": '$$'}}'
+                      {closes}; exec sleep 60""")
+    starts = Starts()
+    with contextlib.closing(slot_for(deaf, protocol="lines", start=starts)) as slot:
+        assert slot.run(TASK, lambda: False).return_code == 0
+        outcome = slot.run(TASK._replace(attempt=1), lambda: False)
+        assert (outcome.return_code, outcome.sent_sha256) == (0, sha256("X(90)"))
+        assert len(starts.processes) == 2
+
+
+def test_a_process_that_closes_its_input_with_an_unread_question_is_not_waited_for(
+        script, tmp_path):
+    os.mkfifo(tmp_path / "go")
+    deaf = script(f"""read -r line; echo '{{"id": 7, "return_code": 0, "result": '$$'}}'
+                      read -r word <{tmp_path}/go; exec <&-; exec sleep 60""")
+    starts = Starts()
+
+    def let_it_close():
+        if not said:
+            said.append(1)
+            (tmp_path / "go").write_text("now\n", encoding="ascii")
+        return False
+    with contextlib.closing(slot_for(deaf, protocol="lines", start=starts)) as slot:
+        said = [1]
+        assert slot.run(TASK, let_it_close).return_code == 0
+        said.clear()
+        assert slot.run(TASK, let_it_close).return_code == 0
+        assert len(starts.processes) == 2
+
+
+def test_a_process_that_closes_its_input_before_its_first_job_has_not_started(script):
+    outcome = run(script("exec <&-; exec sleep 60"), protocol="lines")
+    assert outcome[:2] == (76, "closed its standard input before it took the job")
+    assert (outcome.transient, outcome.started) == (True, False)
+
+
+def test_an_answer_counts_of_a_process_that_took_the_job_and_closed_its_input(script):
+    last = script("""read -r line; exec <&-; sleep 0.1; echo '{"id": 7, "return_code": 0}'""")
+    assert run(last, protocol="lines").return_code == 0
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_nothing_is_left_of_an_attempt_that_a_defect_of_the_server_ends(protocol, script):
+    class Defect(Process):
+        """A process that is started, and fails when it is listened to for the first time."""
+
+        def listen(self, *arguments):
+            if not defects:
+                defects.append(1)
+                raise RuntimeError("a defect")
+            return super().listen(*arguments)
+    defects = []
+    starts = []
+
+    def start(*arguments):
+        starts.append((Process if starts else Defect)(*arguments))
+        return starts[-1]
+    answers = script("""read -r line; echo '{"id": 7, "return_code": 0}'""")
+    with contextlib.closing(slot_for(answers, protocol=protocol, start=start)) as slot:
+        before = descendants(os.getpid())
+        with pytest.raises(RuntimeError):
+            slot.run(TASK, lambda: False)
+        assert descendants(os.getpid()) == before
+        assert slot.run(TASK, lambda: False).return_code == 0
 
 
 # Lines between two attempts

@@ -486,15 +486,18 @@ def test_an_ending_that_is_illegal_leaves_the_others_of_its_call_ended(store, tm
 
 
 def test_a_result_is_kept_as_text_or_json_and_is_null_without_one(store):
-    numbers = added(store, *[ECHO] * 3)
+    numbers = added(store, *[ECHO] * 4)
     outcomes = [("succeeded", Outcome(0, None, '{"a": 1}', True)),
-                ("failed", Outcome(3, "cold", "caf\u00e9\n")), ("succeeded", Outcome(0))]
+                ("failed", Outcome(3, "cold", "caf\u00e9\n")), ("succeeded", Outcome(0)),
+                ("succeeded", Outcome(0, None, "\udcff\0\u00e9\n"))]
     store.settle([ending(store.claim(number, "qpu"), *outcome)
                   for number, outcome in zip(numbers, outcomes)])
     assert [store.result(number) for number in numbers] == [
-        ('{"a": 1}', True), ("caf\u00e9\n", False), ("null", True)]
+        ('{"a": 1}', True), ("caf\u00e9\n", False), ("null", True),
+        (b"\xff\0\xc3\xa9\n", False)]
     assert [store.get(number).status for number in numbers] == [
-        "Success", "Runtime Error", "Success"]
+        "Success", "Runtime Error", "Success", "Success"]
+    assert not list(check(store.path)), "bytes that are no text are no damage"
 
 
 def test_what_waits_and_what_runs_comes_back_in_id_order_after_the_store_is_opened_again(opened):

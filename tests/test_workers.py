@@ -448,6 +448,18 @@ def test_a_job_that_is_due_says_what_it_waits_for_now(still):
     assert still.workers.outlook(job, due_time) == (0, "qpu is paused: cable")
 
 
+def test_a_job_that_is_given_back_says_what_keeps_its_runtime_from_starting(still):
+    show_times_that_sort(still.clock)
+    still.runtime(lambda *_: Outcome(127, "not found", transient=True, started=False))
+    still.start()
+    first = [still.add() for _ in range(3)]
+    until(lambda: still.store.get(first[-1]).status == "Retrying")
+    details = still.store.details(first[-1])
+    assert details.attempts == [], "none ran"
+    assert still.workers.outlook(Queued(first[-1], "verbatim", 0, "test"), details.due_time) == (
+        None, f"tried again at {details.due_time}: qpu cannot be started: not found")
+
+
 def test_a_job_whose_attempt_a_crash_left_behind_says_so(lab):
     show_times_that_sort(lab.clock)
     lab.runtime()
