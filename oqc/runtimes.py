@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import tempfile
 from typing import IO, Any, Callable, Dict, List, Optional, Protocol, Sequence, Tuple
@@ -24,6 +25,7 @@ log = logging.getLogger("oqc")
 SECRETS = ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")    # of the environment, and all of OQC_*
 INTERRUPTED = Outcome(jobs.CANCELLED, interrupted=True)
 STARTED = Outcome(0)                # of a process that has started without a job
+KILLED_PAUSE = 1.0                  # seconds until a warm process that was killed is replaced
 KEEP_EVERY = 1.0                    # seconds between two logs that are kept between attempts
 
 
@@ -283,6 +285,8 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
             outcome = self._outcome_of_answer(process, sent is not None)
         else:
             outcome = self._outcome_without_answer(process, in_time)
+            if not outcome.started and self._has_answered:
+                return self.run(task, interrupted)      # it ended between two jobs, as good as
         self._asked = None
         said = self.log(task.id)
         self._last = task.id, task.attempt
@@ -454,7 +458,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         if took_it:
             return outcome
         # It is not the job's fault, and the job did not run.
-        return outcome._replace(transient=True, started=self._has_answered)
+        return outcome._replace(transient=True, started=False)
 
     def _rest_on(self, process: Child, is_over: Callable[[], bool]) -> Optional[Outcome]:
         """Listen to a process between attempts."""
@@ -481,8 +485,14 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
 
     def _ended_at_rest(self, process: Child) -> Optional[Outcome]:
         """Return the outcome of a start if a process has ended that never answered a question."""
+        has_started = self._is_ready or not self._starts_at
         code = self._end(process)
         if self._has_answered:
+            return None
+        if code < 0 and has_started:    # somebody has killed it; or it crashes again and again
+            pause = select.poll()
+            pause.register(self._wake, select.POLLIN)
+            pause.poll(KILLED_PAUSE * 1000)
             return None
         outcome = self._outcome_of_exit(code, process)
         error = outcome.runtime_error or _last_words(process) or "ended before its first job"
