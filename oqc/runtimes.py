@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import tempfile
 from typing import IO, Any, Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
@@ -26,6 +27,7 @@ SECRETS = ("CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")    # of the environment, an
 INTERRUPTED = Outcome(jobs.CANCELLED, interrupted=True)
 STARTED = Outcome(0)                # of a process that has started without a job
 ENDED_BY_US = (-signal.SIGTERM, -signal.SIGKILL)
+KILLED_PAUSE = 1.0                  # seconds until a warm process that was killed is replaced
 KEEP_EVERY = 1.0                    # seconds between two logs that are kept between attempts
 
 
@@ -513,8 +515,14 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
 
     def _ended_at_rest(self, process: Child) -> Optional[Outcome]:
         """Return the outcome of a start if a process has ended that never answered a question."""
+        has_started = self._is_ready or not self._starts_at
         code = self._end(process)
         if self._has_answered:
+            return None
+        if code < 0 and has_started:    # somebody has killed it; or it crashes again and again
+            pause = select.poll()
+            pause.register(self._wake, select.POLLIN)
+            pause.poll(KILLED_PAUSE * 1000)
             return None
         outcome = self._outcome_of_exit(code, process)
         error = outcome.runtime_error or _last_words(process) or "ended before its first job"

@@ -88,7 +88,7 @@ class Leaders:
 class Instance:                     # pylint: disable=too-many-instance-attributes # each says why
     """What this process knows of its children. There is one: they are the process's, not a part's.
 
-    `lock` is held over `trees`, `leaders` and `_strangers`, and while orphans are reaped.
+    `lock` is held over `trees`, `leaders`, `_strangers` and `_owners`, and while orphans are reaped.
     """
 
     def __init__(self) -> None:
@@ -104,6 +104,7 @@ class Instance:                     # pylint: disable=too-many-instance-attribut
         self._starts = itertools.count(1)
         self._starting: Set[str] = set()        # marks of what is not entered in `trees` yet
         self._strangers: Set[int] = set()       # orphans that bear no mark
+        self._owners: Dict[int, str] = {}       # of orphans that may not be killed: their trees
         self._started = threading.Event()       # there is something for the reaper to look at
 
     def begin(self, instance: str, run: int, clock: ReapersClock) -> str:
@@ -160,7 +161,18 @@ class Instance:                     # pylint: disable=too-many-instance-attribut
                     if not os.waitpid(pid, os.WNOHANG)[0]:
                         orphans.append(pid)
             self._strangers.intersection_update(orphans)
+            self._owners = {pid: self._owners[pid] for pid in orphans if pid in self._owners}
         return orphans
+
+    def untouchable(self, orphans: Sequence[int], tree: "Tree") -> List[int]:
+        """Return those of these orphans that may not be killed, nor looked at, such as a setuid
+        program's, and are of this tree that ends: the first that was there when they began."""
+        with self.lock:
+            for pid in orphans:
+                if pid not in self._owners and not _may_signal(pid):
+                    if tree.code is None and _began(pid) >= _began(tree.pid):
+                        self._owners[pid] = tree.mark
+            return [pid for pid in orphans if self._owners.get(pid) == tree.mark]
 
     def has_stranger(self, orphans: Sequence[int]) -> bool:
         """Return whether an orphan lost its mark; true once for each, which is logged then."""
@@ -170,7 +182,7 @@ class Instance:                     # pylint: disable=too-many-instance-attribut
             for pid in orphans:
                 if pid in self._strangers or session_of(pid) in sessions:
                     continue
-                if not mark_of(pid):
+                if not mark_of(pid) and _may_signal(pid):
                     self._strangers.add(pid)
                     strangers.append(pid)
         for pid in strangers:
@@ -363,9 +375,13 @@ class Tree:
     def _strays(self) -> List[int]:
         """Return orphans of this tree that go on."""
         orphans = INSTANCE.orphans()
-        if orphans and INSTANCE.has_stranger(orphans):
+        if not orphans:
+            return []
+        untouchable = INSTANCE.untouchable(orphans, self)
+        if INSTANCE.has_stranger(orphans):
             orphans = all_processes()
-        return [pid for pid in orphans if pid != self.pid and self._owns(pid)]
+        strays = [pid for pid in orphans if pid != self.pid and self._owns(pid)]
+        return sorted({*strays, *untouchable})
 
     def _owns(self, pid: int) -> bool:
         """Return whether a process is of this tree."""
@@ -422,6 +438,23 @@ def stat_of(pid: int) -> List[bytes]:
             return file.read().rpartition(b") ")[2].split()
     except OSError:
         return []
+
+
+def _began(pid: int) -> int:
+    """Return when a process began, in ticks of the kernel; 0 if it is gone."""
+    fields = stat_of(pid)
+    return int(fields[19]) if len(fields) > 19 else 0
+
+
+def _may_signal(pid: int) -> bool:
+    """Return whether the kernel lets this process be killed; also if it is gone."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        pass
+    return True
 
 
 def _bears(mark: str, pid: int) -> bool:

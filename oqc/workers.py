@@ -748,8 +748,8 @@ class Workers:
             if not survivors:
                 self._note_start(runtime, outcome, _queued(task))
             event = jobs.decide(outcome, task.attempt, runtime.policy)
-            if not outcome.started and runtime.set_aside:
-                event = "release"       # the runtime's fault: it costs the job no attempt
+            if not outcome.started:     # the job never ran: that is no attempt of it
+                event = "release"
             if attempt.cancelled and event in ("release", "retry"):
                 return Ending(task, "failed", _as_cancelled(outcome))
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))
@@ -809,7 +809,7 @@ class Workers:
             if ending.event in ("retry", "release"):
                 with self.lock:
                     self._set_alarm(self.clock.monotonic() + ending.delay, _queued(task))
-                if ending.event == "retry":
+                if not outcome.interrupted:
                     log.info("job %d, attempt %d on %s: return code %d, %s; tried again in %.1f s",
                              task.id, task.attempt, runtime.spec.name, outcome.return_code,
                              outcome.runtime_error, ending.delay)

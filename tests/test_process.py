@@ -4,16 +4,21 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import PROGRAM, RUNTIMES, command_line, descendants, until
+from conftest import PROGRAM, RUNTIMES, command_line, descendants, need, until
 
 # A shell before the server: $0 is its program, "$@" what follows.
 IGNORING = ("sh", "-c", "trap '' HUP INT QUIT USR1 CHLD; exec \"$0\" \"$@\"", *PROGRAM)
 # A root that may not send signals to other users' processes (capabilities(7), CAP_KILL).
 POWERLESS = ("setpriv", "--bounding-set=-kill", "--inh-caps=-kill", *PROGRAM)
+# Nor read the environment of those, as an ordinary user's server with a setuid program.
+BLIND = ("setpriv", "--bounding-set=-all,+setuid,+setgid,+dac_override,+fowner", "--inh-caps=-all",
+         *PROGRAM)
 # What a sh script over `lines` answers to the question in $line.
 ANSWER = r"""id=${line#*\"id\": }; echo "{\"id\": ${id%%,*}, \"return_code\": 0}" """
 
@@ -296,21 +301,24 @@ def test_what_a_killed_server_and_its_killed_keeper_left_is_ended_by_the_next_se
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, setpriv")
-@pytest.mark.parametrize("end", ["timeout", "cancel", "exit"])
+@pytest.mark.parametrize("end, command", [
+    ("timeout", POWERLESS), ("cancel", POWERLESS), ("exit", POWERLESS), ("exit", BLIND)],
+    ids=["timeout", "cancel", "exit", "exit, not to be looked at"])
 def test_a_child_that_may_not_be_killed_ends_its_job_and_sets_its_runtime_aside(
-        lab, script, tmp_path, end):
+        lab, script, tmp_path, end, command):
     os.mkfifo(tmp_path / "up")
     sleeper = script(f"echo $$ >{tmp_path}/up; exec sleep 300")
     leave = f"setpriv --reuid=65534 --clear-groups {sleeper}"
     if end == "exit":
         leave = f"setsid {leave} >/dev/null 2>&1 & sleep 0.3; exit 0"
-    command = script(f"chmod 777 {tmp_path}; [ $OQC_JOB_ID != 1 ] || {{ {leave}; }}")
+    drive = script(f"chmod 777 {tmp_path}; [ $OQC_JOB_ID != 1 ] || {{ {leave}; }}")
     tmp_path.chmod(0o777)
     for folder in list(tmp_path.parents)[:2]:
         folder.chmod(0o755)
     (tmp_path / "up").chmod(0o666)
     server = lab("--kill-grace", "0.1", "--config", ini(
-        tmp_path, f"[runtime qpu]\ncommand = {command}\ntimeout = 1\n"), command=POWERLESS)
+        tmp_path, f"[runtime qpu]\ncommand = {drive}\ntimeout = 1\n"
+                  "[runtime other]\ncommand = true\nmodes = simulation\n"), command=command)
     job = server.add(mode="verbatim")
     pid = int((tmp_path / "up").read_text())
     try:
@@ -321,6 +329,8 @@ def test_a_child_that_may_not_be_killed_ends_its_job_and_sets_its_runtime_aside(
         until(lambda: server.runtime("qpu")["state"] == "failing")
         assert f"process {pid} (sleep) of an earlier attempt" in server.runtime("qpu")["reason"]
         assert f"process {pid} (sleep)" in server.line("is set aside")
+        assert server.wait(server.add(mode="simulation"))["status"] == "Success"
+        assert server.runtime("other")["state"] == "idle"
         waits = server.add(mode="verbatim")
         os.kill(pid, signal.SIGKILL)
         assert server.wait(waits)["status"] == "Success"
@@ -348,6 +358,72 @@ def test_a_server_stops_though_a_child_may_not_be_killed(lab, script, tmp_path):
         assert server.stop(timeout=15) == 0
     finally:
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def frozen(tmp_path):
+    """A folder of a frozen file system: who writes there sleeps, and no signal wakes it, until
+    `frozen.thaw()`."""
+    need("mount", "mke2fs", "fsfreeze")
+    image = tmp_path / "image"
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    image.write_bytes(bytes(1 << 20))
+    subprocess.run(["mke2fs", "-q", "-F", image], check=True, stderr=subprocess.DEVNULL)
+    if subprocess.run(["mount", "-o", "loop", image, folder], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+
+    def thaw():
+        subprocess.run(["fsfreeze", "-u", folder], check=False, stderr=subprocess.DEVNULL)
+
+    try:
+        subprocess.run(["fsfreeze", "-f", folder], check=True)
+        yield SimpleNamespace(path=folder, thaw=thaw)
+    finally:
+        thaw()
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+def test_a_process_that_sleeps_in_the_kernel_ends_its_job_and_sets_its_runtime_aside(
+        lab, frozen, script, tmp_path, protocol):
+    """State D, as in a driver whose device does not answer."""
+    drive = script(f"[ -e pid ] || echo $$ >pid; read -r line; >{frozen.path}/a; {ANSWER}")
+    server = lab("--drain", "0", "--kill-grace", "0.1", "--config", ini(
+        tmp_path, f"[runtime qpu]\nprotocol = {protocol}\ntimeout = 1\nstart_timeout = 1\n"
+                  f"command = {drive}\n"
+                  "[runtime other]\ncommand = true\nmodes = simulation\n"))
+    ended = server.wait(server.add(mode="verbatim"), 20)
+    assert ended["return_code"] == 124
+    pid = int((tmp_path / "pid").read_text())
+    assert state(pid) == "D"
+    reason = f"process {pid} (runtime-0) of an earlier attempt cannot be ended"
+    assert reason in server.line("is set aside")
+    assert server.runtime("qpu")["reason"] == reason
+    assert server.wait(server.add(mode="simulation"))["status"] == "Success"
+    waits = server.add(mode="verbatim")
+    frozen.thaw()
+    assert server.wait(waits)["status"] == "Success"
+    assert server.runtime("qpu")["state"] == "idle"
+    until(lambda: not state(pid))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_server_stops_though_a_process_sleeps_in_the_kernel(lab, frozen, script, tmp_path):
+    os.mkfifo(tmp_path / "up")
+    server = lab("--drain", "0", "--kill-grace", "0.1", "--runtime",
+                 f"qpu={script(f'echo $$ >up; echo >{frozen.path}/a')}")
+    server.add(mode="verbatim")
+    pid = int((tmp_path / "up").read_text())
+    until(lambda: state(pid) == "D")
+    try:
+        assert server.stop(timeout=15) == 0
+        assert state(pid) == "D"
+    finally:
+        frozen.thaw()
 
 
 # What cannot be started

@@ -533,7 +533,9 @@ def test_a_lines_runtime_that_dies_of_its_job_has_started():
     assert (outcome.transient, outcome.started) == (True, True)
 
 
-def test_a_lines_runtime_that_ends_without_a_look_at_the_next_job_harms_none(script, tmp_path):
+def test_a_job_that_a_lines_runtime_ends_without_a_look_at_is_given_to_the_next_process(
+        script, tmp_path):
+    """In the same attempt: it did not run, and with attempts = 1 there would be no other."""
     os.mkfifo(tmp_path / "end")
     blind = script(f"""echo '{{"id": 7, "return_code": 0}}'
                        read -r line <{tmp_path}/end; exit 1""")
@@ -546,8 +548,8 @@ def test_a_lines_runtime_that_ends_without_a_look_at_the_next_job_harms_none(scr
     starts = Starts()
     with contextlib.closing(slot_for(blind, protocol="lines", start=starts)) as slot:
         assert slot.run(TASK, lambda: False).return_code == 0
-        assert slot.run(TASK, end_it).return_code == 0
-        assert len(starts.processes) == 2
+        outcome = slot.run(TASK, end_it)
+        assert (outcome.return_code, outcome.started, len(starts.processes)) == (0, True, 2)
 
 
 def test_a_lines_runtime_that_cannot_start_again_has_not_started(script, tmp_path):
@@ -1007,6 +1009,21 @@ def test_a_warm_runtime_that_ends_before_its_first_answer_has_failed_to_start(fa
         while outcome is None or outcome.started:
             outcome = rest(slot, lambda: False)
         assert outcome.runtime_error == "no device"
+
+
+@pytest.mark.parametrize("says, start_timeout", [("ready", 1000.0), ("nothing", 0.0)])
+def test_a_warm_process_that_has_started_and_is_killed_is_replaced_and_no_failed_start(
+        says, start_timeout, script):
+    starts = Starts()
+    says = script(f"""echo '{{"{says}": true}}'; exec sleep 60""")
+    with contextlib.closing(slot_for(says, protocol="lines", warm=True, start=starts,
+                                     start_timeout=start_timeout)) as slot:
+        for count in (1, 2, 3, 4):
+            assert rest(slot, lambda: False) == jobs.Outcome(0)
+            assert len(starts.processes) == count
+            os.kill(starts.processes[-1].pid, signal.SIGKILL)
+            slot.wake()                 # or it takes a second
+            assert slot.rest(lambda: False, True) is None
 
 
 def test_a_warm_runtime_that_says_nothing_has_started_after_its_start_timeout():

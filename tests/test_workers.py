@@ -663,7 +663,7 @@ def test_a_runtime_that_does_not_start_is_set_aside_and_says_so_once_until_it_st
     lab.start()
     numbers = lab.add(count=30)
     assert {lab.end(number).status for number in numbers} == {"Success"}
-    assert max(attempt for _, attempt, _ in qpu.ran) <= 3       # its jobs are not burnt down
+    assert {attempt for _, attempt, _ in qpu.ran} == {1}        # its jobs are not burnt down
     assert reasons == [None] * 3 + ["not found"] * 9 + [None] * (len(states) - 12)
     assert states == ["busy"] * 3 + ["failing"] * 9 + ["busy"] * (len(states) - 12)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
@@ -678,7 +678,7 @@ def test_a_runtime_that_is_set_aside_is_tried_again_after_pauses_that_grow_to_a_
     lab.dice = 0.0
     lab.start()
     assert lab.end(lab.add()).status == "Success"
-    assert [attempt for _, attempt, _ in qpu.ran] == [1, 2] + [3] * 10
+    assert [attempt for _, attempt, _ in qpu.ran] == [1] * 12
     for pause, expected in zip(qpu.pauses()[2:], (1, 2, 4, 8, 16, 32, 60, 60, 60)):
         # The job's own delay may begin when the pause has ended.
         assert expected <= pause <= expected + 1
@@ -691,6 +691,17 @@ def test_only_starts_that_fail_in_a_row_count(lab, caplog):
     numbers = lab.add(count=10)
     assert {lab.end(number).status for number in numbers} == {"Success"}
     assert "set aside" not in caplog.text
+
+
+def test_a_start_that_fails_is_no_attempt_also_where_there_is_only_one(lab, caplog):
+    caplog.set_level("INFO")
+    qpu = lab.runtime(lambda *_: GONE if len(qpu.ran) < 5 else DONE, attempts=1)
+    lab.start()
+    number = lab.add()
+    assert lab.end(number).status == "Success"
+    assert [attempt for _, attempt, _ in qpu.ran] == [1] * 5
+    assert f"job {number}, attempt 1 on qpu: return code 127, not found; tried again" in caplog.text
+    assert "runtime qpu is set aside: it failed to start 3 times in a row" in caplog.text
 
 
 def test_another_runtime_of_the_mode_takes_over_what_one_does_not_start(lab, caplog):
