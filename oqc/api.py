@@ -19,15 +19,18 @@ from oqc.documents import (
     CHEAT_SHEET, MANUAL, OPENAPI, PAGE_BODY, PAGE_HEADERS, PICTURE_HEADERS)
 from oqc.jobs import (
     Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
-    Selection, StoreError, Submission, UnknownJob)
+    Selection, Stored, StoreError, Submission, UnknownJob)
 from oqc.keys import (
     ALLOWED, KEY_HEADERS, NOBODY, NOT_HERE, OPERATOR, READER, USER, Key, Keys, is_local, may)
 from oqc.messages import (
-    PLAIN, Problem, Request, Response, array, choice, decode, failure, found, job_id, job_json,
-    json_response, number, parameters, problem_response, text_response, wants_text)
+    JSON, PLAIN, Problem, Request, Response, accepts_first, array, choice, decode, failure, found,
+    job_id, job_json, json_lines, json_response, number, parameters, problem_response,
+    text_response, wants_text)
 from oqc.queries import FILTERS, MOST_LIMIT, PAGE, may_have_more, next_page, pages
+from oqc.results import record, record_json
 from oqc.text import (
-    LogText, details_text, job_rows, metrics_text, result_text, table, whole_lines)
+    LogText, details_text, job_rows, metrics_text, records_csv, records_text, result_text, table,
+    whole_lines)
 
 HEAVY = 4                           # reads of many rows at once: more only keep all others waiting
 MOST_JOBS = 10_000                  # in one array
@@ -38,7 +41,16 @@ MOST_REASON = 1000                  # bytes of the reason of a pause
 WAITED_AT_ONCE = 1000               # jobs of a filter that are waited for before it is read again
 # Of a runtime: too much for a table.
 WIDE = {"device", "command", "failed_in_a_row", "last_error", "ended_per_minute"}
-BESIDE_JOB = ", submitter, tag"     # what a table of jobs has beside their members
+IN_TABLE = (*Job._fields, "submitter", "tag")       # what a table of jobs has
+PAGING = ("limit", "after", "order")
+MOST_CUT = 1_000_000                # characters
+RECORDS = {                         # how jobs with their results are written, by media type
+    JSON: (functools.partial(array, line=record_json), JSON),
+    "application/x-ndjson": (functools.partial(json_lines, line=record_json),
+                             "application/x-ndjson"),
+    "text/csv": (records_csv, "text/csv; charset=utf-8; header=present"),
+    "text/plain": (records_text, PLAIN),
+}
 NO_KEY = ("send the key in the header api_key, or X-API-Key, or as Authorization: Bearer; "
           "nginx drops api_key unless it is set to underscores_in_headers on")
 DETAILS = (                         # the members of a job's details, in their order
@@ -63,9 +75,9 @@ class Store(Protocol):
         """Return a job; raise UnknownJob."""
 
     def page(self, after: Optional[int], limit: int, descending: bool, selection: Selection,
-             more: str) -> List[Any]:
-        """Return a page of jobs, as plain tuples of Job's members and these columns: a listing
-        makes no Job."""
+             members: Sequence[str]) -> List[Any]:
+        """Return a page of jobs, as plain tuples of these members of Stored: a listing makes no
+        Job."""
 
     def open_jobs(self, selection: Selection, limit: int = -1) -> List[int]:
         """Return the ids of jobs that have not ended, the newest first."""
@@ -417,37 +429,49 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def list(self, request: Request) -> Response:
         """GET /jobs/list/: all jobs, one a line, streamed; or a page of them."""
-        query = parameters(request.query, ("limit", "after", "order", *FILTERS))
+        query = parameters(request.query, (*PAGING, *FILTERS))
+        if wants_text(request):
+            return self._listing(request, query, IN_TABLE, job_rows, PLAIN)
+        return self._listing(request, query, Job._fields, array, JSON)
+
+    def results(self, request: Request) -> Response:
+        """GET /jobs/results/: jobs with their results, one a line, streamed; or a page of them. As
+        JSON, NDJSON, CSV or a table. `?cut=` shortens job strings to so many characters."""
+        query = parameters(request.query, ("cut", *PAGING, *FILTERS))
+        cut = number(query, "cut", 1, MOST_CUT)
+        media_type = accepts_first(request)
+        if media_type not in RECORDS:
+            media_type = JSON
+        write, content_type = RECORDS[media_type]
+        write = functools.partial(_write_records, write, cut)
+        return self._listing(request, query, Stored._fields, write, content_type)
+
+    def _listing(self, request: Request, query: Dict[str, str], members: Sequence[str],
+                 write: Callable[[Iterator[List[Any]]], Iterator[bytes]],
+                 content_type: str) -> Response:
+        """Return these members of the jobs that a query selects, as `write` makes bytes of pages
+        of them."""
         after = number(query, "after", 0, 2 ** 63 - 1)
         limit = number(query, "limit", 1, MOST_LIMIT)
         descending = choice(query, "order", ("asc", "desc")) == "desc"
         selection = queries.selection(query, self.clock, request.key_name)
         select = functools.partial(
-            self._page, descending=descending, selection=selection,
-            more=BESIDE_JOB if wants_text(request) else "")
+            self._page, descending=descending, selection=selection, members=members)
         # Now, so that a database that cannot be read is found before the answer begins.
         page = select(after, limit or PAGE)
         if limit is None:
-            return self._listing(request, pages(select, page))
+            return Response(200, write(pages(select, page)), content_type)
         headers: Headers = ()
         if may_have_more(page, limit) and select(page[-1][0], 1):
             following = next_page(query, selection, page[-1][0])
-            headers = (("Link", f'</jobs/list/?{following}>; rel="next"'),)
-        listing = self._listing(request, iter([page]))
-        return listing._replace(body=b"".join(listing.body), headers=headers)
+            headers = (("Link", f'<{request.path.rstrip("/")}/?{following}>; rel="next"'),)
+        return Response(200, b"".join(write(iter([page]))), content_type, headers)
 
     def _page(self, after: Optional[int], limit: int, descending: bool, selection: Selection,
-              more: str) -> List[Any]:
+              members: Sequence[str]) -> List[Any]:
         """Return a page of jobs; of such reads only HEAVY go on at once."""
         with self._heavy:
-            return self.store.page(after, limit, descending, selection, more)
-
-    @staticmethod
-    def _listing(request: Request, chunks: Iterator[List[Job]]) -> Response:
-        """Return these jobs as JSON or a table, piece by piece."""
-        if wants_text(request):
-            return Response(200, job_rows(chunks), PLAIN)
-        return Response(200, array(chunks))
+            return self.store.page(after, limit, descending, selection, members)
 
     def get(self, request: Request, job_number: str) -> Response:
         """GET /jobs/{id}/: the job, or 404 and a 0 (documented so). `?wait=` seconds for its
@@ -471,7 +495,7 @@ class Api:                          # pylint: disable=too-many-public-methods # 
         if not is_json:
             return text_response(whole_lines(result))
         if wants_text(request):
-            return text_response(result_text(result))
+            return text_response(result_text(result, job.job))
         return Response(200, whole_lines(result).encode())
 
     def details(self, request: Request, job_number: str) -> Response:
@@ -764,6 +788,12 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             raise Problem(404, "no runtime has this name; GET /runtimes/ lists them") from None
 
 
+def _write_records(write: Callable[[Iterator[List[Any]]], Iterator[bytes]], cut: Optional[int],
+                   pages_of_jobs: Iterator[List[Any]]) -> Iterator[bytes]:
+    """Return jobs with their results as `write` makes bytes of pages of records."""
+    return write([record(row, cut) for row in page] for page in pages_of_jobs)
+
+
 def _parsed(text: Optional[str]) -> Any:
     """Return the value of a JSON text that is stored, None for none."""
     return None if text is None else json.loads(text)
@@ -811,6 +841,7 @@ def _reason(body: bytes) -> str:
 ROUTES = tuple((re.compile(path), methods) for path, methods in (
     (r"/jobs/add/?", {"POST": Api.add}),
     (r"/jobs/list/?", {"GET": Api.list, "DELETE": Api.prune}),
+    (r"/jobs/results/?", {"GET": Api.results}),
     (r"/jobs/cancel/?", {"POST": Api.cancel_all}),
     (r"/jobs/([^/]+)/?", {"GET": Api.get, "DELETE": Api.cancel}),
     (r"/jobs/([^/]+)/rerun/?", {"POST": Api.rerun}),

@@ -1,7 +1,7 @@
 """The job as data: its pattern and members, who may become what, the outcome of an attempt."""
 import json
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Union, Optional, Sequence, Tuple
 
 MODES = ("verbatim", "simulation", "echo")
 STATUSES = ("Starting", "Retrying", "Success", "Runtime Error")
@@ -54,7 +54,8 @@ DIGITS = re.compile("[0-9]{1,19}")  # ASCII digits; 19 hold 2**63 - 1
 
 # Bounds of the histogram of durations, in seconds.
 BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
-# Bytes of job strings after which a page ends: a job may have megabytes, a page thousands of jobs.
+# Characters of job strings and results after which a page ends: a job may have megabytes, a page
+# thousands of jobs.
 PAGE_BYTES = 4 << 20
 
 
@@ -122,6 +123,38 @@ class Job(NamedTuple):
     created_time: str
     start_time: Optional[str]
     end_time: Optional[str]
+
+
+class Stored(NamedTuple):
+    """A job with what it put out, and what else belongs with its data."""
+
+    id: int
+    job: str
+    mode: str
+    status: str
+    runtime: Optional[str]
+    return_code: Optional[int]
+    runtime_error: Optional[str]
+    created_time: str
+    start_time: Optional[str]
+    end_time: Optional[str]
+    submitter: str
+    tag: Optional[str]
+    note: Optional[str]             # a JSON object as text
+    shots: int
+    result: Union[str, bytes, None]         # None if it put out nothing, bytes if no UTF-8
+    is_json: bool                   # whether `result` is JSON, or else text
+
+
+RESULT_PLACE = Stored._fields.index("result")
+
+
+def row_size(row: Sequence[Any]) -> int:
+    """Return the characters of what may be long in the members of a Job or of a Stored."""
+    size = len(row[1])
+    if len(row) > RESULT_PLACE:
+        size += len(row[RESULT_PLACE] or "")
+    return size
 
 
 class Submission(NamedTuple):

@@ -35,6 +35,7 @@ PHRASES = {
     505: "HTTP Version Not Supported",
     507: "Insufficient Storage",
 }
+JSON = "application/json"
 PLAIN = "text/plain; charset=utf-8"
 
 
@@ -71,7 +72,7 @@ class Response(NamedTuple):
 
     status: int
     body: Union[bytes, Iterable[bytes]]
-    content_type: str = "application/json"
+    content_type: str = JSON
     headers: Tuple[Tuple[str, str], ...] = ()
 
 
@@ -169,12 +170,18 @@ def choice(query: Dict[str, str], name: str, allowed: Sequence[str]) -> Optional
     return value
 
 
-WANTS_TEXT = re.compile(rb"\s*text/plain\b")
+MEDIA_TYPE = re.compile(rb"\s*([a-z-]+/[a-z-]+)", re.IGNORECASE)
+
+
+def accepts_first(request: Request) -> str:
+    """Return the media type that a client's Accept names first, in lower case; "" without one."""
+    match = MEDIA_TYPE.match(request.headers.get("accept", b""))
+    return match[1].decode().lower() if match else ""
 
 
 def wants_text(request: Request) -> bool:
     """Return whether a client prefers a table to JSON: its Accept names text/plain first."""
-    return WANTS_TEXT.match(request.headers.get("accept", b"")) is not None
+    return accepts_first(request) == "text/plain"
 
 
 # Responses
@@ -253,3 +260,9 @@ def array(chunks: Iterable[Sequence[Any]],
             yield (before + "\n" + ",\n".join(map(line, chunk))).encode()
             before = ","
     yield b"[]\n" if before == "[" else b"\n]\n"
+
+
+def json_lines(chunks: Iterable[Sequence[Any]], line: Callable[[Any], str]) -> Iterator[bytes]:
+    """Yield elements as JSON, one a line, a piece for each chunk of them."""
+    for chunk in chunks:
+        yield "".join(line(element) + "\n" for element in chunk).encode()

@@ -104,4 +104,4 @@ def pages(select: Callable[[Optional[int], int], Sequence[Job]], page: Sequence[
 def may_have_more(page: Sequence[Job], most: int) -> bool:
     """Return whether jobs may follow on a page of up to so many: it is full, or was cut because
     they are long."""
-    return len(page) == most or sum(len(job[1]) for job in page) > jobs.PAGE_BYTES
+    return len(page) == most or sum(map(jobs.row_size, page)) > jobs.PAGE_BYTES

@@ -113,7 +113,8 @@ class Handler(socketserver.BaseRequestHandler):
             connection.size += len(piece)
             data = b""
         if chunked:
-            connection.sock.sendall(b"0\r\n\r\n")
+            data += b"0\r\n\r\n"
+        connection.sock.sendall(data)       # the head is in it if there was no piece
         connection.sock.setblocking(False)
 
 

@@ -275,7 +275,7 @@ def _walk(selection: Selection, state: Optional[str]) -> Walk:
 
 
 def _select(columns: str, selection: Selection, state: Optional[str], place: Optional[Place] = None,
-            group: str = "") -> Tuple[str, Dict[str, Any]]:
+            group: str = "", join: str = "") -> Tuple[str, Dict[str, Any]]:
     """Return (the SELECT of the jobs of a selection that are in `state`, the values in it)."""
     terms = []
     values: Dict[str, Any] = {}
@@ -296,7 +296,7 @@ def _select(columns: str, selection: Selection, state: Optional[str], place: Opt
     for index, condition in walk:
         by_index = f"INDEXED BY {index}" if index else ""
         where = " AND ".join([condition, *terms])
-        parts.append(f"SELECT {columns} FROM jobs {by_index} WHERE {where} {group}")
+        parts.append(f"SELECT {columns} FROM jobs {by_index} {join} WHERE {where} {group}")
     return " UNION ALL ".join(parts), values
 
 
@@ -324,12 +324,12 @@ def _mended(row: Tuple[Any, ...]) -> Tuple[Any, ...]:
 
 
 def _up_to_page_bytes(rows: sqlite3.Cursor) -> List[Any]:
-    """Return the first of these jobs, until their strings have more than jobs.PAGE_BYTES."""
+    """Return the first of these jobs, until their texts have more than jobs.PAGE_BYTES."""
     page: List[Any] = []
     size = 0
     for row in rows:
         page.append(row)
-        size += len(row[1])
+        size += jobs.row_size(row)
         if size > jobs.PAGE_BYTES:
             break
     rows.close()
@@ -424,10 +424,11 @@ class Store:
         return job
 
     def page(self, after: Optional[int], limit: int, descending: bool = False,
-             selection: Selection = Selection(), more: str = "") -> List[Any]:
+             selection: Selection = Selection(),
+             members: Sequence[str] = Job._fields) -> List[Any]:
         """Return up to `limit` jobs of a selection, fewer if they are long, that follow the id
-        `after` in id order or, if so asked, in descending order; as plain tuples of Job's members
-        and of the columns in `more`. With since or until the order is that of (created_time, id).
+        `after` in id order or, if so asked, in descending order; as plain tuples of these members
+        of Stored. With since or until the order is that of (created_time, id).
         A job that is damaged is among them, with U+FFFD in place of what is no text.
 
         By keyset: a page deep in the list costs what the first one does.
@@ -439,7 +440,9 @@ class Store:
         place = None
         if after is not None:
             place = self._place(selection, after, descending)
-        statement, values = _select(MEMBERS + more, selection, selection.state, place)
+        join = "LEFT JOIN results USING (id)" if "result" in members else ""
+        statement, values = _select(", ".join(members), selection, selection.state, place,
+                                    join=join)
         rows = self._read_many(f"{statement} ORDER BY {order_by} LIMIT :limit",
                                {**values, "limit": limit}, _up_to_page_bytes)
         if _are_plain(map(JOB_OF_ROW, rows)):

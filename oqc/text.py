@@ -1,14 +1,20 @@
 """Tables, logs and Prometheus's format: what a person or a scraper reads, as text."""
 import codecs
+import csv
+import io
 import json
 import re
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
+from oqc import results
 from oqc.jobs import Attempt, Log
 
 JOB_ROW = "{:<8}  {:13}  {:<4}  {:10}  {:12}  {:19}  {:12}  {:16}  {:40}  {}"
 MOST_OF_A_JOB = 40                  # characters of a job string in a table of jobs
 MOST_OF_AN_ERROR = 200              # characters of a runtime_error there
+RECORD_WIDTHS = (8, 24, 10, 13, 11, 40, 12, 12, 16, 16, 27, 27, 27, 7, 7, 7, 8, 8, 8,
+                 MOST_OF_AN_ERROR)  # of the members of results.RECORD in a table
+FORMULA = ("=", "+", "-", "@", "\t", "\r")      # what a formula begins with
 BAR = 20                            # characters of a bar from 0 to 1
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")          # what a terminal obeys
 CONTROL_IN_LINES = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")        # without tab and line feed
@@ -61,18 +67,78 @@ def _job_row(row: Sequence[Any]) -> str:
     return line.rstrip() + "\n"
 
 
+# Records: jobs with their results
+
+def records_csv(chunks: Iterable[Sequence[List[Any]]]) -> Iterator[bytes]:
+    """Yield records as CSV (RFC 4180), with a header, a piece for each chunk of them. Each is one
+    line, whatever a runtime put out."""
+    yield _csv([results.RECORD])
+    for chunk in chunks:
+        yield _csv(map(_csv_cells, chunk))
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue().encode("utf-8", "replace")
+
+
+def _csv_cells(record: List[Any]) -> List[Any]:
+    """Return the cells of a record. A runtime's text that a spreadsheet would run as a formula gets
+    an apostrophe before it (OWASP, CSV Injection)."""
+    error = record[results.ERROR_PLACE]
+    if error:
+        text = escaped(error, CONTROL)
+        record[results.ERROR_PLACE] = "'" + text if error.startswith(FORMULA) else text
+    return record
+
+
+def records_text(chunks: Iterable[Sequence[List[Any]]]) -> Iterator[bytes]:
+    """Yield records as a table, a piece for each chunk of them. As in a table of jobs the widths
+    of its columns are fixed: what is longer is cut, and the result has as many characters as an
+    error there."""
+    yield _record_row(map(str.upper, results.RECORD)).encode()
+    for chunk in chunks:
+        yield "".join(map(_record_row, chunk)).encode("utf-8", "replace")
+
+
+def _record_row(record: Iterable[Any]) -> str:
+    cells = []
+    for value, width in zip(record, RECORD_WIDTHS):
+        if isinstance(value, float):
+            value = f"{value:.6f}"
+        elif isinstance(value, str):
+            value = _cell(value[:width + 1])
+            if len(value) > width:
+                value = value[:width - 4] + " ..."
+        cells.append(_cell(value).ljust(width))
+    return "  ".join(cells).rstrip() + "\n"
+
+
 # Results
 
-def result_text(result: str) -> str:
-    """Return a result as lines of text.
+def result_text(result: str, job: str) -> str:
+    """Return a result, which is JSON, as lines of text.
 
     Of a simulation these are its Bloch vector, P(1) with a bar, and its counts. A runtime may put
-    out anything: what only resembles a simulation is returned as it is.
+    out anything: what only resembles a simulation is returned as it is. Behind either stands P(1)
+    as it was counted, its error, and P(1) of a perfect qubit after the pulses of this job, if the
+    result has a P(1) at all.
     """
     try:
-        return _simulation_text(json.loads(result))
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        value = json.loads(result)
+        found = results.numbers(result)
+    except (ValueError, RecursionError):
         return whole_lines(result)
+    try:
+        text = _simulation_text(value)
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        text = whole_lines(result)
+    if found.p1 is None:
+        return text
+    rows = (("p1", found.p1), ("p1_error", found.p1_error), ("p1_ideal", results.ideal(job)))
+    return text + "".join(f"{name:8} {number:9.6f}\n" for name, number in rows
+                          if number is not None)
 
 
 def _simulation_text(result: Any) -> str:
@@ -81,9 +147,9 @@ def _simulation_text(result: Any) -> str:
     if not 0 <= p1 <= 1:
         raise ValueError("not a probability")
     filled = "#" * round(p1 * BAR)
-    lines = [f"{axis:6} {value:9.6f}" for axis, value in zip("xyz", result.get("bloch", ()))]
-    lines.append(f"P(1)   {p1:9.6f}  {filled:.<{BAR}}")
-    lines += [f"count{bit} {count:9d}" for bit, count in result.get("counts", {}).items()]
+    lines = [f"{axis:8} {value:9.6f}" for axis, value in zip("xyz", result.get("bloch", ()))]
+    lines.append(f"P(1)     {p1:9.6f}  {filled:.<{BAR}}")
+    lines += [f"{'count' + bit:8} {count:9d}" for bit, count in result.get("counts", {}).items()]
     return "\n".join(lines) + "\n"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import KEY, ROOT, until
 
-from oqc import api, jobs
+from oqc import api, jobs, results
 
 PACKAGE = Path(api.__file__).parent
 TEXT = {"Accept": "text/plain"}
@@ -190,9 +190,10 @@ def test_a_simulation_as_text_shows_its_vector_and_p1_with_a_bar(server):
     job = server.wait(server.add("X(90)", mode="simulation", seed=1))
     text = server.request("GET", f"/jobs/{job['id']}/result/", headers=TEXT).body.decode()
     lines = text.splitlines()
-    assert lines[:4] == ["x       0.000000", "y      -1.000000", "z       0.000000",
-                         "P(1)    0.500000  ##########.........."]
-    assert [line.split()[0] for line in lines[4:]] == ["count0", "count1"]
+    assert lines[:4] == ["x         0.000000", "y        -1.000000", "z         0.000000",
+                         "P(1)      0.500000  ##########.........."]
+    assert [line.split()[0] for line in lines[4:]] == [
+        "count0", "count1", "p1", "p1_error", "p1_ideal"]
 
 
 def test_nothing_in_a_table_moves_the_terminal(serve):
@@ -268,6 +269,7 @@ def test_openapi_describes_the_members_of_a_job_and_of_a_submission(server):
     assert members["Runtime"] == list(server.runtime("echo"))
     assert members["Details"] == list(server.request("GET", "/jobs/1/details/").json)
     assert members["Attempt"] == list(jobs.Attempt._fields)
+    assert members["Record"] == list(results.RECORD)
     assert members["ServerStatus"] == list(server.request("GET", "/status/").json)
 
 

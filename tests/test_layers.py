@@ -24,11 +24,12 @@ ROOMS = {
     "server": {"api", "connection", "wire", "messages"},
     "connection": {"wire", "messages"},
     "wire": {"messages"},       # the parser of what comes over the sockets, kept apart from them
-    "api": {"documents", "queries", "messages", "text", "manual", "bloch", "keys", "jobs"},
+    "api": {"documents", "queries", "messages", "text", "results", "manual", "bloch", "keys",
+            "jobs"},
     "documents": {"manual"},    # what is served as it is
     "queries": {"messages", "jobs"},    # what a query asks for, kept apart from what answers it
     "messages": {"jobs"},       # requests and responses, kept apart from what they lead to
-    "text": {"jobs"},           # what a person or a scraper reads
+    "text": {"results", "jobs"},        # what a person or a scraper reads
     "workers": {"waiting", "recent", "turns", "jobs"},
     "waiting": {"jobs"},
     "recent": set(),            # what ended of late, tested alone
@@ -44,6 +45,7 @@ ROOMS = {
     "tree": set(),              # whose is a process
     "manual": set(),
     "keys": set(),
+    "results": {"jobs", "qubit"},       # the numbers of a result, kept apart from formats
     "bloch": {"qubit"},         # the picture of a path
     "qubit": set(),
     "clock": set(),
