@@ -234,6 +234,13 @@ class Process:                      # pylint: disable=too-many-instance-attribut
         self._poll.unregister(self._input)
 
 
+def wait_to_read(descriptor: int, seconds: float) -> None:
+    """Wait until there is something to read, for so long at most."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.poll(seconds * 1000)
+
+
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:
     """Return the two ends of a new pipe, (to read, to write), closed with these stacks."""
     ends = os.pipe()

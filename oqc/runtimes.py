@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import select
 import signal
 import tempfile
 from typing import IO, Any, Callable, Dict, List, Optional, Protocol, Sequence, Set, Tuple
@@ -17,8 +16,9 @@ from typing import IO, Any, Callable, Dict, List, Optional, Protocol, Sequence, 
 from oqc import jobs
 from oqc.jobs import Log, Outcome, RuntimeSpec, Task
 from oqc.lines import (
-    BESIDE_RESULT, Answer, Lines, beginning, cut, is_object, last_line, read, read_cut, too_long)
-from oqc.process import PIPE_READ, Clock, Process, Tail
+    BESIDE_RESULT, STRICT, Answer, Lines, beginning, cut, is_object, last_line, read, read_cut,
+    too_long)
+from oqc.process import PIPE_READ, Clock, Process, Tail, wait_to_read
 from oqc.tree import script_fault
 
 log = logging.getLogger("oqc")
@@ -520,9 +520,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         if self._has_answered:
             return None
         if code < 0 and has_started:    # somebody has killed it; or it crashes again and again
-            pause = select.poll()
-            pause.register(self._wake, select.POLLIN)
-            pause.poll(KILLED_PAUSE * 1000)
+            wait_to_read(self._wake, KILLED_PAUSE)
             return None
         outcome = self._outcome_of_exit(code, process)
         error = outcome.runtime_error or _last_words(process) or "ended before its first job"
@@ -611,7 +609,7 @@ def _result(output: bytearray) -> Tuple[Optional[str], bool]:
     """Return what was put out as text, None for nothing, and whether it is JSON."""
     try:
         text = output.decode("utf-8")
-        json.loads(text, parse_constant=jobs.refuse_constant)
+        STRICT.decode(text)
         return text, True
     except (ValueError, RecursionError):
         return output.decode("utf-8", "surrogateescape") or None, False

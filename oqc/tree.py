@@ -88,7 +88,8 @@ class Leaders:
 class Instance:                     # pylint: disable=too-many-instance-attributes # each says why
     """What this process knows of its children. There is one: they are the process's, not a part's.
 
-    `lock` is held over `trees`, `leaders`, `_strangers` and `_owners`, and while orphans are reaped.
+    `lock` is held over `trees`, `leaders`, `_strangers` and `_owners`; and while orphans are
+    reaped.
     """
 
     def __init__(self) -> None:

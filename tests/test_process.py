@@ -12,8 +12,14 @@ from types import SimpleNamespace
 import pytest
 from conftest import PROGRAM, RUNTIMES, command_line, descendants, need, until
 
-# A shell before the server: $0 is its program, "$@" what follows.
-IGNORING = ("sh", "-c", "trap '' HUP INT QUIT USR1 CHLD; exec \"$0\" \"$@\"", *PROGRAM)
+# A parent that has ignored and blocked every signal, as nohup does one of them.
+IGNORING = (sys.executable, "-c", """
+import os, signal, sys
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.execv(sys.argv[1], sys.argv[1:])
+""", *PROGRAM)
 # A root that may not send signals to other users' processes (capabilities(7), CAP_KILL).
 POWERLESS = ("setpriv", "--bounding-set=-kill", "--inh-caps=-kill", *PROGRAM)
 # Nor read the environment of those, as an ordinary user's server with a setuid program.
@@ -205,7 +211,7 @@ def test_no_zombie_stays_beside_a_lines_process_that_has_nothing_to_do(lab, scri
     assert server.wait(server.add(mode="verbatim"))["status"] == "Success"
 
 
-def test_signals_that_were_ignored_for_the_server_count_again_in_it_and_in_its_runtimes(
+def test_signals_that_were_ignored_or_blocked_for_the_server_count_again_in_it_and_in_its_runtimes(
         lab, script):
     server = lab("--runtime", f"qpu={script('exec grep Sig /proc/self/status')}", command=IGNORING)
     job = server.add(mode="verbatim")
