@@ -12,6 +12,7 @@ import shutil
 import sqlite3
 import struct
 import tempfile
+import zlib
 from typing import Iterator, Optional, Sequence, Tuple
 from urllib.parse import quote
 
@@ -169,6 +170,15 @@ INVARIANTS = (
 )
 
 
+# Texts that `check` reads, beside those of the jobs: since which version of the database, whose,
+# (job, text, whether it is JSON). A result of bytes is what a program put out, no damage.
+CHECKED_TEXTS = (
+    (1, "result",
+     "SELECT id, result, is_json FROM results WHERE typeof(result) = 'text' OR is_json"),
+    (2, "note", "SELECT id, note, 1 FROM jobs WHERE note IS NOT NULL"),
+    (2, "attempt", "SELECT job, runtime || coalesce(runtime_error, ''), 0 FROM attempts"),
+    (2, "device", "SELECT job, text, 1 FROM attempts JOIN devices ON devices.id = device"),
+)
 # What a job that has not ended does, as it is counted.
 STATE = f"""CASE WHEN start_time IS NOT NULL THEN 'running'
                 WHEN status = '{jobs.RETRYING}' THEN 'retrying' ELSE 'waiting' END"""
@@ -726,7 +736,7 @@ def compact(path: str) -> str:
 def check(path: str) -> Iterator[str]:
     """Yield what is wrong with a database, a line each; raise StoreError.
 
-    That is what SQLite's integrity_check finds, each job whose texts or result are not what a
+    That is what SQLite's integrity_check finds, each job whose texts, result or log are not what a
     server writes, and each that breaks one of INVARIANTS. The server may use the database
     meanwhile.
     """
@@ -736,9 +746,10 @@ def check(path: str) -> Iterator[str]:
         with observed(path) as reader:
             for report, in reader.execute("PRAGMA integrity_check"):
                 yield from (line for line in report.splitlines() if line != "ok")
-            if reader.execute("PRAGMA user_version").fetchone()[0] >= 2:
+            version = reader.execute("PRAGMA user_version").fetchone()[0]
+            if version >= 2:
                 yield from _wrong_counts(reader)
-            yield from _wrong_texts(reader)
+            yield from _wrong_texts(reader, version)
             if not reader.execute(f"SELECT 1 FROM jobs WHERE NOT ({sound}) LIMIT 1").fetchone():
                 return              # one scan of the table, where each of the following takes one
             for wrong, condition in INVARIANTS:
@@ -749,8 +760,8 @@ def check(path: str) -> Iterator[str]:
         raise as_store_error(path, error) from error
 
 
-def _wrong_texts(reader: sqlite3.Connection) -> Iterator[str]:
-    """Yield which jobs have texts, or a result, that are not what a server writes."""
+def _wrong_texts(reader: sqlite3.Connection, version: int) -> Iterator[str]:
+    """Yield which jobs have texts, or a result or a log, that are not what a server writes."""
     reader.text_factory = bytes     # or an invalid one would end the loop
     rows = reader.execute("SELECT * FROM jobs")
     job_column = [name for name, *_ in rows.description].index("job")
@@ -759,14 +770,25 @@ def _wrong_texts(reader: sqlite3.Connection) -> Iterator[str]:
             yield f"job {row[0]}: a text of it is no UTF-8"
         elif not jobs.PATTERN.fullmatch(row[job_column].decode()):
             yield f"job {row[0]}: its job string does not fit the pattern"
-    # Bytes that are no text are what a program put out.
-    texts = "SELECT id, result, is_json FROM results WHERE typeof(result) = 'text' OR is_json"
-    for number, result, is_json in reader.execute(texts):
-        if not _is_utf_8(result):
-            yield f"job {number}: its result is no UTF-8"
-        elif is_json and not is_json_text(result.decode()):
-            yield f"job {number}: its result is no JSON"
+    for least_version, name, statement in CHECKED_TEXTS:
+        if least_version <= version:
+            yield from _wrong_ones(name, reader.execute(statement))
+    if version >= 2:
+        for number, compressed in reader.execute("SELECT job, log FROM logs"):
+            try:
+                zlib.decompress(compressed)
+            except zlib.error:
+                yield f"job {number}: a log of it is damaged"
     reader.text_factory = str
+
+
+def _wrong_ones(name: str, rows: sqlite3.Cursor) -> Iterator[str]:
+    """Yield which of these (job, text, whether it is JSON) are not what they should be."""
+    for number, text, is_json in rows:
+        if not _is_utf_8(text):
+            yield f"job {number}: its {name} is no UTF-8"
+        elif is_json and not is_json_text(text.decode()):
+            yield f"job {number}: its {name} is no JSON"
 
 
 def _is_utf_8(value: object) -> bool:

@@ -1135,32 +1135,44 @@ def as_nobody(folder, tmp_path):
 
 # Damage that comes later
 
-DAMAGES = {                         # what is done to job 2, what check says
-    "a job string": ("UPDATE jobs SET job = 'X(90)\"' WHERE id = 2",
-                     "its job string does not fit the pattern"),
-    "a text": ("UPDATE jobs SET runtime_error = CAST(x'ff' AS TEXT) WHERE id = 2",
-               "a text of it is no UTF-8"),
-    "text of a result": ("INSERT INTO results VALUES (2, CAST(x'ff' AS TEXT), 0)",
+DAMAGES = {                         # what is asked for, what is done to job 2, what check says
+    "job": ("", "UPDATE jobs SET job = 'X(90)\"' WHERE id = 2",
+            "its job string does not fit the pattern"),
+    "text": ("", "UPDATE jobs SET runtime_error = CAST(x'ff' AS TEXT) WHERE id = 2",
+             "a text of it is no UTF-8"),
+    "text of a result": ("result", "REPLACE INTO results VALUES (2, CAST(x'ff' AS TEXT), 0)",
                          "its result is no UTF-8"),
-    "JSON of a result": ("INSERT INTO results VALUES (2, '[1', 1)", "its result is no JSON"),
+    "JSON of a result": ("result", "REPLACE INTO results VALUES (2, '[1', 1)",
+                         "its result is no JSON"),
+    "note": ("details", "UPDATE jobs SET note = '{' WHERE id = 2", "its note is no JSON"),
+    "attempt": ("details", "UPDATE attempts SET runtime_error = CAST(x'ff' AS TEXT) WHERE job = 2",
+                "its attempt is no UTF-8"),
+    "device": ("details", "UPDATE devices SET text = '{'", "its device is no JSON"),
+    "log": ("log", "UPDATE logs SET log = x'00' WHERE job = 2", "a log of it is damaged"),
 }
+SAYS_DEVICE = """echo '{"ready": true, "device": {"name": "d"}}'; echo warm >&2
+sed -u 's/^{"id": \\([0-9]*\\),.*/{"id": \\1, "return_code": 0, "result": 1}/'"""
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_row_is_500_for_that_job_and_nothing_else_and_a_check_names_it(
-        serve, tmp_path, name):
-    statement, says = DAMAGES[name]
-    server = serve()
-    for _ in range(3):
-        server.wait(server.add())
+        serve, script, tmp_path, name):
+    part, statement, says = DAMAGES[name]
+    (tmp_path / "oqc.ini").write_text(
+        f"[runtime qpu]\ncommand = {script(SAYS_DEVICE)}\nprotocol = lines\n", encoding="utf-8")
+    server = serve("--config", "oqc.ini")
+    server.wait(server.add())
+    assert server.wait(server.add(mode="verbatim", note={}))["return_code"] == 0
+    server.wait(server.add())
     assert server.stop() == 0
     sql(tmp_path / "oqc.db", statement)
     assert f"job 2: {says}" in list(check(str(tmp_path / "oqc.db")))
-    server = serve()
-    answer = server.request("GET", "/jobs/2/result/" if "result" in name else "/jobs/2/")
+    server = serve("--config", "oqc.ini")
+    answer = server.request("GET", f"/jobs/2/{part}")
     assert answer.status == 500 and "Retry-After" not in answer.headers
     assert "job 2: what is stored of it is damaged" in answer.detail
-    assert server.request("GET", "/jobs/1/").status == server.request("GET", "/health/").status
+    for number in (1, 3):
+        assert server.request("GET", f"/jobs/{number}/{part}").status == 200
     assert server.add() and server.request("GET", "/health/").status == 200
     assert "Traceback" not in server.log
 
