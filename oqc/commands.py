@@ -14,6 +14,7 @@ from urllib.parse import quote, urlencode
 
 from oqc.client import ANSWER_TIMEOUT, LOCAL, MOST_WAIT, Client, Failed, connect, decoded
 from oqc.config import Command, decimal, whole
+from oqc.keys import OPERATOR, USER, may
 
 EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 2, 75         # sysexits.h, and what argparse ends with
 NOT_ENDED = 124                     # timeout(1)
@@ -403,11 +404,11 @@ def cancel(client: Client, options: argparse.Namespace) -> int:
     if not query:
         return for_each(functools.partial(cancel_job, client), options.ids)
     if sys.stdin and sys.stdin.isatty() and not options.yes:
-        you = decoded(client.ask("GET", "/status/"))["you"]
-        asked = query if you["role"] == "operator" else {"by": "me", **query}
+        role = decoded(client.ask("GET", "/status/"))["you"]["role"]
+        asked = query if role == OPERATOR else {"by": "me", **query}
         counts = decoded(client.ask("GET", f"/status/?{urlencode(asked)}"))["jobs"]
         question = f"cancel {left_of(counts)} jobs, of which {counts['running']} run? [y/N] "
-        if not agreed(question):
+        if may(role, USER) and not agreed(question):
             say("oqc: nothing is cancelled")
             return EX_FAILED
     return write(client.ask("POST", f"/jobs/cancel/?{urlencode(query)}", seconds=math.inf))
@@ -441,6 +442,16 @@ def list_jobs(client: Client, options: argparse.Namespace) -> int:
     names = ("limit", "after", "order")
     page = {name: getattr(options, name) for name in names if getattr(options, name)}
     return show(client, "/jobs/list/?" + urlencode({**filters(options), **page}))
+
+
+def status(client: Client, _: argparse.Namespace) -> int:
+    """Show the state of the server; on a terminal also which commands this key may carry out."""
+    show(client, "/status/")
+    if sys.stdout.isatty():
+        you = decoded(client.ask("GET", "/status/"))["you"]
+        names = [name for name, command in COMMANDS.items() if may(you["role"], command.role)]
+        write(f"\n{you['name']} ({you['role']}) may: {', '.join(names)}\n".encode())
+    return 0
 
 
 def prune(client: Client, options: argparse.Namespace) -> int:
@@ -487,7 +498,7 @@ COMMANDS = {
     "add": Command(
         "JOB", "add a job, or with - each line of standard input; with --wait show results",
         add, "job --mode --shots --seed --return-code --tag --note --runtime --priority --wait",
-        ADD),
+        ADD, USER),
     "get": Command("ID", "show jobs", functools.partial(show_jobs, ""), "ids"),
     "list": Command("", "show all jobs, those that flags select, or a page of them",
                     list_jobs, f"{FILTER_FLAGS} --limit --after --order"),
@@ -495,9 +506,9 @@ COMMANDS = {
                           "flags select, and show them then",
                     wait, f"[ids] {FILTER_FLAGS} --seconds"),
     "cancel": Command("ID", "cancel jobs, or all that flags select and that have not ended",
-                      cancel, f"[ids] {FILTER_FLAGS} --yes"),
+                      cancel, f"[ids] {FILTER_FLAGS} --yes", role=USER),
     "rerun": Command("ID", "add jobs again, as new ones: the same job, mode, shots, seed and tag",
-                     rerun, "ids"),
+                     rerun, "ids", role=USER),
     "result": Command("ID", "show the results of jobs: what their runtimes wrote",
                       functools.partial(show_jobs, "result/"), "ids"),
     "details": Command("ID", "show the attempts at jobs, their tags and notes, what they wait for",
@@ -505,15 +516,15 @@ COMMANDS = {
     "log": Command("ID", "show what the runtimes of jobs wrote on standard error",
                    show_logs, "ids --follow"),
     "prune": Command("--older-than AGE", "delete the jobs that ended longer ago than AGE",
-                     prune, "--older-than"),
+                     prune, "--older-than", role=OPERATOR),
     "runtimes": Command("", "show the runtimes: their states, modes and jobs",
                         lambda client, _: show(client, "/runtimes/")),
     "pause": Command("NAME", "pause a runtime: it starts no more jobs",
-                     functools.partial(switch, "pause"), "name --reason"),
+                     functools.partial(switch, "pause"), "name --reason", role=OPERATOR),
     "resume": Command("NAME", "resume a runtime: it starts jobs again",
-                      functools.partial(switch, "resume"), "name"),
+                      functools.partial(switch, "resume"), "name", role=OPERATOR),
     "status": Command("", "show how many jobs wait, run and have ended",
-                      lambda client, _: show(client, "/status/")),
+                      status),
 }
 
 

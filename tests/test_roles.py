@@ -10,6 +10,8 @@ import pytest
 from conftest import Server
 from test_commands import line, on_a_terminal, run, settled, start
 
+from oqc import commands
+
 KEYS = "ann:operator:op-key\nbob:user:bob-key\neve:user:eve-key\nrita:reader:rita-key\n"
 SECRETS = {"ann": "op-key", "bob": "bob-key", "eve": "eve-key", "rita": "rita-key"}
 JOB = {"job": "X(90)", "mode": "echo"}
@@ -302,6 +304,31 @@ def test_a_cancel_by_filter_asks_on_a_terminal_how_many(lab):
     assert '{"cancelled": 2, "by": "bob"}' in shown
     status, shown = on_a_terminal(lab, "cancel", "--tag", "asked", "--yes", **as_somebody("ann"))
     assert (status, '{"cancelled": 2, "by": null}' in shown) == (0, True)
+
+
+def test_nobody_is_asked_whether_to_do_what_they_may_not(lab):
+    status, shown = on_a_terminal(lab, "cancel", "--tag", "asked", **as_somebody("rita"))
+    assert status == 1 and "[y/N]" not in shown
+    assert "oqc: rita is a reader: only a user or an operator may do this" in shown
+
+
+@pytest.mark.parametrize("name, least", [("rita", "reader"), ("bob", "user"), ("ann", "operator")])
+def test_the_status_on_a_terminal_says_which_commands_this_key_may_carry_out(lab, name, least):
+    """And each --help who may: all that are not named are refused."""
+    status, shown = on_a_terminal(lab, "status", **as_somebody(name))
+    found = re.search(rf"\n{name} \({least}\) may: (.*)", shown)
+    assert status == 0 and found, shown
+    may = found[1].strip().split(", ")
+    takes = {"add": ["X(1)"], "cancel": [1], "rerun": [1], "prune": ["--older-than", "90d"],
+             "pause": ["gone"], "resume": ["gone"]}
+    for command in commands.COMMANDS:
+        _, out, _ = run(lab, command, "--help")
+        assert ("operator may do this." in out) == (command in takes), command
+        if command in takes:
+            _, _, error = run(lab, command, *takes[command], **as_somebody(name))
+            assert ("may do this" in error) == (command not in may), (command, error)
+        else:
+            assert command in may
 
 
 @pytest.mark.parametrize("command", ["cancel", "wait"])
