@@ -25,8 +25,10 @@ BATCH = 1000                        # jobs of standard input in one request
 BATCH_BYTES = 1 << 18               # and bytes of them
 ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
 SHOWN_EVERY = 1                     # seconds from one progress of many jobs to the next
-FILTERS = ("status", "mode", "state", "runtime", "tag", "by", "since", "until")
-FILTER_FLAGS = " ".join(f"--{name}" for name in FILTERS)
+LASTING = ("mode", "runtime", "tag", "by", "since", "until")     # what a job keeps
+FILTERS = ("status", "state", *LASTING)
+LASTING_FLAGS = " ".join(f"--{name}" for name in LASTING)
+FILTER_FLAGS = f"--status --state {LASTING_FLAGS}"
 Line = Tuple[int, str]              # of standard input: its number, the job on it
 
 
@@ -321,7 +323,14 @@ def show_logs(client: Client, options: argparse.Namespace) -> int:
 
 def filters(options: argparse.Namespace) -> Dict[str, str]:
     """Return the filters among the flags, as the server takes them."""
-    return {name: getattr(options, name) for name in FILTERS if getattr(options, name, None)}
+    return given(options, FILTERS)
+
+
+def given(options: argparse.Namespace, names: Sequence[str]) -> Dict[str, str]:
+    """Return those of these flags that are given. The server refuses one that is empty: left out,
+    as of a variable that is not set, it would select more than is meant."""
+    flags = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def ids_or_filters(options: argparse.Namespace) -> Dict[str, str]:
@@ -340,6 +349,9 @@ def wait(client: Client, options: argparse.Namespace) -> int:
     deadline = client.deadline(options.seconds)
     if not query:
         return for_each(lambda number: show_ended(client, deadline, number), options.ids)
+    first = client.patiently(lambda _: first_job(client, query), deadline)
+    if "since" in query:
+        query["since"] = first["created_time"]      # an age would soon leave out the first ones
     open_jobs = Progress(client, urlencode(query)).wait(deadline)
     if open_jobs:
         say(f"oqc: {open_jobs} jobs have not ended yet; they go on")
@@ -354,6 +366,14 @@ def wait(client: Client, options: argparse.Namespace) -> int:
     return next(filter(None, codes), 0)
 
 
+def first_job(client: Client, query: Dict[str, str]) -> Any:
+    """Return the first job that filters select; raise Failed if there is none."""
+    jobs = decoded(client.ask("GET", "/jobs/list/?" + urlencode({**query, "limit": 1})))
+    if not jobs:
+        raise Failed("no job matches")
+    return jobs[0]
+
+
 class Progress:
     """How far the jobs are that filters select, shown on a terminal."""
 
@@ -366,8 +386,7 @@ class Progress:
         self._done_before = -1          # those that had ended when it began
 
     def wait(self, deadline: float) -> int:
-        """Wait until all have ended; return how many have not at the deadline. Raise Failed if
-        there are none at all."""
+        """Wait until all have ended; return how many have not at the deadline."""
         self.client.patiently(self._ask, deadline)
         return self.left
 
@@ -375,8 +394,6 @@ class Progress:
         """Return True if all have ended; None if not within so many seconds."""
         answer = self.client.ask("GET", f"{self.path}{min(seconds, self._patience)}")
         counts = decoded(answer)["jobs"]
-        if not any(counts.values()):
-            raise Failed("no job matches")
         self.left = left_of(counts)
         progress(self._text(counts["succeeded"] + counts["failed"], counts["failed"]))
         return None if self.left else True
@@ -439,8 +456,7 @@ def cancel_job(client: Client, number: int) -> int:
 
 def list_jobs(client: Client, options: argparse.Namespace) -> int:
     """Show all jobs, or a page of them."""
-    names = ("limit", "after", "order")
-    page = {name: getattr(options, name) for name in names if getattr(options, name)}
+    page = given(options, ("limit", "after", "order"))
     return show(client, "/jobs/list/?" + urlencode({**filters(options), **page}))
 
 
@@ -504,7 +520,7 @@ COMMANDS = {
                     list_jobs, f"{FILTER_FLAGS} --limit --after --order"),
     "wait": Command("ID", "wait for jobs and show each as soon as it has ended; or for all that "
                           "flags select, and show them then",
-                    wait, f"[ids] {FILTER_FLAGS} --seconds"),
+                    wait, f"[ids] {LASTING_FLAGS} --seconds"),
     "cancel": Command("ID", "cancel jobs, or all that flags select and that have not ended",
                       cancel, f"[ids] {FILTER_FLAGS} --yes", role=USER),
     "rerun": Command("ID", "add jobs again, as new ones: the same job, mode, shots, seed and tag",
