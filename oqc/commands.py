@@ -14,6 +14,7 @@ from urllib.parse import quote, urlencode
 
 from oqc.client import ANSWER_TIMEOUT, LOCAL, MOST_WAIT, Client, Failed, connect, decoded
 from oqc.config import Command, decimal, whole
+from oqc.keys import OPERATOR, USER, may
 
 EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 2, 75         # sysexits.h, and what argparse ends with
 NOT_ENDED = 124                     # timeout(1)
@@ -24,8 +25,10 @@ BATCH = 1000                        # jobs of standard input in one request
 BATCH_BYTES = 1 << 18               # and bytes of them
 ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
 SHOWN_EVERY = 1                     # seconds from one progress of many jobs to the next
-FILTERS = ("status", "mode", "state", "runtime", "tag", "by", "since", "until")
-FILTER_FLAGS = " ".join(f"--{name}" for name in FILTERS)
+LASTING = ("mode", "runtime", "tag", "by", "since", "until")     # what a job keeps
+FILTERS = ("status", "state", *LASTING)
+LASTING_FLAGS = " ".join(f"--{name}" for name in LASTING)
+FILTER_FLAGS = f"--status --state {LASTING_FLAGS}"
 Line = Tuple[int, str]              # of standard input: its number, the job on it
 
 
@@ -320,7 +323,14 @@ def show_logs(client: Client, options: argparse.Namespace) -> int:
 
 def filters(options: argparse.Namespace) -> Dict[str, str]:
     """Return the filters among the flags, as the server takes them."""
-    return {name: getattr(options, name) for name in FILTERS if getattr(options, name, None)}
+    return given(options, FILTERS)
+
+
+def given(options: argparse.Namespace, names: Sequence[str]) -> Dict[str, str]:
+    """Return those of these flags that are given. The server refuses one that is empty: left out,
+    as of a variable that is not set, it would select more than is meant."""
+    flags = {name: getattr(options, name, None) for name in names}
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def ids_or_filters(options: argparse.Namespace) -> Dict[str, str]:
@@ -339,6 +349,9 @@ def wait(client: Client, options: argparse.Namespace) -> int:
     deadline = client.deadline(options.seconds)
     if not query:
         return for_each(lambda number: show_ended(client, deadline, number), options.ids)
+    first = client.patiently(lambda _: first_job(client, query), deadline)
+    if "since" in query:
+        query["since"] = first["created_time"]      # an age would soon leave out the first ones
     open_jobs = Progress(client, urlencode(query)).wait(deadline)
     if open_jobs:
         say(f"oqc: {open_jobs} jobs have not ended yet; they go on")
@@ -353,6 +366,14 @@ def wait(client: Client, options: argparse.Namespace) -> int:
     return next(filter(None, codes), 0)
 
 
+def first_job(client: Client, query: Dict[str, str]) -> Any:
+    """Return the first job that filters select; raise Failed if there is none."""
+    jobs = decoded(client.ask("GET", "/jobs/list/?" + urlencode({**query, "limit": 1})))
+    if not jobs:
+        raise Failed("no job matches")
+    return jobs[0]
+
+
 class Progress:
     """How far the jobs are that filters select, shown on a terminal."""
 
@@ -365,8 +386,7 @@ class Progress:
         self._done_before = -1          # those that had ended when it began
 
     def wait(self, deadline: float) -> int:
-        """Wait until all have ended; return how many have not at the deadline. Raise Failed if
-        there are none at all."""
+        """Wait until all have ended; return how many have not at the deadline."""
         self.client.patiently(self._ask, deadline)
         return self.left
 
@@ -374,8 +394,6 @@ class Progress:
         """Return True if all have ended; None if not within so many seconds."""
         answer = self.client.ask("GET", f"{self.path}{min(seconds, self._patience)}")
         counts = decoded(answer)["jobs"]
-        if not any(counts.values()):
-            raise Failed("no job matches")
         self.left = left_of(counts)
         progress(self._text(counts["succeeded"] + counts["failed"], counts["failed"]))
         return None if self.left else True
@@ -403,11 +421,11 @@ def cancel(client: Client, options: argparse.Namespace) -> int:
     if not query:
         return for_each(functools.partial(cancel_job, client), options.ids)
     if sys.stdin and sys.stdin.isatty() and not options.yes:
-        you = decoded(client.ask("GET", "/status/"))["you"]
-        asked = query if you["role"] == "operator" else {"by": "me", **query}
+        role = decoded(client.ask("GET", "/status/"))["you"]["role"]
+        asked = query if role == OPERATOR else {"by": "me", **query}
         counts = decoded(client.ask("GET", f"/status/?{urlencode(asked)}"))["jobs"]
         question = f"cancel {left_of(counts)} jobs, of which {counts['running']} run? [y/N] "
-        if not agreed(question):
+        if may(role, USER) and not agreed(question):
             say("oqc: nothing is cancelled")
             return EX_FAILED
     return write(client.ask("POST", f"/jobs/cancel/?{urlencode(query)}", seconds=math.inf))
@@ -438,9 +456,18 @@ def cancel_job(client: Client, number: int) -> int:
 
 def list_jobs(client: Client, options: argparse.Namespace) -> int:
     """Show all jobs, or a page of them."""
-    names = ("limit", "after", "order")
-    page = {name: getattr(options, name) for name in names if getattr(options, name)}
+    page = given(options, ("limit", "after", "order"))
     return show(client, "/jobs/list/?" + urlencode({**filters(options), **page}))
+
+
+def status(client: Client, _: argparse.Namespace) -> int:
+    """Show the state of the server; on a terminal also which commands this key may carry out."""
+    show(client, "/status/")
+    if sys.stdout.isatty():
+        you = decoded(client.ask("GET", "/status/"))["you"]
+        names = [name for name, command in COMMANDS.items() if may(you["role"], command.role)]
+        write(f"\n{you['name']} ({you['role']}) may: {', '.join(names)}\n".encode())
+    return 0
 
 
 def prune(client: Client, options: argparse.Namespace) -> int:
@@ -487,17 +514,17 @@ COMMANDS = {
     "add": Command(
         "JOB", "add a job, or with - each line of standard input; with --wait show results",
         add, "job --mode --shots --seed --return-code --tag --note --runtime --priority --wait",
-        ADD),
+        ADD, USER),
     "get": Command("ID", "show jobs", functools.partial(show_jobs, ""), "ids"),
     "list": Command("", "show all jobs, those that flags select, or a page of them",
                     list_jobs, f"{FILTER_FLAGS} --limit --after --order"),
     "wait": Command("ID", "wait for jobs and show each as soon as it has ended; or for all that "
                           "flags select, and show them then",
-                    wait, f"[ids] {FILTER_FLAGS} --seconds"),
+                    wait, f"[ids] {LASTING_FLAGS} --seconds"),
     "cancel": Command("ID", "cancel jobs, or all that flags select and that have not ended",
-                      cancel, f"[ids] {FILTER_FLAGS} --yes"),
+                      cancel, f"[ids] {FILTER_FLAGS} --yes", role=USER),
     "rerun": Command("ID", "add jobs again, as new ones: the same job, mode, shots, seed and tag",
-                     rerun, "ids"),
+                     rerun, "ids", role=USER),
     "result": Command("ID", "show the results of jobs: what their runtimes wrote",
                       functools.partial(show_jobs, "result/"), "ids"),
     "details": Command("ID", "show the attempts at jobs, their tags and notes, what they wait for",
@@ -505,15 +532,15 @@ COMMANDS = {
     "log": Command("ID", "show what the runtimes of jobs wrote on standard error",
                    show_logs, "ids --follow"),
     "prune": Command("--older-than AGE", "delete the jobs that ended longer ago than AGE",
-                     prune, "--older-than"),
+                     prune, "--older-than", role=OPERATOR),
     "runtimes": Command("", "show the runtimes: their states, modes and jobs",
                         lambda client, _: show(client, "/runtimes/")),
     "pause": Command("NAME", "pause a runtime: it starts no more jobs",
-                     functools.partial(switch, "pause"), "name --reason"),
+                     functools.partial(switch, "pause"), "name --reason", role=OPERATOR),
     "resume": Command("NAME", "resume a runtime: it starts jobs again",
-                      functools.partial(switch, "resume"), "name"),
+                      functools.partial(switch, "resume"), "name", role=OPERATOR),
     "status": Command("", "show how many jobs wait, run and have ended",
-                      lambda client, _: show(client, "/status/")),
+                      status),
 }
 
 

@@ -17,7 +17,7 @@ from typing import (
     Any, BinaryIO, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple)
 
 from oqc.jobs import NAME, RuntimeSpec, whole_number
-from oqc.keys import OPERATOR, RESERVED, ROLES, Key, is_loopback
+from oqc.keys import ALLOWED, OPERATOR, READER, RESERVED, ROLES, Key, is_loopback
 
 DOCUMENTED_KEY = b"$YboMhcaz7U+3;;M(~t|BX-~ 2kw|ZII2e+s$pw5sBqf$?g]-BYlq.! R/qMR/V="
 KEY = re.compile(rb"[\t\x20-\x7e\x80-\xff]+")     # what a header can carry (RFC 9110, section 5.5)
@@ -79,11 +79,15 @@ class Command(NamedTuple):
     run: Callable[..., int]
     takes: str = ""                 # its arguments, by their names in commands.ARGUMENTS
     notes: str = ""                 # what its own --help says beside that
+    role: str = READER              # that its key needs
 
     @property
     def description(self) -> str:
-        """Its help as a sentence."""
-        return f"{self.help[0].upper()}{self.help[1:]}."
+        """Its help as a sentence, and who may."""
+        text = f"{self.help[0].upper()}{self.help[1:]}."
+        if self.role in ALLOWED:
+            text += f" {ALLOWED[self.role].capitalize()}."
+        return text
 
 
 # The values of flags: argparse calls these with the text of a flag or of its environment variable.

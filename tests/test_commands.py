@@ -325,6 +325,20 @@ def test_a_wait_with_an_end_asks_for_no_more_than_what_is_left_of_it():
     assert far.requests[0][0].startswith("GET /jobs/7/?wait=20 ")
 
 
+def test_a_wait_for_all_since_an_age_keeps_the_jobs_that_it_began_with():
+    """Asked again later, the same age would leave out the first ones."""
+    counts = dict.fromkeys(("waiting", "running", "retrying", "succeeded", "failed"), 0)
+    answers = [None] + [(b"200 OK", json.dumps(content).encode()) for content in (
+        [json.loads(job(7, False))], {"jobs": {**counts, "running": 1}},
+        {"jobs": {**counts, "succeeded": 1}}, [json.loads(job(7))])]
+    with Scripted(*answers) as far:
+        status, out, _ = run(far, "wait", "--since", "10m", "--tag", "t")
+    assert (status, json.loads(out)["id"]) == (0, 7)
+    assert [head.split()[1] for head, _ in far.requests] == [
+        *["/jobs/list/?tag=t&since=10m&limit=1"] * 2,
+        *["/status/?tag=t&since=T&wait=300"] * 2, "/jobs/list/?tag=t&since=T"]
+
+
 def test_a_wait_for_a_server_that_does_not_come_ends_with_its_time():
     status, out, error = run(free_port(), "wait", 1, "--seconds", "0.1")
     assert (status, out) == (69, "") and error.splitlines()[-1].endswith(": Connection refused")

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 ROOMS = {
     "__main__": {"cli"},
     "cli": {"commands", "app", "builtin", "relay", "manual", "config", "keys"},
-    "commands": {"client", "config"},   # the commands that ask a server, kept apart from HTTP
+    "commands": {"client", "config", "keys"},       # that ask a server, kept apart from HTTP
     "client": {"config", "clock", "keys"},
     "app": {"log", "config", "server", "api", "keys", "workers", "waiting", "store", "database",
             "builtin", "runtimes", "keeper", "tree", "clock", "jobs"},

@@ -151,10 +151,10 @@ class Tab:
         self.call("Input.dispatchKeyEvent", type="keyDown", **event, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
-    def open(self):
+    def open(self, key=KEY):
         """Type the key."""
         self.until("document.activeElement.id === 'key'")
-        self.type(KEY)
+        self.type(key)
         self.press("Enter")
         self.until("document.querySelector('#runtimes tr')")
 
@@ -442,6 +442,36 @@ def test_an_operator_sees_what_happens_and_steps_in(serve, visit):
     tab.ask("window.prompt = () => 'cold'; document.querySelector('#runtimes button').click()")
     tab.until("$('health').textContent === '! Mind: emulator is paused (cold)'")
     assert server.runtime("emulator")["reason"] == "cold"
+
+
+# Which buttons are offered: those of the jobs by their ids, of the runtimes, and Run
+OFFERED = """JSON.stringify([
+  [...document.querySelectorAll("#jobs tr")].filter(row => !row.querySelector(".act button").hidden)
+    .map(row => row.dataset.name),
+  [...document.querySelectorAll("#runtimes button")].filter(one => !one.hidden).length,
+  !$("run").hidden])"""
+
+
+@pytest.mark.parametrize("name, offered", [
+    ("rita", [[], 0, False]), ("bob", [["2"], 0, True]), ("ann", [["2", "1"], 3, True])])
+def test_only_what_a_key_may_do_is_offered_and_a_refusal_is_shown(
+        serve, visit, tmp_path, name, offered):
+    (tmp_path / "lab-keys").write_text(
+        "ann:operator:ann-key\nbob:user:bob-key\nrita:reader:rita-key\n", encoding="ascii")
+    (tmp_path / "lab-keys").chmod(0o600)
+    server = serve("--keys-file", "lab-keys")
+    server.request("POST", "/runtimes/emulator/pause/", key="ann-key")
+    for adds in ("ann-key", "bob-key"):
+        server.request("POST", "/jobs/add/", {"job": "X(1)", "mode": "verbatim"}, key=adds)
+    tab = visit(server, key=None)
+    tab.open(f"{name}-key")
+    tab.until("document.querySelectorAll('#jobs tr').length === 2")
+    assert json.loads(tab.ask(OFFERED)) == offered
+    if name == "rita":
+        tab.expected = None
+        tab.ask("$('new').requestSubmit()")
+        tab.until("$('said').textContent === 'rita is a reader: only a user or an operator may "
+                  "do this'")
 
 
 def test_the_newest_jobs_are_filtered_and_older_ones_shown_on_demand(serve, visit):

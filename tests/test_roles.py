@@ -10,6 +10,8 @@ import pytest
 from conftest import Server
 from test_commands import line, on_a_terminal, run, settled, start
 
+from oqc import commands
+
 KEYS = "ann:operator:op-key\nbob:user:bob-key\neve:user:eve-key\nrita:reader:rita-key\n"
 SECRETS = {"ann": "op-key", "bob": "bob-key", "eve": "eve-key", "rita": "rita-key"}
 JOB = {"job": "X(90)", "mode": "echo"}
@@ -313,11 +315,47 @@ def test_a_cancel_by_filter_asks_on_a_terminal_how_many(lab):
     assert (status, '{"cancelled": 2, "by": null}' in shown) == (0, True)
 
 
+def test_nobody_is_asked_whether_to_do_what_they_may_not(lab):
+    status, shown = on_a_terminal(lab, "cancel", "--tag", "asked", **as_somebody("rita"))
+    assert status == 1 and "[y/N]" not in shown
+    assert "oqc: rita is a reader: only a user or an operator may do this" in shown
+
+
+@pytest.mark.parametrize("name, least", [("rita", "reader"), ("bob", "user"), ("ann", "operator")])
+def test_the_status_on_a_terminal_says_which_commands_this_key_may_carry_out(lab, name, least):
+    """And each --help who may: all that are not named are refused."""
+    status, shown = on_a_terminal(lab, "status", **as_somebody(name))
+    found = re.search(rf"\n{name} \({least}\) may: (.*)", shown)
+    assert status == 0 and found, shown
+    may = found[1].strip().split(", ")
+    takes = {"add": ["X(1)"], "cancel": [1], "rerun": [1], "prune": ["--older-than", "90d"],
+             "pause": ["gone"], "resume": ["gone"]}
+    for command in commands.COMMANDS:
+        _, out, _ = run(lab, command, "--help")
+        assert ("operator may do this." in out) == (command in takes), command
+        if command in takes:
+            _, _, error = run(lab, command, *takes[command], **as_somebody(name))
+            assert ("may do this" in error) == (command not in may), (command, error)
+        else:
+            assert command in may
+
+
 @pytest.mark.parametrize("command", ["cancel", "wait"])
 def test_ids_or_filters_are_needed_and_not_both(lab, command):
     for arguments in ((), (1, "--tag", "x")):
         ended = run(lab, command, *arguments, **as_somebody("bob"))
         assert "expected the ids of jobs, or flags such as --tag" in line(ended, 2)
+
+
+@pytest.mark.parametrize("command", ["list", "wait", "cancel"])
+def test_an_empty_filter_is_refused_and_not_left_out(lab, command):
+    """As of a variable of the shell that is not set: all that waits would be cancelled."""
+    waits = ask(lab, "bob", "POST", "/jobs/add/", {**WAITS, "tag": "keep"}).json["id"]
+    ended = run(lab, command, "--tag", "", "--mode", "verbatim", **as_somebody("bob"))
+    assert 'tag: expected 1 to 64' in line(ended, 1)
+    assert ask(lab, "bob", "GET", f"/jobs/{waits}/").json["end_time"] is None
+    ask(lab, "bob", "DELETE", f"/jobs/{waits}/")
+
 
 
 def test_a_wait_for_a_tag_that_nothing_has_says_so(lab):
@@ -358,6 +396,7 @@ def curl(server, name, *arguments):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow                   # a thousand jobs
 def test_a_lab_of_three_roles_two_devices_and_a_thousand_jobs(tmp_path, script):
     program = script('while read -r line; do\n'
                      'id=${line#*\\"id\\": }; echo "{\\"id\\": ${id%%,*}, \\"return_code\\": 0}"\n'
@@ -389,10 +428,32 @@ def test_a_lab_of_three_roles_two_devices_and_a_thousand_jobs(tmp_path, script):
         "jobs": {"waiting": 0, "running": 0, "retrying": 0, "succeeded": 500, "failed": 0}}
     status, out, _ = run(lab, "wait", "--tag", "rabi-7", **as_somebody("rita"))
     assert (status, out.count("\n")) == (130, 500), "the one that was cancelled"
-    assert {job["runtime"] for job in curl(lab, "rita", "/jobs/list/?by=eve")} == {"qpu-2"}
+    theirs = curl(lab, "rita", "/jobs/list/?by=eve")
+    assert {job["runtime"] for job in theirs} == {"qpu-2"}
+    # Bob's have the lower priority: they go first where eve's may not run, and last where they may.
+    his = curl(lab, "rita", "/jobs/list/?by=bob&status=Success")
+    starts = [job["start_time"] for job in his if job["runtime"] == "qpu-2"]
+    assert all(start >= max(job["start_time"] for job in theirs) for start in starts)
+    assert [job["id"] for job in sorted(his, key=lambda job: job["start_time"])
+            if job["runtime"] == "qpu-1"][:3] == [job["id"] for job in his][:3]
     failed = curl(lab, "bob", "/jobs/list/?by=me&status=Runtime%20Error")
     assert [job["id"] for job in failed] == [last]
     assert run(lab, "rerun", last, **as_somebody("bob"))[0] == 0
     counts = curl(lab, "bob", "/status/?tag=rabi-7&wait=60")["jobs"]
     assert (counts["succeeded"], counts["failed"]) == (500, 1)
+    # What nobody may do is refused alike, and what one may is done alike.
+    urgent = '{"job": "X(1)", "mode": "verbatim", "priority": 1}'
+    refusal = "priority: eve is a user, and may give 0 or less; above 0 takes an operator's key"
+    assert curl(lab, "eve", "-d", urgent, "/jobs/add/")["detail"] == refusal
+    assert line(run(lab, "add", "X(1)", "--mode", "verbatim", "--priority", 1,
+                    **as_somebody("eve")), 1) == refusal
+    assert curl(lab, "ann", "-d", urgent, "/jobs/add/?wait=20")["status"] == "Success"
+    run(lab, "pause", "qpu-1", **as_somebody("ann"))
+    run(lab, "pause", "qpu-2", **as_somebody("ann"))
+    for name in ("bob", "eve"):
+        assert run(lab, "add", "-", "--mode", "verbatim", "--tag", "rabi-9", text="X(1)\n" * 5,
+                   **as_somebody(name))[0] == 0
+    said = [run(lab, "cancel", "--tag", "rabi-9", **as_somebody(name))[1] for name in ("eve", "ann")]
+    assert said == ['{"cancelled": 5, "by": "eve"}\n', '{"cancelled": 5, "by": null}\n']
+    assert json.loads(run(lab, "status", **as_somebody("rita"))[1])["idle"] is True
     assert lab.stop() == 0
