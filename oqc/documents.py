@@ -2,6 +2,7 @@
 import base64
 import hashlib
 import pkgutil
+import re
 
 from oqc import manual
 
@@ -24,14 +25,17 @@ def _policy(page: bytes) -> str:
     """Return the Content-Security-Policy that lets the browser run the script and the style that
     stand in the page, and speak to this server, and nothing else."""
     return (f"default-src 'none'; script-src 'sha256-{_hash_of_element(page, b'script')}'; "
-            f"style-src 'sha256-{_hash_of_element(page, b'style')}'; connect-src 'self'; "
-            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+            f"style-src 'sha256-{_hash_of_element(page, b'style')}'; img-src data:; "
+            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
+
+# What only those need who read the file: indentation, and the lines that are comments.
+FOR_READERS = re.compile(rb"^ +(//.*\n)?|^//.*\n", re.MULTILINE)
 
 CHEAT_SHEET = _data("cheatsheet.txt").decode()
 OPENAPI = _data("openapi.json")
 MANUAL = manual.read()
-PAGE_BODY = _data("page.html")
+PAGE_BODY = FOR_READERS.sub(b"", _data("page.html"))
 PAGE_HEADERS = (("Content-Security-Policy", _policy(PAGE_BODY)),
                 ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
                 ("Cache-Control", "no-cache"), ("Vary", "Accept"))

@@ -10,6 +10,7 @@ import re
 import select
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -158,6 +159,45 @@ class Tab:
         self.press("Enter")
         self.until("document.querySelector('#runtimes tr')")
 
+    def click(self, selector):
+        """Click an element as a person would, who has to see it first."""
+        name = json.dumps(selector)
+        self.until(f"document.querySelector({name})?.checkVisibility()")
+        self.ask(f"document.querySelector({name}).scrollIntoView({{block: 'center'}})")
+        x, y = self.ask(f"(box => [box.x + box.width / 2, box.y + box.height / 2])"
+                        f"(document.querySelector({name}).getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left",
+                      buttons=1, clickCount=1)
+
+    def fill(self, selector, text):
+        """Replace what stands in a field."""
+        self.ask(f"(field => (field.focus(), field.select()))(document.querySelector('{selector}'))")
+        self.type(text)
+
+    def choose(self, selector, value):
+        """Choose an option as a person does: those who listen hear of it."""
+        self.ask(f"""(field => {{
+          field.value = {json.dumps(value)};
+          field.dispatchEvent(new Event('change', {{bubbles: true}}));
+        }})(document.querySelector('{selector}'))""")
+
+    def answer(self, button, text=None):
+        """Answer the question in the dialog, with a text if there is a field for it."""
+        self.until("$('question').open")
+        if text is not None:
+            self.type(text)
+        assert self.text("#question button") == button
+        self.click("#question button")
+
+    def asked(self, seen=0):
+        """What the page has asked the server for, behind the first `seen` events: [method, path]."""
+        requests = [event["params"]["request"] for event in self.browser.events[seen:]
+                    if event["method"] == "Network.requestWillBeSent"
+                    and event.get("sessionId") == self.session]
+        return [(request["method"], request["url"][len(self.url.split("#")[0]) - 1:])
+                for request in requests if not request["url"].startswith(("data:", "blob:"))]
+
     def complaints(self):
         """What the browser complained about: errors, exceptions, what the page's policy forbade."""
         found = []
@@ -204,10 +244,10 @@ def visit(browser):
     In the end the browser must not have complained."""
     tabs = []
 
-    def go(server, key=True):
-        tabs.append(Tab(browser, f"http://127.0.0.1:{server.port}/"))
+    def go(server, key=KEY, at=""):
+        tabs.append(Tab(browser, f"http://127.0.0.1:{server.port}/{at}"))
         if key:
-            tabs[-1].open()
+            tabs[-1].open(key)
         return tabs[-1]
 
     yield go
@@ -246,6 +286,7 @@ def test_to_a_browser_the_sheet_is_a_page_that_may_do_only_what_it_needs(server)
         "script-src": policy_hash(page, "script"),
         "style-src": policy_hash(page, "style"),
         "connect-src": "'self'",
+        "img-src": "data:",         # the icon of the tab
         "base-uri": "'none'",
         "form-action": "'none'",
         "frame-ancestors": "'none'",
@@ -254,7 +295,7 @@ def test_to_a_browser_the_sheet_is_a_page_that_may_do_only_what_it_needs(server)
     assert "Set-Cookie" not in answer.headers
     assert page.count("<script") == page.count("<style") == 1
     assert re.findall(r"""(?i)\s(?:style|src|on\w+)=["'\w]""", page) == []
-    assert re.findall(r"""(?i)\shref=["']?([^"'>]*)""", page) == ["help/"], "the manual alone"
+    assert re.findall(r"""(?i)\shref=["']?([^"'>]*)""", page) == ["data:,"], "the icon alone"
     assert set(re.findall(r"https?://[^\s\"']*", page)) == {"http://www.w3.org/2000/svg"}
     assert re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write", page) == []
     assert re.findall(r"\beval\b|DOMParser|localStorage", page) == []
@@ -322,6 +363,7 @@ def test_a_physicist_with_a_keyboard_alone_types_a_job_and_sees_what_comes_of_it
     tab.type(",")
     assert tab.text("#verdict") == "✓ 3 pulses" and tab.ask("$('place').hidden")
     tab.press("Tab")                            # mode
+    tab.press("Tab")                            # runtime
     tab.press("Tab")                            # shots
     tab.press("a", modifiers=2, commands=["selectAll"])
     tab.type("250")
@@ -361,7 +403,7 @@ def test_the_sphere_turns_and_its_path_is_that_of_the_server(lab, visit):
     assert numbers == pytest.approx(expected, abs=1e-4)
     first = tab.ask(DRAWN)
     served = re.findall(r' d="([^"]*)"', bloch.picture("", job))
-    assert len(first) == len(served) == 5
+    assert len(first) == len(served) == 7       # the grid, the axes, the path, the arrow, its head
     for here, there in zip(first, served):
         assert coordinates(here) == pytest.approx(coordinates(there), abs=0.11)
     tab.ask("$('sphere').focus()")
@@ -389,7 +431,7 @@ def test_the_sphere_turns_and_its_path_is_that_of_the_server(lab, visit):
 
 
 def test_the_page_finds_the_mistakes_that_the_server_finds(lab, visit):
-    tab = visit(lab, key=False)
+    tab = visit(lab, key=None)
     good = ["X(90)", "X(0), Y(999), Z(007)", "X(1), " * 1000 + "Z(1)"]
     bad = ["", " ", "x(1)", "X", "X(", "X()", "X(1", "X(1234)", "X(-1)", "X(1.5)", "X(1),Y(2)",
            "X(1), ", "X(1) , Y(2)", "X(1), Y", "X(1)\t", "X(٣)", "X(1)😀", "😀", 'X"', "X(1), \\"]
@@ -402,13 +444,15 @@ def test_the_page_finds_the_mistakes_that_the_server_finds(lab, visit):
         assert here_found == there_found or json.loads(here_found) == json.loads(there_found)
 
 
-def test_the_key_is_kept_in_the_tab_and_nowhere_else(lab, visit):
-    tab = visit(lab, key=False)
+def test_the_key_is_kept_in_the_tab_and_nowhere_else(lab, visit, browser):
+    tab = visit(lab, key=None)
     assert tab.ask("$('key').type") == "password"
     assert tab.ask("$('main').hidden && $('key') === document.activeElement")
     tab.type("wrong")
+    seen = len(browser.events)
     tab.press("Enter")
-    tab.until("$('said').textContent.includes('does not know this key')")
+    browser.wait(tab.session, "Page.loadEventFired", seen)      # it begins anew
+    tab.until("$('main').hidden && $('said').textContent.includes('does not know this key')")
     assert tab.ask("[sessionStorage.length, $('main').hidden, $('key').value]") == [0, True, ""]
     tab.expected = tab.complaints()             # the browser's own line about the 401
     tab.open()
@@ -416,8 +460,19 @@ def test_the_key_is_kept_in_the_tab_and_nowhere_else(lab, visit):
     assert tab.call("Network.getAllCookies")["cookies"] == []
     tab.go(tab.url)
     tab.until("document.querySelector('#runtimes tr')")         # without typing it again
-    tab.ask("$('forget').click()")
+    lab.wait(lab.add("X(77)", "simulation", tag="secret-tag"))
+    tab.until("document.querySelector('#jobs .tag')?.textContent === 'secret-tag'")
+    tab.click("#jobs th button")
+    tab.click("#its-sweep")
+    tab.until("!$('plot').hidden && location.hash.includes('secret-tag')")
+    seen = len(browser.events)
+    tab.click("#forget")
+    browser.wait(tab.session, "Page.loadEventFired", seen)      # all that was shown is gone
+    tab.until("$('said').textContent === 'The key is forgotten.'")
     assert tab.ask("[sessionStorage.length, $('main').hidden, key]") == [0, True, ""]
+    assert tab.ask("location.hash") == ""
+    for gone in ("secret-tag", "X(77)"):
+        assert gone not in tab.ask("document.body.textContent.split('use strict')[0]")
 
 
 def test_an_operator_sees_what_happens_and_steps_in(serve, visit):
@@ -426,22 +481,37 @@ def test_an_operator_sees_what_happens_and_steps_in(serve, visit):
     tab.until("$('health').textContent === '✓ All is well'")
     server.request("POST", "/runtimes/emulator/pause/", {"reason": "cable"})
     tab.until("$('health').textContent === '! Mind: emulator is paused (cable)'")
-    tab.until("document.querySelector('#runtimes tr').textContent.includes('paused')")
+    tab.until("document.querySelector('#runtimes tr').textContent.includes('cable, by documented')")
     job = server.add("X(90)", "verbatim")
     tab.until("document.querySelector('#modes tr').textContent === 'verbatim100'")
     tab.until("document.querySelector('#jobs button').textContent === '1'")
-    tab.ask("window.confirm = () => true")
-    tab.ask("document.querySelector('#jobs .act button').click()")
+    tab.click("#jobs .act button")
+    tab.answer("Cancel the job")
     tab.until("$('said').textContent === 'Job 1 is cancelled.'")
     tab.until("document.querySelector('#jobs tr').textContent.includes('Runtime Error')")
     assert server.get(job)["return_code"] == 130
     assert tab.ask("document.querySelector('#jobs .act button').hidden")
-    tab.ask("document.querySelector('#runtimes button').click()")
+    tab.click("#runtimes .act button")
     tab.until("$('health').textContent === '✓ All is well'")
     assert server.runtime("emulator")["state"] == "idle"
-    tab.ask("window.prompt = () => 'cold'; document.querySelector('#runtimes button').click()")
+    tab.click("#runtimes .act button")
+    tab.answer("Pause", "cold")
     tab.until("$('health').textContent === '! Mind: emulator is paused (cold)'")
     assert server.runtime("emulator")["reason"] == "cold"
+    tab.until("document.querySelector('#runtimes .act button').textContent === 'Resume'")
+    tab.ask("document.querySelectorAll('#runtimes .act button')[1].click()")
+    tab.until("$('question').open")
+    tab.call("Input.dispatchKeyEvent", type="keyDown", key="Escape", windowsVirtualKeyCode=27)
+    tab.until("!$('question').open")
+    assert server.runtime("simulator")["state"] == "idle"       # no answer is none
+
+
+SHOWN = """[...document.querySelectorAll('#jobs th button')]
+  .map(button => Number(button.textContent)).join()"""
+
+
+SHOWN = """[...document.querySelectorAll('#jobs th button')]
+  .map(button => Number(button.textContent)).join()"""
 
 
 # Which buttons are offered: those of the jobs by their ids, of the runtimes, and Run
@@ -479,21 +549,59 @@ def test_the_newest_jobs_are_filtered_and_older_ones_shown_on_demand(serve, visi
     server.request("POST", "/jobs/add/?wait=30", [
         {"job": f"X({number})", "mode": "echo", "return_code": int(number < 2)}
         for number in range(20)])
-    server.wait(server.add("Y(1)", "simulation"))
+    server.wait(server.add("Y(1)", "simulation", tag="rabi-7"))
     tab = visit(server)
-    shown = ("[...document.querySelectorAll('#jobs th button')]"
-             ".map(button => Number(button.textContent)).join()")
-    tab.until(f"{shown} === '{','.join(map(str, range(21, 6, -1)))}'")
-    tab.ask("$('older').click()")
-    tab.until(f"{shown} === '{','.join(map(str, range(21, 0, -1)))}'")
+    tab.until(f"{SHOWN} === '{','.join(map(str, range(21, 6, -1)))}'")
+    tab.click("#older")
+    tab.until(f"{SHOWN} === '{','.join(map(str, range(21, 0, -1)))}'")
     assert tab.ask("$('older').hidden")
-    tab.ask("$('by-mode').value = 'simulation'; $('by-mode').dispatchEvent(new Event('change'))")
-    tab.until(f"{shown} === '21'")
-    tab.ask("$('by-mode').value = ''; $('by-status').value = 'Runtime Error'; "
-            "$('by-status').dispatchEvent(new Event('change'))")
-    tab.until(f"{shown} === '2,1'")
-    tab.ask("document.querySelector('#jobs th button').click()")
+    tab.choose("#by-mode", "simulation")
+    tab.until(f"{SHOWN} === '21'")
+    tab.choose("#by-mode", "")
+    tab.choose("#by-state", "status=Runtime Error")
+    tab.until(f"{SHOWN} === '2,1'")
+    assert tab.ask("location.hash") == "#state=status%3DRuntime+Error"
+    tab.click("#jobs th button")
     tab.until("$('story').textContent.includes('echo of return code 1')")
+    tab.ask("history.back()")                   # the job is closed, the filter stays
+    tab.until("$('result').hidden")
+    tab.ask("history.back()")
+    tab.until(f"$('by-state').value === '' && {SHOWN}.startsWith('21,')")
+    for field, value, found in (("tag", "rabi-7", "21"), ("tag", "no-such", ""), ("since", "1h", "21"),
+                                ("runtime", "simulator", "21"), ("by", "me", "21")):
+        tab.choose(f"#by-{field}", value)
+        tab.until(f"{SHOWN}.startsWith('{found}') && {SHOWN}.length >= {len(found)}")
+        if not found:
+            tab.until("!$('none').hidden")
+        tab.choose(f"#by-{field}", "")
+    tab.fill("#number", "3")
+    tab.press("Enter")
+    tab.until("$('h-result').textContent === 'Job 3'")
+    assert tab.ask("document.activeElement.id") == "h-result"
+    seen = len(tab.browser.events)
+    tab.call("Page.reload")
+    tab.browser.wait(tab.session, "Page.loadEventFired", seen)
+    tab.until("$('h-result').textContent === 'Job 3' && !$('result').hidden")
+    tab.fill("#number", "99")
+    tab.press("Enter")
+    tab.until("$('said').textContent === 'Job 99: no such job'")
+
+
+def test_long_jobs_do_not_hide_older_ones_nor_cost_what_they_weigh(serve, visit):
+    server = serve("--max-waiting", "1000")
+    long = "X(90), " * 30_000 + "X(90)"
+    for _ in range(4):
+        assert server.request("POST", "/jobs/add/?wait=60", [
+            {"job": "X(1)", "mode": "echo"}] + 9 * [{"job": long, "mode": "echo"}]).status == 201
+    tab = visit(server)
+    tab.until(f"{SHOWN}.split(',').length === 15")
+    size = tab.ask("fetch('jobs/results/?order=desc&limit=16&cut=200', {headers: {'X-API-Key': key}})"
+                   ".then(answer => answer.text()).then(text => text.length)")
+    assert size < 50_000
+    tab.click("#older")
+    tab.until(f"{SHOWN}.split(',').length === 30")
+    tab.click("#older")
+    tab.until(f"{SHOWN} === '{','.join(map(str, range(40, 0, -1)))}'")
 
 
 def test_it_waits_for_changes_and_rows_that_stay_keep_the_focus(lab, visit, browser):
@@ -505,13 +613,11 @@ def test_it_waits_for_changes_and_rows_that_stay_keep_the_focus(lab, visit, brow
     newer = lab.add("X(2)", "echo")["id"]
     tab.until(f"document.querySelector('#jobs th button')?.textContent === '{newer}'")
     assert tab.ask("Number(document.activeElement.textContent)") == number
-    asked = [event["params"]["request"]["url"] for event in browser.events
-             if event["method"] == "Network.requestWillBeSent"
-             and event.get("sessionId") == tab.session]
-    assert all(url.startswith(tab.url) for url in asked)
-    first, *then = [url for url in asked if "/status/" in url]
-    assert first.endswith("/status/") and then
-    assert all(re.search(r"/status/\?wait=25&since=\d+$", url) for url in then)
+    assert len(browser.events) > 0
+    first, *then = [path for _, path in tab.asked() if path.startswith("/status/")]
+    assert first == "/status/" and then
+    waits = [path for path in then if path != "/status/"]
+    assert waits and all(re.search(r"^/status/\?wait=25&since=\d+$", path) for path in waits)
 
 
 def test_it_goes_on_by_itself_after_a_restart_of_the_server(serve, visit):
@@ -520,6 +626,8 @@ def test_it_goes_on_by_itself_after_a_restart_of_the_server(serve, visit):
     tab.until("$('health').textContent === '✓ All is well'")
     server.stop()
     tab.until("$('health').textContent.includes('does not answer')")
+    assert tab.ask("document.title").startswith("✗ The server does not answer")
+    assert "d02018" in tab.ask("$('icon').href")
     tab.expected = None                         # the browser says that it was refused, some times
     again = serve("--port", server.port)
     tab.until("$('health').textContent === '✓ All is well'")
@@ -532,10 +640,400 @@ def test_what_a_runtime_says_stays_text(lab, visit):
     job = lab.wait(lab.add("X(90)", "verbatim"))["id"]
     tab.until(f"document.querySelector('#jobs th button')?.textContent === '{job}'")
     tab.ask("document.querySelector('#jobs th button').click()")
-    tab.until("!$('output').hidden")
+    tab.until("!$('output').hidden && !$('log').hidden")
     assert HOSTILE in tab.text("#story") and tab.text("#output pre") == HOSTILE + "\n"
+    assert HOSTILE in tab.text("#log pre") and HOSTILE in tab.text("#runtimes")
     assert "as an ideal qubit would go (verbatim)" in tab.text("#what")
     assert tab.ask("document.images.length") == 0 and tab.ask("window.caught") is None
+
+
+# A job is added once
+
+def listed(server):
+    return server.request("GET", "/jobs/list/").json
+
+
+def test_a_double_click_and_a_held_enter_add_one_job(serve, visit):
+    server = serve()
+    tab = visit(server)
+    tab.fill("#pulses", "X(12)")
+    assert tab.ask("""(() => {
+      for (let click = 0; click < 5; click++) $('run').click();
+      return $('run').textContent;
+    })()""") == "Sending…"
+    tab.until("$('said').textContent === 'Job 1 is added.'")
+    assert tab.text("#run") == "Run" and len(listed(server)) == 1
+    tab.ask("$('pulses').focus()")
+    for _ in range(5):                          # a key that is held repeats
+        tab.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", windowsVirtualKeyCode=13,
+                 text="\r", autoRepeat=True)
+    tab.until("$('said').textContent === 'Job 2 is added.'")
+    server.wait(server.get({"id": 2}))
+    posts = [path for method, path in tab.asked() if method == "POST"]
+    assert len(listed(server)) == len(posts)     # whatever was sent was meant
+
+
+def test_after_a_lost_answer_the_same_job_is_not_added_twice(serve, visit):
+    server = serve()
+    tab = visit(server)
+    tab.until("document.querySelector('#runtimes tr')")
+    lost = {"urlPattern": "*/jobs/add/", "requestStage": "Response"}
+    tab.call("Fetch.enable", patterns=[lost])
+    seen = len(tab.browser.events)
+    tab.click("#run")
+    tab.browser.wait(tab.session, "Fetch.requestPaused", seen)
+    paused = [event for event in tab.browser.events[seen:] if event["method"] == "Fetch.requestPaused"]
+    tab.call("Fetch.failRequest", requestId=paused[0]["params"]["requestId"],
+             errorReason="ConnectionReset")
+    tab.call("Fetch.disable")
+    tab.until("$('said').textContent.startsWith('No answer came')")
+    assert tab.text("#run") == "Send again"
+    tab.click("#run")
+    tab.until("$('said').textContent === 'Job 1 had been added.'")
+    assert tab.text("#run") == "Run" and len(listed(server)) == 1
+    tab.expected = None                         # the browser's own line about the connection
+
+
+def test_what_the_server_refuses_is_said_where_one_is(serve, visit):
+    server = serve("--max-waiting", "1")
+    server.request("POST", "/runtimes/simulator/pause/")
+    server.add("X(1)", "simulation")
+    tab = visit(server)
+    tab.look(390, "light")
+    tab.click("#run")
+    tab.until("$('said').textContent.startsWith('Not added: ')")
+    top, bottom = tab.ask("(box => [box.top, box.bottom])($('said').getBoundingClientRect())")
+    assert 0 <= top < bottom <= 900
+    tab.ask("scrollTo(0, 1e6)")                 # it stays in view, however far one is down
+    tab.until("$('said').getBoundingClientRect().top >= 0")
+    tab.expected = tab.complaints()             # the browser's own line about the 503
+
+
+# Tabs
+
+def test_a_hidden_tab_gives_its_connection_back_and_asks_now_and_then(serve, visit, browser):
+    server = serve()
+    tab = visit(server)
+    while not any("wait=" in path for _, path in tab.asked()):
+        browser.wait(tab.session, "Network.requestWillBeSent", len(browser.events))
+    hide = ("Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
+            "document.dispatchEvent(new Event('visibilitychange'))")
+    seen = len(browser.events)
+    tab.ask(hide % "true")
+    browser.wait(tab.session, "Network.loadingFailed", seen)    # the wait is given up
+    server.add("X(3)", "echo")
+    assert not any("wait=" in path for _, path in tab.asked(seen))
+    seen = len(browser.events)
+    newest = server.add("X(4)", "echo")["id"]
+    tab.ask(hide % "false")
+    tab.until(f"document.querySelector('#jobs th button')?.textContent === '{newest}'")
+    while not any("wait=" in path for _, path in tab.asked(seen)):
+        browser.wait(tab.session, "Network.requestWillBeSent", len(browser.events))
+
+
+def test_a_shown_job_costs_no_second_wait(serve, visit, browser):
+    server = serve()
+    server.request("POST", "/runtimes/emulator/pause/", {"reason": "cable"})
+    first, second = [server.add("X(90)", "verbatim") for _ in range(2)]
+    tab = visit(server, at=f"#job={second['id']}")
+    tab.until("$('waits').textContent.includes('emulator is paused: cable. 1 would start before it')")
+    server.request("DELETE", f"/jobs/{first['id']}/")
+    tab.until("$('waits').textContent.includes('0 would start before it')")
+    server.request("POST", "/runtimes/emulator/resume/")
+    tab.until("$('story').textContent.includes('Success') && !$('counts').hidden")
+    assert not any("wait=" in path and not path.startswith("/status/") for _, path in tab.asked())
+    assert len(browser.events) > 0
+
+
+# Foreign text
+
+def test_nothing_hides_in_foreign_text(serve, visit, tmp_path):
+    program = tmp_path / "odd"
+    odd = "a\\033[31mb\\342\\200\\256c\\342\\200\\213d\\001e"     # ESC, RLO, a space of no width, 1
+    program.write_text(f"#!/bin/sh\nprintf '{odd}'\nprintf '{odd}\\n' >&2\nexit 3\n", encoding="utf-8")
+    program.chmod(0o755)
+    server = serve("--runtime", f"a-name-of-20-letters={program}")
+    job = server.wait(server.add("X(1)", "verbatim"))
+    tab = visit(server, at=f"#job={job['id']}")
+    shown = "a\\x1b[31mb\\u202ec\\u200bd\\x01e"
+    tab.until("!$('output').hidden && !$('log').hidden")
+    for place in ("#output pre", "#log pre", "#story", "#attempts tbody", "#jobs"):
+        assert shown in tab.text(place), place
+    tab.look(320, "light")
+    assert tab.ask("document.documentElement.scrollWidth") <= 320
+
+
+def test_a_long_output_is_shown_in_part_and_saved_whole(serve, visit, tmp_path):
+    program = tmp_path / "long"
+    program.write_text("#!/bin/sh\nhead -c 500000 /dev/zero | tr '\\0' x\n", encoding="utf-8")
+    program.chmod(0o755)
+    server = serve("--runtime", f"qpu={program}")
+    server.wait(server.add("X(1)", "verbatim"))
+    tab = visit(server, at="#job=1")
+    tab.until("!$('output').hidden")
+    tab.ask("$('output').open = true")
+    assert re.match(r"The first 20,000 of 500,00[01] characters$", tab.text("#output p"))
+    assert tab.ask("$('output').querySelector('pre').textContent.length") == 20_000
+    tab.ask("HTMLAnchorElement.prototype.click = function () { window.saved = this.href }")
+    tab.click("#output button")
+    tab.until("$('said').textContent === 'job-1.result.txt is saved.'")
+    assert tab.ask("$('said').textContent") and tab.ask("window.saved").startswith("blob:")
+
+
+@pytest.mark.parametrize("counts, drawn", [
+    ('{"0": 3, "1": 7}', True), ('{"0": -3, "1": 7}', False), ('{"0": "3", "1": 7}', False),
+    ('{"0": 0.5}', False), ('{"0": 3, "<b>": {"x": 1}}', False)])
+def test_counts_that_are_none_are_text(serve, visit, tmp_path, counts, drawn):
+    program = tmp_path / "counts"
+    program.write_text(f"#!/bin/sh\necho '{{\"counts\": {counts}}}'\n", encoding="utf-8")
+    program.chmod(0o755)
+    server = serve("--runtime", f"qpu={program}")
+    server.wait(server.add("X(1)", "verbatim"))
+    tab = visit(server, at="#job=1")
+    tab.until("!$('counts').hidden")
+    assert tab.ask("document.querySelectorAll('#counts rect').length") == (2 if drawn else 0)
+    texts = tab.ask("[...$('counts').tBodies[0].rows].map(row => row.cells[1].textContent)")
+    assert [json.loads(text) for text in texts] == [
+        value for value in json.loads(counts).values()] or not drawn
+    assert tab.ask("document.querySelectorAll('#counts b').length") == 0
+
+
+# Who I am, and what I may
+
+KEYS = "ann:operator:op-key\nbob:user:bob-key\neve:user:eve-key\nrita:reader:rita-key\n"
+
+
+@pytest.fixture(scope="module", name="shared")
+def a_server_of_several_people(tmp_path_factory):
+    """Three roles; a runtime is paused, and bob and eve wait for it with a job each."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "keys").write_text(KEYS, encoding="ascii")
+    (folder / "keys").chmod(0o600)
+    running = Server(folder, "--keys-file", folder / "keys", "--drain", "0")
+    assert running.request("POST", "/runtimes/emulator/pause/", key="op-key").status == 200
+    for key in ("bob-key", "eve-key"):
+        body = {"job": "X(90)", "mode": "verbatim", "tag": "rabi-7"}
+        assert running.request("POST", "/jobs/add/", body, key=key).status == 201
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("key, who, offers, cancels", [
+    ("op-key", "ann (operator)", ["adding", "pause"], ["1", "2"]),
+    ("bob-key", "bob (user)", ["adding"], ["1"]),
+    ("rita-key", "rita (reader)", [], [])])
+def test_what_a_role_may_not_do_is_not_offered(shared, visit, key, who, offers, cancels):
+    tab = visit(shared, key=key)
+    tab.until(f"$('you').textContent === '{who}'")
+    tab.until(f"{SHOWN} === '2,1'")
+    seen = tab.ask("""[
+      $('adding').checkVisibility() && 'adding',
+      document.querySelector('#runtimes .act button').checkVisibility() && 'pause',
+    ].filter(Boolean)""")
+    assert seen == offers
+    offered = tab.ask("[...document.querySelectorAll('#jobs tr')]"
+                      ".filter(row => row.querySelector('.act button').checkVisibility())"
+                      ".map(row => row.querySelector('th button').textContent).sort()")
+    assert offered == cancels
+    tab.ask("show(2)")
+    tab.until("!$('result').hidden")
+    assert tab.ask("$('cancel').checkVisibility()") is ("2" in cancels)
+    assert tab.ask("$('again').checkVisibility()") is ("adding" in offers)
+    tab.ask("plot('rabi-7')")
+    tab.until("!$('plot').hidden")
+    assert tab.ask("$('cancel-rest').checkVisibility()") is bool(cancels)
+
+
+def test_a_refusal_is_said_all_the_same(shared, visit):
+    tab = visit(shared, key="rita-key")
+    tab.until("$('you').textContent === 'rita (reader)'")
+    tab.ask("turn('simulator', false)")
+    tab.until("$('said').textContent === 'rita is a reader: only an operator may do this'")
+    tab.expected = tab.complaints()
+
+
+# The job's card
+
+def test_a_job_that_runs_shows_its_log_and_what_it_came_to(serve, visit, tmp_path):
+    program = tmp_path / "drive"
+    steps = tmp_path / "steps"
+    os.mkfifo(steps)
+    program.write_text(f"""#!{sys.executable}
+import json, sys
+question = json.loads(sys.stdin.readline())
+print(json.dumps({{"ready": True, "device": {{"name": "cold one"}}}}), flush=True)
+for line in open({str(steps)!r}):
+    sys.stderr.write(line)
+    sys.stderr.flush()
+print(json.dumps({{"id": question["id"], "return_code": 0, "result": {{"counts": {{"0": 40, "1": 60}}}}}}))
+""", encoding="utf-8")
+    program.chmod(0o755)
+    config = tmp_path / "lab.ini"
+    config.write_text(f"[runtime qpu]\ncommand = {program}\nprotocol = lines\nmodes = verbatim\n",
+                      encoding="utf-8")
+    server = serve("--config", config)
+    server.add("X(90)", "verbatim", seed=7, tag="rabi-7", note={"sample": "B4"})
+    tab = visit(server, at="#job=1")
+    tab.until("$('story').textContent.includes('running')")
+    tab.ask("$('log').open = true")
+    with open(steps, "w", encoding="utf-8") as say:
+        for step in ("cooling", "tuning"):
+            print(step, file=say, flush=True)
+            tab.until(f"$('log').textContent.includes('{step}')")
+    tab.until("$('story').textContent.includes('Success')")
+    card = tab.text("#members")
+    for part in ("0.6 ± 0.0483; a perfect qubit gives 0.5", "1000, 7", "documented, rabi-7",
+                 '{"sample":"B4"}', '{"name":"cold one"}', "all of it: SHA-256 "):
+        assert part in card, (part, card)
+    assert "qpu, return code 0" in tab.text("#attempts tbody")
+    assert tab.ask("$('cancel').hidden") and tab.ask("$('last').hidden")
+    tab.ask("HTMLAnchorElement.prototype.click = function () { window.saved = this.download }")
+    tab.click("#keep")
+    tab.until("$('said').textContent === 'job-1.json is saved.'")
+    tab.until("document.querySelector('#runtimes pre').textContent.includes('cold one')")
+
+
+def test_run_again_and_stop_the_queue_after_this_job(serve, visit, tmp_path):
+    program = tmp_path / "drive"
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    program.write_text(f"#!/bin/sh\nread line <{gate}\necho no >&2\nexit 3\n", encoding="utf-8")
+    program.chmod(0o755)
+    server = serve("--runtime", f"qpu={program}")
+    server.add("X(90)", "verbatim")
+    tab = visit(server, at="#job=1")
+    tab.until("$('story').textContent.includes('running')")
+    tab.click("#again")
+    tab.until("$('h-result').textContent === 'Job 2'")
+    tab.ask("show(1)")
+    tab.until("$('h-result').textContent === 'Job 1'")
+    tab.click("#last")
+    tab.answer("Pause", "a look at the cable")
+    tab.until("$('said').textContent === 'qpu is paused.'")
+    gate.write_text("go\n", encoding="utf-8")
+    tab.until("$('story').textContent.includes('Runtime Error: no (return code 3)')")
+    tab.until("document.querySelector('#runtimes').textContent.includes('1 failed, 1 in a row; "
+              "the last: job 1, return code 3: no')")
+    tab.until("document.querySelector('#runtimes .hour path').getAttribute('d') !== ''")
+    assert server.get({"id": 2})["start_time"] is None
+    assert server.runtime("qpu")["reason"] == "a look at the cable"
+
+
+# A sweep
+
+def test_a_physicist_sees_the_curve_of_a_sweep(serve, visit):
+    server = serve()
+    tab = visit(server)
+    tab.fill("#pulses", "X(90), X(90)")
+    tab.click("#vary")
+    assert tab.ask("$('pulses').value") == "X(90), X({a})"
+    for field, value in (("from", "0"), ("to", "180"), ("step", "0")):
+        tab.fill(f"#{field}", value)
+    assert tab.text("#verdict").startswith("✗ 1 to 10000 angles")
+    tab.fill("#step", "30")
+    assert tab.text("#verdict") == "✓ 2 pulses, 7 jobs, from 0° to 180°"
+    tag = tab.ask("$('tag').value")
+    assert re.match(r"sweep-\d{4}-\d{6}$", tag)
+    tab.click("#run")
+    tab.until("$('progress').textContent === '7 of 7 ended, 0 failed'")
+    jobs_there = server.request("GET", f"/jobs/results/?tag={tag}").json
+    assert [job["note"] for job in jobs_there] == [{"a": angle} for angle in range(0, 181, 30)]
+    assert [job["job"] for job in jobs_there][:2] == ["X(90), X(0)", "X(90), X(30)"]
+    points = tab.ask("[...$('points').rows].map(row => [...row.cells].map(cell => cell.textContent))")
+    assert [point[1] for point in points] == ["0", "30", "60", "90", "120", "150", "180"]
+    for point, job in zip(points, jobs_there):
+        assert float(point[2]) == pytest.approx(job["p1"], abs=1e-4)
+        assert float(point[3]) == pytest.approx(job["p1_error"], abs=1e-4)
+        assert float(point[4]) == pytest.approx(job["p1_ideal"], abs=1e-4)
+    dots = tab.ask("$('chart').querySelector('.dots').getAttribute('d')").split("M")[1:]
+    heights = [float(dot.split(",")[1].split("h")[0]) for dot in dots]
+    assert heights == pytest.approx([260 - 250 * job["p1"] for job in jobs_there], abs=0.06)
+    tab.ask("$('chart').focus()")
+    tab.press("ArrowRight")
+    tab.press("ArrowRight")
+    assert tab.text("#c-value").startswith("a 30: P(1) ") and "(job 2)" in tab.text("#c-value")
+    assert tab.ask("[...$('against').options].map(option => option.value)") == [
+        "a", "angle of pulse 2", "job"]
+    tab.choose("#against", "job")
+    assert tab.ask("$('points').rows[0].cells[1].textContent") == "1"
+    tab.ask("HTMLAnchorElement.prototype.click = function () { window.saved = this.download }")
+    for name, end in (("csv", "csv"), ("plot", "svg")):
+        tab.click(f"#save-{name}")
+        tab.until(f"$('said').textContent === '{tag}.{end} is saved.'")
+        assert tab.ask("window.saved") == f"{tag}.{end}"
+    assert tab.ask("location.hash") == f"#plot={tag}"
+    tab.click("#close-plot")
+    assert tab.ask("$('plot').hidden && location.hash === ''")
+    tab.click("#jobs .tag")                     # any tag can be opened so
+    tab.until("!$('plot').hidden && $('progress').textContent === '7 of 7 ended, 0 failed'")
+
+
+def test_a_plot_fills_marks_what_failed_and_the_rest_is_cancelled(serve, visit):
+    server = serve()
+    server.request("POST", "/runtimes/emulator/pause/")
+    body = [{"job": f"X({angle})", "mode": "verbatim", "tag": "rabi-7"} for angle in (0, 90, 180)]
+    server.request("POST", "/jobs/add/", body)
+    tab = visit(server, at="#plot=rabi-7")
+    tab.until("$('progress').textContent === '0 of 3 ended, 0 failed'")
+    assert tab.ask("$('against').value") == "angle of pulse 1"
+    assert tab.ask("$('chart').querySelector('.ideal').getAttribute('d').split('L').length") == 3
+    server.request("DELETE", "/jobs/2/")
+    tab.until("$('progress').textContent === '1 of 3 ended, 1 failed'")
+    assert tab.ask("$('chart').querySelector('.crosses').getAttribute('d').split('m').length") == 3
+    assert tab.ask("$('points').rows[1].cells[2].textContent") == "failed"
+    tab.click("#cancel-rest")
+    tab.answer("Cancel them")
+    tab.until("$('said').textContent === '2 jobs are cancelled.'")
+    tab.until("$('progress').textContent === '3 of 3 ended, 3 failed' && $('cancel-rest').hidden")
+
+
+# What it costs
+
+def test_the_manual_is_one_click_away(lab, visit):
+    tab = visit(lab)
+    topics = tab.ask("[...document.querySelectorAll('#help a')].map(link => link.pathname)")
+    served = [line.split()[0] for line in lab.request("GET", "/help/").body.decode().splitlines()
+              if line[:1].isalpha()]
+    assert topics and {f"/help/{topic}/" for topic in topics} is not None
+    for path in topics:
+        assert lab.request("GET", path).status == 200
+    assert len(topics) == len(set(topics)) and served
+
+
+def test_idle_it_asks_four_times_in_half_a_minute_at_most(serve, visit, browser):
+    server = serve()
+    tab = visit(server)
+    tab.until("$('health').textContent === '✓ All is well'")
+    tab.ask("new Promise(done => setTimeout(done, 2000))")
+    seen = len(browser.events)
+    tab.ask("new Promise(done => setTimeout(done, 15000))")
+    tab.ask("new Promise(done => setTimeout(done, 15000))")
+    assert len(tab.asked(seen)) <= 4, tab.asked(seen)
+
+
+def test_many_updates_make_it_no_larger(serve, visit):
+    server = serve()
+    for _ in range(3):
+        server.request("POST", "/jobs/add/?wait=30", 20 * [
+            {"job": "X(90)", "mode": "simulation", "tag": "rabi-7"}])
+    tab = visit(server, at="#plot=rabi-7")
+    tab.until("!$('plot').hidden")
+    update = """(async count => {
+      for (let number = 0; number < count; number++) {
+        plotted.open = true;
+        await refresh();
+      }
+      return document.querySelectorAll('*').length;
+    })(%d)"""
+
+    def heap():
+        tab.call("HeapProfiler.collectGarbage")
+        return tab.call("Runtime.getHeapUsage")["usedSize"]
+
+    nodes = tab.ask(update % 100)
+    before = heap()
+    assert tab.ask(update % 1000) == nodes
+    assert heap() < before + 1_000_000
 
 
 # What is wider than the window, or than the place that it has.
@@ -556,13 +1054,18 @@ COLORS = """(() => {
 })()"""
 
 
-def test_it_fits_and_can_be_read_on_a_phone_and_a_desk_in_dark_and_light(lab, visit):
+def test_it_fits_and_can_be_read_on_a_phone_and_a_desk_in_dark_and_light(lab, visit, tmp_path):
     lab.wait(lab.add("X(90), " * 99 + "X(90)", "echo"))
     tab = visit(lab)
     tab.press("Enter")
     tab.until("!$('counts').hidden")
-    for width, theme in itertools.product((390, 1280), ("light", "dark")):
+    folder = os.environ.get("OQC_SCREENSHOTS", tmp_path)
+    for width, theme in itertools.product((320, 390, 768, 1280, 1920), ("light", "dark")):
         tab.look(width, theme)
+        picture = tab.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        name = os.path.join(folder, f"{width}-{theme}.png")
+        with open(name, "wb") as file:
+            file.write(base64.b64decode(picture["data"]))
         assert tab.ask("document.documentElement.scrollWidth") <= width
         assert tab.ask(TOO_WIDE) == []
         papers = []
@@ -599,8 +1102,8 @@ def test_whoever_cannot_see_it_is_told_what_everything_is(lab, visit):
 def test_the_picture_file_opens_in_a_browser(lab, visit, tmp_path):
     job = lab.add("X(90), Z(90)", "simulation")["id"]
     (tmp_path / "job.svg").write_bytes(lab.request("GET", f"/jobs/{job}/bloch.svg").body)
-    tab = visit(lab, key=False)
+    tab = visit(lab, key=None)
     tab.go((tmp_path / "job.svg").as_uri())
     assert tab.ask("document.documentElement.tagName") == "svg"
     assert tab.ask("document.title") == f"Job {job} on the Bloch sphere"
-    assert tab.ask("document.querySelectorAll('path').length") == 5
+    assert tab.ask("document.querySelectorAll('path').length") == 7
