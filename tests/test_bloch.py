@@ -80,7 +80,8 @@ def test_it_has_a_title_a_description_and_the_numbers():
     assert set(root.get("aria-labelledby").split()) == {"title", "path"}
 
 
-@pytest.mark.parametrize("job", ["X(90), Z(90)", ", ".join(["X(359)"] * 100), "Y(7), " * 20 + "Z(1)"])
+@pytest.mark.parametrize("job", [
+    "X(90), Z(90)", ", ".join(["X(359)"] * 100), "Y(7), " * 20 + "Z(1)"])
 def test_writing_is_not_cut_at_the_edge_in_a_wide_font(job):
     writing = drawn(job).findall(f"{SVG}g")[3]
     assert writing.get("font-family") == "monospace" and len(writing) == 3
