@@ -89,6 +89,7 @@ ROWS += [(protocol, what, job, protocol, code, again)
 
 
 def write(path, text):
+    """Write a file that can be executed."""
     path.write_text(text, encoding="utf-8")
     path.chmod(0o755)
 
