@@ -111,6 +111,7 @@ def start(folder, **options):
 
 @pytest.fixture(name="lab", scope="module")
 def a_server_with_both_protocols(tmp_path_factory):
+    """A server that no test changes."""
     server = start(tmp_path_factory.mktemp("codes"))
     yield server
     assert server.stop() == 0
