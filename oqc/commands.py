@@ -1,5 +1,6 @@
 """The commands that ask a server, for people without curl; and one oqc as a runtime of another."""
 import argparse
+import codecs
 import contextlib
 import functools
 import json
@@ -55,12 +56,9 @@ def visible(text: str, kept: str = "\t") -> str:
                    for char in text)
 
 
-def visible_lines(data: bytes) -> bytes:
-    """Return the same of lines of UTF-8, also of a piece that begins or ends in a character."""
-    text = data.decode("utf-8", "surrogateescape")
-    shown = "".join(char if "\udc80" <= char <= "\udcff" else visible(char, "\t\n")
-                    for char in text)
-    return shown.encode("utf-8", "surrogateescape")
+def visible_lines(text: str) -> bytes:
+    """Return the same of several lines, as it is written."""
+    return visible(text, "\t\n").encode()
 
 
 def say(line: str) -> None:
@@ -89,8 +87,9 @@ def show(client: Client, path: str, seconds: float = ANSWER_TIMEOUT) -> int:
     """Write what the server has at a path, for a terminal as a table in which nothing moves the
     cursor; return 0. `seconds`: until the answer comes, and between two pieces of it."""
     terminal = sys.stdout.isatty()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a piece may cut a character
     for piece in client.stream("GET", path, text=terminal, seconds=seconds):
-        write(visible_lines(piece) if terminal else piece)
+        write(visible_lines(decoder.decode(piece)) if terminal else piece)
     return 0
 
 
@@ -142,7 +141,7 @@ def show_ended(client: Client, deadline: float, number: int, part: str = "",
     path = f"/jobs/{number}/{part}"
     text = sys.stdout.isatty()
     answer = client.patiently(lambda _: client.ask("GET", path, text=text), deadline)
-    write(visible_lines(answer) if text else answer)
+    write(visible_lines(answer.decode("utf-8", "replace")) if text else answer)
     if part and job["runtime_error"]:
         say(label + job["runtime_error"])
     return int(job["return_code"])

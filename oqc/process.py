@@ -9,13 +9,14 @@ import select
 import struct
 import termios
 import threading
-from typing import Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 from oqc.tree import INSTANCE, POLL_EVERY, Clock, Tree
 
 MOST_ERROR = 2048                   # bytes at the end of standard error that have its last line
 PIPE_READ = 1 << 16                 # bytes that one read asks for
 LARGEST_PIPE = 1 << 20              # bytes that a pipe may hold (pipe(7), pipe-max-size)
+F_SETPIPE_SZ = 1031                 # fcntl has it since Python 3.10
 LONGEST_POLL = 3600.0               # seconds; poll(2) takes no more than 24 days
 
 
@@ -51,6 +52,9 @@ class Process:                      # pylint: disable=too-many-instance-attribut
     most_output = 0                 # bytes that are kept of `output`, from its beginning
     heard = 0                       # bytes of both that were read
     has_closed_input = False        # nobody can read what it is sent
+    _data = b""                     # what is sent, and how many bytes of it were written
+    _sent = 0
+    _when_taken: Callable[[], Any] = bool       # told when the process has come to read it
 
     def __init__(
         self,
@@ -73,15 +77,14 @@ class Process:                      # pylint: disable=too-many-instance-attribut
         self._wake = wake
         self._clock = clock
         self._input = -1                # our end of the pipe to its standard input, if there is one
-        self._unsent = memoryview(b"")
-        self._data = b""                # what is sent, and how many bytes of it were written
-        self._sent = 0
+        self._unsent = memoryview(b"")      # what may be written now
         with contextlib.ExitStack() as at_end, contextlib.ExitStack() as after_start:
             output, childs_output = _pipe(at_end, after_start)
             error, childs_error = _pipe(at_end, after_start)
             if feed is None:
                 feed, self._input = _pipe(after_start, at_end)
                 os.set_blocking(self._input, False)
+                _limit_to_a_page(self._input)
             standard = (feed, childs_output, childs_error)
             self._tree = Tree(command, environment, cwd, standard, clock)
             self._descriptors = at_end.pop_all()
@@ -115,21 +118,30 @@ class Process:                      # pylint: disable=too-many-instance-attribut
             self._wait_for_event(left)
         return True
 
-    def send(self, data: bytes, deadline: float, is_over: Callable[[], bool]) -> bool:
+    def send(
+        self,
+        data: bytes,
+        deadline: float,
+        is_over: Callable[[], bool],
+        when_taken: Callable[[], Any] = bool,
+    ) -> bool:
         """Write `data` to its standard input while listening; arguments and result as `listen`.
 
-        A later `listen` writes what is left, until `send_no_more`.
+        The last byte is written when the process has read all others, after a call of
+        `when_taken`: what it has written by then, it wrote before it knew the data. A later
+        `listen` writes what is left, until `send_no_more`.
         """
         self._data = data
         self._sent = 0
-        self._unsent = memoryview(data)
+        self._unsent = memoryview(data)[:-1]
+        self._when_taken = when_taken
         self._poll.register(self._input, select.POLLOUT)
         self._write()
         return self.listen(deadline, is_over)
 
     def send_no_more(self) -> None:
         """Drop what the process has not taken of what it was sent."""
-        if self._unsent:
+        if self._sent < len(self._data) and not self.has_closed_input:
             self._end_of_data()
 
     def written(self) -> Optional[bytes]:
@@ -186,6 +198,9 @@ class Process:                      # pylint: disable=too-many-instance-attribut
             elif descriptor == self._input and events & select.POLLERR:
                 self._note_closed_input()
             elif descriptor == self._input:
+                if not self._unsent:    # there is room: all else was read
+                    self._when_taken()
+                    self._unsent = memoryview(self._data)[self._sent:]
                 self._write()
             elif descriptor == self._wake:
                 os.read(self._wake, 64)
@@ -222,7 +237,8 @@ class Process:                      # pylint: disable=too-many-instance-attribut
         except BrokenPipeError:         # what it answers to that decides
             self._note_closed_input()
             return
-        self._end_of_data()
+        if self._sent == len(self._data):
+            self._end_of_data()
 
     def _end_of_data(self) -> None:
         self._unsent = memoryview(b"")
@@ -239,6 +255,12 @@ def wait_to_read(descriptor: int, seconds: float) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     poll.poll(seconds * 1000)
+
+
+def _limit_to_a_page(pipe: int) -> None:
+    """Let a pipe hold no more than a page, so that it has room again only when it is empty."""
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, 1)
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:

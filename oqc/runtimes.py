@@ -5,6 +5,7 @@ of the attempt is left. How its process is started and ended is process.py's con
 """
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -51,7 +52,8 @@ class Child(Protocol):
     def listen(self, deadline: float, is_over: Callable[[], bool]) -> bool:
         """Read what it writes until it has ended or `is_over`; return False at the deadline."""
 
-    def send(self, data: bytes, deadline: float, is_over: Callable[[], bool]) -> bool:
+    def send(self, data: bytes, deadline: float, is_over: Callable[[], bool],
+             when_taken: Callable[[], None]) -> bool:
         """Write to its standard input while listening."""
 
     def send_no_more(self) -> None:
@@ -286,12 +288,12 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
             process = self._make_ready(task)
         except OSError as error:
             return _unstartable(error)
+        if self._last is None:
+            self._begin_log(process, task)
         self._asked = task
-        self._log_of = task.id
         self._answer = None
         device = self.device
-        question = self._question(task)
-        in_time = self._ask(process, question, began, interrupted)
+        in_time = self._ask(process, task, began, interrupted)
         if self._answer is None:
             process.read_on()           # it may have answered and ended at once
             if process.exited() and is_object(process.output):
@@ -300,6 +302,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         if self._answer is None and self._has_answered and _is_lost(process):
             self._end(process)          # it harmed no job: a new one is asked
             return self._attempt(task, interrupted)
+        self._begin_log(process, task)  # else it did so when it came to read the question
         if not self._has_answered:
             device = self.device        # said while it started
         sent = process.written()
@@ -366,14 +369,21 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
                 process = None
         if process is None:
             return self._begin()
+        return process
+
+    def _begin_log(self, process: Child, task: Task) -> None:
+        """Have what the process writes from now on belong to this attempt, unless it does so. What
+        it has written belongs to the attempt before, if there was one."""
         if self._last is not None:
+            process.read_on()
+            self._hear(process)
             self._note_late()
             self._last = None
             if process.log.total:
                 process.error.clear()
                 process.log = Tail(self.spec.log_bytes)
                 self._log = process.log
-        return process
+        self._log_of = task.id
 
     def _question(self, task: Task) -> bytes:
         question = {
@@ -393,17 +403,24 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
     def _ask(
         self,
         process: Child,
-        question: bytes,
+        task: Task,
         began: float,
         interrupted: Callable[[], bool],
     ) -> bool:
         """Ask, and listen until there is an answer; return False if it was not in time."""
+        question = self._question(task)
+        when_taken = functools.partial(self._begin_log, process, task)
         deadline = began + self.spec.timeout
         if self._is_ready:
-            return process.send(question, deadline, lambda: self._is_over(process, interrupted))
+            return process.send(
+                question, deadline, lambda: self._is_over(process, interrupted), when_taken)
         late = deadline + self.spec.start_timeout
         in_time = process.send(
-            question, late, lambda: self._is_over(process, interrupted) or self._is_ready)
+            question,
+            late,
+            lambda: self._is_over(process, interrupted) or self._is_ready,
+            when_taken,
+        )
         if not in_time or not self._is_ready or self._answer is not None:
             return in_time
         # It is warm from now on: from when it was, it has as long as any other.

@@ -632,6 +632,14 @@ def test_a_terminal_shows_progress_and_then_only_what_is_left(serve):
     assert "\x1b[K0 of 2 jobs\r" in shown and "\x1b[K1 of 2 jobs\r" in shown
 
 
+def test_a_result_moves_no_cursor_whatever_its_bytes_are(serve, script):
+    """0x9b begins an escape sequence on a terminal that does not speak UTF-8."""
+    server = serve("--runtime", "qpu=" + script("printf 'a\\033[2J\\2332Jb\\n'"))
+    number = server.wait(server.add(mode="verbatim"))["id"]
+    status, shown = on_a_terminal(server, "result", number)
+    assert (status, settled(shown)) == (0, "a\\x1b[2J\ufffd2Jb\n")
+
+
 def test_what_goes_wrong_on_a_terminal_stands_on_a_line_of_its_own(server):
     assert settled(on_a_terminal(server, "get", 999999)[1]) == "oqc: no job has the id 999999\n"
 

@@ -509,7 +509,10 @@ def test_a_lines_runtime_that_has_ended_between_two_jobs_is_started_again(script
 def test_an_answer_counts_though_its_runtime_has_ended_by_the_time_it_is_read(script):
     once = script("""read -r line; echo '{"id": 7, "return_code": 0, "result": "done"}'""")
     starts = Starts()
-    outcome = run(once, protocol="lines", start=starts, interrupted=starts.wait_for_exit)
+
+    def read_late():
+        return starts.processes[0].written() is not None and starts.wait_for_exit()
+    outcome = run(once, protocol="lines", start=starts, interrupted=read_late)
     assert outcome[:3] == (0, None, '"done"')
 
 
@@ -628,8 +631,13 @@ def test_a_lines_runtime_that_is_silent_is_ended_at_its_timeout_and_started_agai
                         [ -e {again} ] || {{ >{again}; echo asked >&2; sleep 60; }}
                         echo '{{"id": 7, "return_code": 0}}'""")
     clock = Impatient()
+
+    def time_out_when_asked():
+        if slot.log(7).text:
+            clock.ahead = 1000.0
+        return False
     with contextlib.closing(slot_for(silent, protocol="lines", clock=clock, timeout=900.0)) as slot:
-        assert slot.run(TASK, clock.heard)[:2] == (
+        assert slot.run(TASK, time_out_when_asked)[:2] == (
             124, "took longer than its timeout of 900 s and its start_timeout of 0.01 s; asked")
         assert slot.run(TASK, lambda: False).return_code == 0
 
@@ -888,6 +896,34 @@ def test_what_a_lines_runtime_says_between_two_attempts_belongs_to_the_one_befor
             assert said.startswith(outcome.log.text) and word.encode() in said
         assert json.loads(slot.device) == {"t1": 5}
         assert json.loads(outcome.device) == {"t1": 5}
+
+
+def test_what_a_busy_runtime_writes_after_its_answer_belongs_to_that_one_however_late(
+        script, tmp_path):
+    """The next question is there by then, and it reads that in the same moment."""
+    os.mkfifo(tmp_path / "go")
+    cools = script(f"""while read -r line; do
+                           echo begin >&2; echo '{{"id": 7, "return_code": 0}}'
+                           read -r word <{tmp_path}/go; echo "cooled $word" >&2; echo "noise $word"
+                       done""")
+
+    def let_it_cool():
+        while words:
+            (tmp_path / "go").write_text(words.pop() + "\n", encoding="ascii")
+        return False
+    with contextlib.closing(slot_for(cools, protocol="lines")) as slot:
+        words = []
+        assert slot.run(TASK._replace(attempt=1), let_it_cool).log.text == b"begin\n"
+        for attempt in (2, 3, 4):
+            words.append(str(attempt))
+            outcome = slot.run(TASK._replace(attempt=attempt), let_it_cool)
+            assert (outcome.return_code, outcome.log.text) == (0, b"begin\n")
+            (number, before, log), = slot.late_logs()
+            assert (number, before) == (7, attempt - 1)
+            assert log.text.startswith(b"begin\n")
+            assert set(log.text.splitlines()[1:]) == {b"cooled %d" % attempt, b"noise %d" % attempt}
+        words.append("5")
+        let_it_cool()
 
 
 def test_a_lines_runtime_that_writes_without_end_between_two_attempts_is_read(script):
