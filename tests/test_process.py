@@ -80,22 +80,22 @@ def ini(folder, text):
 
 # Nothing outlives its attempt
 
-ENDS = {            # how a script goes on that has left a daemon, and how its job ends
-    "success": ("exit 0", 0),
-    "failure": ("exit 3", 3),
-    "timeout": ("sleep 60", 124),
-    "death": ("kill -SEGV $$", 139),
+ENDS = {            # how a script goes on that has left a daemon, how its job ends, its timeout
+    "success": ("exit 0", 0, 60),
+    "failure": ("exit 3", 3, 60),
+    "timeout": ("sleep 60", 124, 0.3),
+    "death": ("kill -SEGV $$", 139, 60),
 }
 
 
-@pytest.mark.parametrize("end, code", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("end, code, timeout", ENDS.values(), ids=ENDS)
 def test_children_that_leave_their_session_end_with_their_attempt(
-        lab, script, tmp_path, end, code):
+        lab, script, tmp_path, end, code, timeout):
     command = script("mkfifo $0.$$\n"
                      "setsid sh -c 'echo $$ >$0; sleep 300 & wait' $0.$$ >/dev/null 2>&1 &\n"
                      "read -r pid <$0.$$\n" + end)
     server = lab("--kill-grace", "0.1", "--config", ini(
-        tmp_path, f"[runtime qpu]\ncommand = {command}\ntimeout = 0.3\nslots = 2\n"))
+        tmp_path, f"[runtime qpu]\ncommand = {command}\ntimeout = {timeout}\nslots = 2\n"))
     for job in [server.add(mode="verbatim") for _ in range(5)]:
         if code == 139:
             until(lambda job=job: server.get(job)["status"] == "Retrying")
