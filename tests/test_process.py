@@ -322,8 +322,9 @@ def test_a_child_that_may_not_be_killed_ends_its_job_and_sets_its_runtime_aside(
     for folder in list(tmp_path.parents)[:2]:
         folder.chmod(0o755)
     (tmp_path / "up").chmod(0o666)
+    timeout = 1 if end == "timeout" else 60
     server = lab("--kill-grace", "0.1", "--config", ini(
-        tmp_path, f"[runtime qpu]\ncommand = {drive}\ntimeout = 1\n"
+        tmp_path, f"[runtime qpu]\ncommand = {drive}\ntimeout = {timeout}\n"
                   "[runtime other]\ncommand = true\nmodes = simulation\n"), command=command)
     job = server.add(mode="verbatim")
     pid = int((tmp_path / "up").read_text())
@@ -398,7 +399,7 @@ def test_a_process_that_sleeps_in_the_kernel_ends_its_job_and_sets_its_runtime_a
     """State D, as in a driver whose device does not answer."""
     drive = script(f"[ -e pid ] || echo $$ >pid; read -r line; >{frozen.path}/a; {ANSWER}")
     server = lab("--drain", "0", "--kill-grace", "0.1", "--config", ini(
-        tmp_path, f"[runtime qpu]\nprotocol = {protocol}\ntimeout = 1\nstart_timeout = 1\n"
+        tmp_path, f"[runtime qpu]\nprotocol = {protocol}\ntimeout = 3\nstart_timeout = 1\n"
                   f"command = {drive}\n"
                   "[runtime other]\ncommand = true\nmodes = simulation\n"))
     ended = server.wait(server.add(mode="verbatim"), 20)
