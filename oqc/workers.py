@@ -750,6 +750,8 @@ class Workers:
             event = jobs.decide(outcome, task.attempt, runtime.policy)
             if not outcome.started:     # the job never ran: that is no attempt of it
                 event = "release"
+                # It is kept for its log, unless it is one more of many.
+                outcome = outcome._replace(started=not runtime.set_aside)
             if attempt.cancelled and event in ("release", "retry"):
                 return Ending(task, "failed", _as_cancelled(outcome))
             return Ending(task, event, outcome, self.policy.delay(task.attempt, self.dice()))

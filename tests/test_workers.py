@@ -700,6 +700,8 @@ def test_a_start_that_fails_is_no_attempt_also_where_there_is_only_one(lab, capl
     number = lab.add()
     assert lab.end(number).status == "Success"
     assert [attempt for _, attempt, _ in qpu.ran] == [1] * 5
+    kept = lab.store.details(number).attempts
+    assert [(one.attempt, one.return_code) for one in kept] == [(1, 127), (1, 127), (1, 0)]
     assert f"job {number}, attempt 1 on qpu: return code 127, not found; tried again" in caplog.text
     assert "runtime qpu is set aside: it failed to start 3 times in a row" in caplog.text
 
