@@ -1393,6 +1393,40 @@ def test_a_job_is_added_whole_or_not_at_all_when_the_server_dies_in_the_middle(s
     assert (tmp_path / "oqc.db").exists()
 
 
+# A start that fails
+
+FAILS = """
+import errno, os, threading
+start, pwrite = threading.Thread.start, os.pwrite
+def start_or_fail(thread):
+    if thread.name == os.environ["FAILS"]:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+def write_or_fail(*arguments):
+    if os.environ["FAILS"] == "pwrite":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return pwrite(*arguments)
+threading.Thread.start, os.pwrite = start_or_fail, write_or_fail
+"""
+
+
+@pytest.mark.parametrize("state", ["stopped", "killed"])
+@pytest.mark.parametrize("fails", ["reaper", "loader", "echo-0", "listener", "pwrite"])
+def test_a_start_that_fails_leaves_a_database_that_the_next_one_opens(
+        left, serve, tmp_path, fails, state):
+    shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAILS, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "FAILS": fails}
+    for _ in range(2):
+        status, text = command(tmp_path, "--port", "0", environment=environment)
+        assert status == 1 and "Traceback" not in text
+        assert text.splitlines()[-1].startswith("oqc: ") and "missing" not in text
+    server = serve()
+    assert len(ids(server)) == (501 if state == "killed" else 500)
+    assert server.stop() == 0 and not list(check(str(tmp_path / "oqc.db")))
+
+
 # More jobs than there is room for
 
 def test_more_jobs_than_may_wait_are_refused_with_503_at_once_and_none_of_them_is_stored(
