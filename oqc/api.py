@@ -18,8 +18,8 @@ from oqc import __version__, bloch, jobs, manual, queries
 from oqc.documents import (
     CHEAT_SHEET, MANUAL, OPENAPI, PAGE_BODY, PAGE_HEADERS, PICTURE_HEADERS)
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
-    Selection, StoreError, Submission, UnknownJob)
+    Addition, Attempt, Batch, DamagedRow, Details, IdempotencyKey, Job, Log, Malformed, Outcome,
+    Queued, Selection, StoreError, Submission, UnknownJob)
 from oqc.keys import (
     ALLOWED, KEY_HEADERS, NOBODY, NOT_HERE, OPERATOR, READER, USER, Key, Keys, is_local, may)
 from oqc.messages import (
@@ -690,6 +690,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
                                                  request.has_left)
             except UnknownJob:      # it has ended, and was deleted since
                 continue
+            except DamagedRow:      # which nobody can wait for; the others are counted
+                return (("Retry-After", "1"),)
             if not ended:
                 return (("Retry-After", "1"),)
             if any(job.end_time is None for job in ended):      # the time is over, or it stops

@@ -1205,7 +1205,8 @@ def test_a_damaged_row_costs_a_listing_no_other_row(serve, tmp_path, name):
         table = server.request("GET", "/jobs/list/" + query, headers={"Accept": "text/plain"})
         assert len(table.body.splitlines()) == 1 + len(listing.json)
     assert ids(server) == [1, 2, 3]
-    for path in ("/status/", "/status/?tag=t", "/status/?state=waiting", "/metrics/", "/health/"):
+    for path in ("/status/", "/status/?mode=simulation&wait=1", "/status/?tag=t",
+                 "/status/?state=waiting", "/metrics/", "/health/"):
         assert server.request("GET", path).status == 200, path
     for part in ("", "details"):
         answer = server.request("GET", f"/jobs/2/{part}")
