@@ -541,11 +541,12 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def picture(self, _: Request, job_number: str) -> Response:
         """GET /jobs/{id}/bloch.svg: the path of a simulation on the Bloch sphere."""
-        job = self.store.get(job_id(job_number))
+        known_id = job_id(job_number)
+        job = self.store.submission(known_id)
         if job.mode != "simulation":
-            raise Problem(409, f"job {job.id} has the mode {job.mode}; only a simulation has a "
+            raise Problem(409, f"job {known_id} has the mode {job.mode}; only a simulation has a "
                           "picture")
-        svg = bloch.picture(f"Job {job.id} on the Bloch sphere", job.job)
+        svg = bloch.picture(f"Job {known_id} on the Bloch sphere", job.job)
         return Response(200, svg.encode(), "image/svg+xml", PICTURE_HEADERS)
 
     def _job(self, request: Request, job_number: str) -> Tuple[Job, Headers]:

@@ -1244,6 +1244,7 @@ def test_a_job_that_is_damaged_while_it_waits_ends_with_70_and_is_given_to_no_ru
     assert (tmp_path / "ran").read_text(encoding="utf-8") == "X(90)\n" * 2
     assert server.request("GET", f"/jobs/{number}/").status == (200 if "rm" in change else 500)
     assert server.request("POST", f"/jobs/{number}/rerun/").status == 500
+    assert server.request("GET", f"/jobs/{number}/bloch.svg").status == 500
     assert "Traceback" not in server.log and server.line("is damaged; `oqc check` says")
 
 
