@@ -1474,9 +1474,11 @@ def test_jobs_that_come_at_the_same_moment_are_counted_too(gated):
 def test_jobs_that_waited_before_a_restart_count_too_and_are_never_refused(gated, gate):
     server = gated()
     jobs = add(server, [{"job": "X(90)", "mode": "verbatim"}] * 5).json
+    gate.begun()
     server.process.kill()
     server.stop()
     server = gated("--max-waiting", "2")
+    gate.begun()                    # which none does before all that wait are loaded
     assert add(server, {"job": "X(90)", "mode": "echo"}).status == 503
     for _ in jobs:
         gate.end()
