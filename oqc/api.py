@@ -18,8 +18,8 @@ from oqc import __version__, bloch, jobs, manual, queries
 from oqc.documents import (
     CHEAT_SHEET, MANUAL, OPENAPI, PAGE_BODY, PAGE_HEADERS, PICTURE_HEADERS)
 from oqc.jobs import (
-    Addition, Attempt, Batch, Details, IdempotencyKey, Job, Log, Malformed, Outcome, Queued,
-    Selection, Stored, StoreError, Submission, UnknownJob)
+    Addition, Attempt, Batch, DamagedRow, Details, IdempotencyKey, Job, Log, Malformed, Outcome,
+    Queued, Selection, Stored, StoreError, Submission, UnknownJob)
 from oqc.keys import (
     ALLOWED, KEY_HEADERS, NOBODY, NOT_HERE, OPERATOR, READER, USER, Key, Keys, is_local, may)
 from oqc.messages import (
@@ -575,11 +575,12 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def picture(self, _: Request, job_number: str) -> Response:
         """GET /jobs/{id}/bloch.svg: the path of a simulation on the Bloch sphere."""
-        job = self.store.get(job_id(job_number))
+        known_id = job_id(job_number)
+        job = self.store.submission(known_id)
         if job.mode != "simulation":
-            raise Problem(409, f"job {job.id} has the mode {job.mode}; only a simulation has a "
+            raise Problem(409, f"job {known_id} has the mode {job.mode}; only a simulation has a "
                           "picture")
-        svg = bloch.picture(f"Job {job.id} on the Bloch sphere", job.job)
+        svg = bloch.picture(f"Job {known_id} on the Bloch sphere", job.job)
         return Response(200, svg.encode(), "image/svg+xml", PICTURE_HEADERS)
 
     def _job(self, request: Request, job_number: str) -> Tuple[Job, Headers]:
@@ -724,6 +725,8 @@ class Api:                          # pylint: disable=too-many-public-methods # 
                                                  request.has_left)
             except UnknownJob:      # it has ended, and was deleted since
                 continue
+            except DamagedRow:      # which nobody can wait for; the others are counted
+                return (("Retry-After", "1"),)
             if not ended:
                 return (("Retry-After", "1"),)
             if any(job.end_time is None for job in ended):      # the time is over, or it stops

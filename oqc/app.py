@@ -123,10 +123,15 @@ def serve(settings: Settings) -> int:
     log.propagate = False
     log.setLevel(settings.log_level.upper())
     try:
-        running = _Running(settings, clock, lines, keeper)
-        running.start()
-        running.until_stopped(signals)
-        running.stop(signals)
+        tls = _tls(settings)
+        store = Store(settings.db, clock)
+        # Whatever goes wrong: a store that is forgotten takes its WAL along and leaves its marks.
+        with contextlib.closing(store):
+            running = _Running(settings, clock, lines, store, tls)
+            keeper.tell(INSTANCE.begin(store.instance, store.run, clock))
+            running.start()
+            running.until_stopped(signals)
+            running.stop(signals)
         keeper.stop()
         return 0
     except StoreError as error:
@@ -138,16 +143,14 @@ def serve(settings: Settings) -> int:
 class _Running:
     """A server with all its parts."""
 
-    def __init__(self, settings: Settings, clock: Clock, lines: LogLines,
-                 keeper: Keeper) -> None:
-        """Build it and listen; raise StoreError, StartError."""
+    def __init__(self, settings: Settings, clock: Clock, lines: LogLines, store: Store,
+                 tls: Any) -> None:
+        """Build it and listen; raise StartError."""
         self.settings = settings
         self.clock = clock
-        tls = _tls(settings)
+        self.store = store
         # Seeded by the system; a system call for each number is a 20th of an add.
         dice = random.Random()
-        self.store = Store(settings.db, clock)
-        keeper.tell(INSTANCE.begin(self.store.instance, self.store.run, clock))
         waiting = Waiting(self.store, clock, max(1, settings.max_connections // 2))
         slots = [(spec, functools.partial(_slot, spec, clock, settings.kill_grace))
                  for spec in settings.runtimes]
@@ -165,7 +168,6 @@ class _Running:
             self.server = Server((settings.host, settings.port), self.api, clock, limits=limits,
                                  access=access, tls=tls)
         except (OSError, TypeError) as error:   # TypeError: half of a surrogate pair in the host
-            self.store.close()
             reason = getattr(error, "strerror", None) or error
             raise StartError(f"{settings.host}:{settings.port}: {reason}; choose another "
                              "address with --host and --port") from None
@@ -177,11 +179,9 @@ class _Running:
                 [spec.name for spec in self.settings.runtimes if spec.protocol != "echo"])
             self.workers.start()
         except OSError as error:
-            self.store.close()
             raise StartError(f"too many slots: {error.strerror}; each takes two descriptors "
                              "(ulimit -n), and more while a job runs in it") from None
         except RuntimeError as error:
-            self.store.close()
             raise StartError(f"too many slots: {error}; each takes a thread (ulimit -u)") from None
         _log_startup(self.settings, self.server.server_address)
         _warn_without_operator(self.api.keys)

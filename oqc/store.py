@@ -353,17 +353,21 @@ class Store:
         self.clock = clock
         self.connect = connect
         self._lock_file = take_lock(path)
-        try:
-            self._file = open_locked(path)
-            inspect(path)
-            self.is_unchecked = needs_check(path) and os.path.getsize(path) > CHECKED_AT_START
-            self._writer = prepare(path)
-            mark_in_file(self._writer)
-            self._watch = Watch(path, self._file)
-            self.instance, self.run = mark_in_use(self._lock_file)
-        except (OSError, sqlite3.Error, StoreError) as error:
-            os.close(self._lock_file)
-            raise as_store_error(path, error) from None
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, self._lock_file)
+            try:
+                self._file = open_locked(path)
+                inspect(path)
+                self.is_unchecked = needs_check(path) and os.path.getsize(path) > CHECKED_AT_START
+                self._writer = prepare(path)
+                # Not closed otherwise: that would remove the WAL, and leave the marks.
+                undo.callback(close_keeping_wal, self._writer, path)
+                mark_in_file(self._writer)
+                self._watch = Watch(path, self._file)
+                self.instance, self.run = mark_in_use(self._lock_file)
+            except (OSError, sqlite3.Error) as error:
+                raise as_store_error(path, error) from None
+            undo.pop_all()
         self.trouble: Optional[StoreError] = None   # why the last write failed, or a read since
         self._readers: List[sqlite3.Connection] = []    # that nobody uses now
         self._line: Deque[Write] = collections.deque()  # appended to by all, emptied by the leader

@@ -1207,7 +1207,8 @@ def test_a_damaged_row_costs_a_listing_no_other_row(serve, tmp_path, name):
         table = server.request("GET", "/jobs/list/" + query, headers={"Accept": "text/plain"})
         assert len(table.body.splitlines()) == 1 + len(listing.json)
     assert ids(server) == [1, 2, 3]
-    for path in ("/status/", "/status/?tag=t", "/status/?state=waiting", "/metrics/", "/health/"):
+    for path in ("/status/", "/status/?mode=simulation&wait=1", "/status/?tag=t",
+                 "/status/?state=waiting", "/metrics/", "/health/"):
         assert server.request("GET", path).status == 200, path
     for part in ("", "details"):
         answer = server.request("GET", f"/jobs/2/{part}")
@@ -1245,6 +1246,7 @@ def test_a_job_that_is_damaged_while_it_waits_ends_with_70_and_is_given_to_no_ru
     assert (tmp_path / "ran").read_text(encoding="utf-8") == "X(90)\n" * 2
     assert server.request("GET", f"/jobs/{number}/").status == (200 if "rm" in change else 500)
     assert server.request("POST", f"/jobs/{number}/rerun/").status == 500
+    assert server.request("GET", f"/jobs/{number}/bloch.svg").status == 500
     assert "Traceback" not in server.log and server.line("is damaged; `oqc check` says")
 
 
@@ -1395,6 +1397,40 @@ def test_a_job_is_added_whole_or_not_at_all_when_the_server_dies_in_the_middle(s
     assert (tmp_path / "oqc.db").exists()
 
 
+# A start that fails
+
+FAILS = """
+import errno, os, threading
+start, pwrite = threading.Thread.start, os.pwrite
+def start_or_fail(thread):
+    if thread.name == os.environ["FAILS"]:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+def write_or_fail(*arguments):
+    if os.environ["FAILS"] == "pwrite":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return pwrite(*arguments)
+threading.Thread.start, os.pwrite = start_or_fail, write_or_fail
+"""
+
+
+@pytest.mark.parametrize("state", ["stopped", "killed"])
+@pytest.mark.parametrize("fails", ["reaper", "loader", "echo-0", "listener", "pwrite"])
+def test_a_start_that_fails_leaves_a_database_that_the_next_one_opens(
+        left, serve, tmp_path, fails, state):
+    shutil.copytree(left / state, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FAILS, encoding="utf-8")
+    environment = {"PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}", "FAILS": fails}
+    for _ in range(2):
+        status, text = command(tmp_path, "--port", "0", environment=environment)
+        assert status == 1 and "Traceback" not in text
+        assert text.splitlines()[-1].startswith("oqc: ") and "missing" not in text
+    server = serve()
+    assert len(ids(server)) == (501 if state == "killed" else 500)
+    assert server.stop() == 0 and not list(check(str(tmp_path / "oqc.db")))
+
+
 # More jobs than there is room for
 
 def test_more_jobs_than_may_wait_are_refused_with_503_at_once_and_none_of_them_is_stored(
@@ -1440,9 +1476,11 @@ def test_jobs_that_come_at_the_same_moment_are_counted_too(gated):
 def test_jobs_that_waited_before_a_restart_count_too_and_are_never_refused(gated, gate):
     server = gated()
     jobs = add(server, [{"job": "X(90)", "mode": "verbatim"}] * 5).json
+    gate.begun()
     server.process.kill()
     server.stop()
     server = gated("--max-waiting", "2")
+    gate.begun()                    # which none does before all that wait are loaded
     assert add(server, {"job": "X(90)", "mode": "echo"}).status == 503
     for _ in jobs:
         gate.end()
