@@ -52,13 +52,17 @@ class Recent:
         # When the monotonic clock was 0, by the wall clock of now.
         self._zero = clock.unix() - self._began
         self._spans: Dict[Tuple[int, Optional[str]], Spans] = collections.defaultdict(Spans)
-        self._lock = threading.Lock()   # over _spans
+        self._second = 0                # the one that is counted apart: an add must cost nothing
+        self._current: Dict[Optional[str], int] = collections.defaultdict(int)      # in it
+        self._lock = threading.Lock()   # over all of these
 
     def count(self, runtime: Optional[str], jobs: int = 1) -> None:
         """Count jobs that have ended now; None: on no runtime."""
-        now = self.clock.monotonic()
-        for seconds in (SECOND, MINUTE):
-            self._add(seconds, int(now // seconds), runtime, jobs)
+        now = int(self.clock.monotonic())
+        with self._lock:
+            if now != self._second:
+                self._begin(now)
+            self._current[runtime] += jobs
 
     def load(self, ended: Callable[[str, str], Ended], is_interrupted: Callable[[], bool]) -> None:
         """Count what ended before this began, the newest first. `ended` gives what ended from one
@@ -71,26 +75,34 @@ class Recent:
                 since = self.clock.at(self._zero + span * seconds)
                 # And no more, though the clock may have been set back: that is counted already.
                 until = self.clock.at(self._zero + min((span + 1) * seconds, self._began))
-                for runtime, jobs in ended(since, until).items():
-                    self._add(seconds, span, runtime, jobs)
+                counts = ended(since, until)
+                with self._lock:
+                    for runtime, jobs in counts.items():
+                        self._spans[seconds, runtime].add(span, jobs)
 
     def per_minute(self, runtime: str) -> List[int]:
         """Return how many jobs ended on a runtime in each minute of the last hour, from the first
         in which one did; the last one is not over."""
-        now = int(self.clock.monotonic() // MINUTE)
+        now = int(self.clock.monotonic())
         with self._lock:
-            counts = self._spans[MINUTE, runtime].counts(now)
+            self._begin(now)
+            counts = self._spans[MINUTE, runtime].counts(now // MINUTE)
         while counts and not counts[0]:
             del counts[0]
         return counts
 
     def total(self, seconds: int) -> int:
         """Return how many jobs ended in the last SPANS spans of so many seconds, on any runtime."""
-        now = int(self.clock.monotonic() // seconds)
+        now = int(self.clock.monotonic())
         with self._lock:
-            return sum(sum(spans.counts(now)) for (length, _), spans in self._spans.items()
-                       if length == seconds)
+            self._begin(now)
+            return sum(sum(spans.counts(now // seconds))
+                       for (length, _), spans in self._spans.items() if length == seconds)
 
-    def _add(self, seconds: int, span: int, runtime: Optional[str], jobs: int) -> None:
-        with self._lock:
-            self._spans[seconds, runtime].add(span, jobs)
+    def _begin(self, second: int) -> None:
+        """Enter what was counted apart, and begin a second. Under the lock."""
+        for runtime, jobs in self._current.items():
+            for seconds in (SECOND, MINUTE):
+                self._spans[seconds, runtime].add(self._second // seconds, jobs)
+        self._current.clear()
+        self._second = second

@@ -396,6 +396,25 @@ def curl(server, name, *arguments):
     return json.loads(done.stdout)
 
 
+def by_curl_and_by_the_commands_alike(lab):
+    """What one may not do is refused, and what one may is done."""
+    urgent = '{"job": "X(1)", "mode": "verbatim", "priority": 1}'
+    refusal = "priority: eve is a user, and may give 0 or less; above 0 takes an operator's key"
+    assert curl(lab, "eve", "-d", urgent, "/jobs/add/")["detail"] == refusal
+    assert line(run(lab, "add", "X(1)", "--mode", "verbatim", "--priority", 1,
+                    **as_somebody("eve")), 1) == refusal
+    assert curl(lab, "ann", "-d", urgent, "/jobs/add/?wait=20")["status"] == "Success"
+    run(lab, "pause", "qpu-1", **as_somebody("ann"))
+    run(lab, "pause", "qpu-2", **as_somebody("ann"))
+    for name in ("bob", "eve"):
+        assert run(lab, "add", "-", "--mode", "verbatim", "--tag", "rabi-9", text="X(1)\n" * 5,
+                   **as_somebody(name))[0] == 0
+    said = [run(lab, "cancel", "--tag", "rabi-9", **as_somebody(name))[1]
+            for name in ("eve", "ann")]
+    assert said == ['{"cancelled": 5, "by": "eve"}\n', '{"cancelled": 5, "by": null}\n']
+    assert json.loads(run(lab, "status", **as_somebody("rita"))[1])["idle"] is True
+
+
 @pytest.mark.slow                   # a thousand jobs
 def test_a_lab_of_three_roles_two_devices_and_a_thousand_jobs(tmp_path, script):
     program = script('while read -r line; do\n'
@@ -441,19 +460,5 @@ def test_a_lab_of_three_roles_two_devices_and_a_thousand_jobs(tmp_path, script):
     assert run(lab, "rerun", last, **as_somebody("bob"))[0] == 0
     counts = curl(lab, "bob", "/status/?tag=rabi-7&wait=60")["jobs"]
     assert (counts["succeeded"], counts["failed"]) == (500, 1)
-    # What nobody may do is refused alike, and what one may is done alike.
-    urgent = '{"job": "X(1)", "mode": "verbatim", "priority": 1}'
-    refusal = "priority: eve is a user, and may give 0 or less; above 0 takes an operator's key"
-    assert curl(lab, "eve", "-d", urgent, "/jobs/add/")["detail"] == refusal
-    assert line(run(lab, "add", "X(1)", "--mode", "verbatim", "--priority", 1,
-                    **as_somebody("eve")), 1) == refusal
-    assert curl(lab, "ann", "-d", urgent, "/jobs/add/?wait=20")["status"] == "Success"
-    run(lab, "pause", "qpu-1", **as_somebody("ann"))
-    run(lab, "pause", "qpu-2", **as_somebody("ann"))
-    for name in ("bob", "eve"):
-        assert run(lab, "add", "-", "--mode", "verbatim", "--tag", "rabi-9", text="X(1)\n" * 5,
-                   **as_somebody(name))[0] == 0
-    said = [run(lab, "cancel", "--tag", "rabi-9", **as_somebody(name))[1] for name in ("eve", "ann")]
-    assert said == ['{"cancelled": 5, "by": "eve"}\n', '{"cancelled": 5, "by": null}\n']
-    assert json.loads(run(lab, "status", **as_somebody("rita"))[1])["idle"] is True
+    by_curl_and_by_the_commands_alike(lab)
     assert lab.stop() == 0
