@@ -66,8 +66,6 @@ OVER_BOTH = [                       # what happens, the job, on which runtime, c
     ("longer than its timeout", "Z(0)", "-brief", 124, False),
     ("it ran, and exits 126", "X(126)", "", 126, False),
     ("it ran, and exits 127", "X(127)", "", 127, False),
-    ("not found", "X(0)", "-gone", 127, True),
-    ("not executable", "X(0)", "-barred", 126, True),
     ("died of SIGKILL", "Y(9)", "", 137, True),
     ("died of SIGSEGV", "Y(11)", "", 139, True),
     ("180 of its own", "X(180)", "", 180, False),
@@ -131,6 +129,25 @@ def test_each_row_gives_its_code_and_is_tried_again_where_it_says_so(
     assert ended["status"] == ("Success" if code == 0 else "Runtime Error")
     assert [attempt["return_code"] for attempt in attempts(lab, ended)] == [code] * (1 + again)
     assert lab.runtime(runtime)["state"] in ("idle", "busy"), "none is set aside or paused"
+
+
+@pytest.mark.parametrize("protocol", ["exec", "lines"])
+@pytest.mark.parametrize("where, code", [("gone", 127), ("barred", 126)])
+def test_a_program_that_never_ran_costs_no_attempt_and_is_tried_again_until_it_runs(
+        tmp_path, protocol, where, code):
+    server = start(tmp_path)
+    name = f"{protocol}-{where}"
+    job = server.add("Z(90)" if protocol == "lines" else "X(0)", "verbatim", runtime=name)
+    until(lambda: server.runtime(name)["state"] == "failing")
+    # One that is being tried has no code yet.
+    codes = {attempt["return_code"] for attempt in attempts(server, job)}
+    assert code in codes and codes <= {code, None}
+    assert server.get(job)["status"] == "Retrying"
+    write(tmp_path / name, {"exec": EXEC, "lines": LINES}[protocol])
+    assert server.request("POST", f"/runtimes/{name}/resume/").status == 200
+    assert server.wait(job)["status"] == "Success"
+    assert attempts(server, job)[-1]["return_code"] == 0
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("protocol", ["exec", "lines"])
