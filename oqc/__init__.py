@@ -1,2 +1,15 @@
-"""oqc: a job server for quantum-control pulses that needs nothing but Python."""
+"""oqc: a job server for quantum-control pulses that needs nothing but Python.
+
+    from oqc import Client
+"""
 __version__ = "1.0.0"
+PUBLIC = ("Client", "Failed", "Unreachable", "KeyRefused", "NotEnded")
+
+
+def __getattr__(name):
+    """Return what Python programs use; it is imported when first asked for. In a syntax that an old
+    Python knows, which is told in a line that it is too old."""
+    if name not in PUBLIC:
+        raise AttributeError("module 'oqc' has no attribute " + repr(name))
+    from oqc import client          # pylint: disable=import-outside-toplevel # as said
+    return getattr(client, name)

@@ -7,29 +7,26 @@ import json
 import math
 import os
 import re
-import secrets
 import signal
 import sys
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
-from urllib.parse import quote, urlencode
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
-from oqc.client import ANSWER_TIMEOUT, LOCAL, MOST_WAIT, Client, Failed, connect, decoded
+from oqc.client import (
+    BATCH, BATCH_BYTES, JSON, LOCAL, SEEDS, Client, Counts, Failed, NotEnded)
 from oqc.config import Command, decimal, whole
+from oqc.jobs import Job
 from oqc.keys import OPERATOR, USER, may
 
 EX_FAILED, EX_USAGE, EX_TEMPFAIL = 1, 2, 75         # sysexits.h, and what argparse ends with
-NOT_ENDED = 124                     # timeout(1)
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 128 + 2, 128 + 13, 128 + 15      # the shell
 CANCEL_TIMEOUT = 1.0                    # seconds for a cancel after TERM: KILL may come after two
-SEEDS = 2 ** 63                     # how many there are: 0 to 2**63 - 1
-BATCH = 1000                        # jobs of standard input in one request
-BATCH_BYTES = 1 << 18               # and bytes of them
 ERASE = "\r\x1b[K"                  # makes a terminal empty the line it is on
-SHOWN_EVERY = 1                     # seconds from one progress of many jobs to the next
 LASTING = ("mode", "runtime", "tag", "by", "since", "until")     # what a job keeps
 FILTERS = ("status", "state", *LASTING)
 LASTING_FLAGS = " ".join(f"--{name}" for name in LASTING)
 FILTER_FLAGS = f"--status --state {LASTING_FLAGS}"
+NDJSON = "application/x-ndjson"
+FORMATS = {"csv": "text/csv", "ndjson": NDJSON, "json": JSON, "table": "text/plain"}
 Line = Tuple[int, str]              # of standard input: its number, the job on it
 
 
@@ -83,21 +80,25 @@ def write(data: bytes) -> int:
     return 0
 
 
-def show(client: Client, path: str, seconds: float = ANSWER_TIMEOUT) -> int:
-    """Write what the server has at a path, for a terminal as a table in which nothing moves the
-    cursor; return 0. `seconds`: until the answer comes, and between two pieces of it."""
-    terminal = sys.stdout.isatty()
+def show(pieces: Iterable[bytes], terminal: Optional[bool] = None) -> int:
+    """Write what a raw client returns, for a terminal so that nothing in it moves the cursor;
+    return 0."""
+    if terminal is None:
+        terminal = sys.stdout.isatty()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a piece may cut a character
-    for piece in client.stream("GET", path, text=terminal, seconds=seconds):
+    for piece in pieces:
         write(visible_lines(decoder.decode(piece)) if terminal else piece)
     return 0
 
 
-def show_change(client: Client, path: str, answer: bytes) -> int:
-    """Write the answer to a change, for a terminal the table at a path; return 0."""
-    if answer and not sys.stdout.isatty():
-        return write(answer)
-    return show(client, path)
+def shown(client: Client) -> Any:
+    """Return a client of what is to be shown: tables on a terminal, else JSON."""
+    return client.raw("text/plain" if sys.stdout.isatty() else JSON)
+
+
+def show_lines(jobs: Iterable[Job]) -> int:
+    """Write jobs as JSON, a line each; return 0."""
+    return write("".join(json.dumps(job._asdict()) + "\n" for job in jobs).encode())
 
 
 # Several jobs
@@ -114,7 +115,7 @@ def for_each(do: Callable[[int], int], numbers: Sequence[int]) -> int:
             code = do(number)
         except Failed as error:
             code = error.exit_status
-            if code != EX_FAILED:
+            if code not in (EX_FAILED, NotEnded.exit_status):
                 raise
             say(f"oqc: {error}")
         first = first or code
@@ -128,23 +129,14 @@ def describe(numbers: Sequence[int]) -> str:
     return f"{len(numbers)} jobs, {numbers[0]} to {numbers[-1]}"
 
 
-def show_ended(client: Client, deadline: float, number: int, part: str = "",
-               label: str = "") -> int:
-    """Write a job, or a part of it and its error, as soon as it has ended; return its return code.
-
-    Return NOT_ENDED if it has not ended at the deadline. `label` stands before the error.
-    """
-    job = client.ended_job(number, deadline)
-    if job is None:
-        say(f"oqc: job {number} has not ended yet; it goes on")
-        return NOT_ENDED
-    path = f"/jobs/{number}/{part}"
-    text = sys.stdout.isatty()
-    answer = client.patiently(lambda _: client.ask("GET", path, text=text), deadline)
-    write(visible_lines(answer.decode("utf-8", "replace")) if text else answer)
-    if part and job["runtime_error"]:
-        say(label + job["runtime_error"])
-    return int(job["return_code"])
+def show_when_ended(method: Callable[..., Any], client: Client, deadline: float,
+                    number: int) -> Job:
+    """Write what this method of a client returns for a job, as soon as it has ended; return the
+    job. Raise NotEnded at the deadline."""
+    job: Job = client.wait(number, max(0.0, deadline - client.deadline(0)))
+    answer = client.patiently(lambda _: list(method(shown(client), number)), deadline)
+    show(answer)
+    return job
 
 
 # add
@@ -159,65 +151,73 @@ class Adding:
         self.members = job_members(options)
         self.numbers: List[int] = []        # the ids of those that are added
 
-    def add(self, batch: List[Line]) -> bytes:
-        """Add jobs, all or none; return the answer. Raise CommandFailed."""
+    def add(self, batch: List[Line]) -> List[Job]:
+        """Add jobs and return them. Raise CommandFailed."""
         held = [signal.SIGTERM] if self.waits else []
         signal.pthread_sigmask(signal.SIG_BLOCK, held)      # until there are ids to be cancelled
+        added: List[Job] = []
         try:
-            jobs = [{"job": job, **self.members, **self._seed(place)}
-                    for place, (_, job) in enumerate(batch, len(self.numbers))]
-            body = json.dumps(jobs if self.many else jobs[0]).encode()
-            # With a key: on a connection that was closed meanwhile it is sent again.
-            answer = self.client.ask("POST", "/jobs/add/", body,
-                                     idempotency_key=secrets.token_hex(16))
-            added = decoded(answer)
-            self.numbers += [job["id"] for job in (added if self.many else [added])]
+            members = {"mode": None, **self.members}
+            if self.many:
+                added = self.client.add_all((job for _, job in batch), **self._seeded(members))
+            else:
+                added = [self.client.add(batch[0][1], **members)]
         except Failed as error:
+            added = error.added
             raise self._failed(error, batch) from None
         finally:
+            self.numbers += [job.id for job in added]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, held)
-        return answer
+        return added
 
-    def _seed(self, place: int) -> Dict[str, Any]:
-        """Return the member seed of a job of standard input, by its place among all, from 0.
-
-        With one seed for all of them their random numbers would be the same, and so their errors.
-        A seed that is out of range is left to the server to refuse.
-        """
-        seed = self.members.get("seed")
-        if not self.many or not isinstance(seed, int) or seed >= SEEDS:
-            return {}
-        return {"seed": (seed + place) % SEEDS}
+    def _seeded(self, members: Dict[str, Any]) -> Dict[str, Any]:
+        """Return the members of the next batch: its seed goes on where the last one ended."""
+        seed = members.get("seed")
+        if not isinstance(seed, int) or seed >= SEEDS:
+            return members
+        return {**members, "seed": (seed + len(self.numbers)) % SEEDS}
 
     def _failed(self, error: Failed, batch: List[Line]) -> CommandFailed:
-        """Return why a batch was not added, by its lines, and what was added before it."""
+        """Return why a batch was not added, by its lines, and what was added before."""
         reason = str(error)
-        place = re.match(r"\[([0-9]+)\]: ", reason)         # of a job in the batch
+        rest = batch[len(error.added):]
+        place = re.match(r"\[([0-9]+)\]: ", reason)         # of a job in the rest
         if place:
-            line, _ = batch[int(place[1])]
+            line, _ = rest[int(place[1])]
             reason = f"line {line}: {reason[place.end():]}"
         if error.sent:
             reason += "; it may or may not have been added"
         code = error.exit_status
-        if self.numbers:
-            first, _ = batch[0]
-            reason += f"; added {describe(self.numbers)}, before line {first}"
+        before = self.numbers + [job.id for job in error.added]
+        if before:
+            first, _ = rest[0]
+            reason += f"; added {describe(before)}, before line {first}"
         elif self.waits and error.passing and not error.sent:
             code = EX_TEMPFAIL
         return CommandFailed(reason, code)
 
     def show_result(self, deadline: float, number: int) -> int:
         """Write the result of a job as soon as it has ended; return its return code."""
-        label = f"job {number}: " if len(self.numbers) > 1 else ""
-        return show_ended(self.client, deadline, number, "result/", label)
+        method = Client.result
+        if self.many and "tag" in self.members:
+            method = record_of
+        job = show_when_ended(method, self.client, deadline, number)
+        if job.runtime_error:
+            label = f"job {number}: " if len(self.numbers) > 1 else ""
+            say(label + job.runtime_error)
+        return int(job.return_code or 0)
 
     def cancel(self) -> None:
         """Cancel all jobs, soon."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.client.connection.close()          # it may be in the middle of an answer
         for number in reversed(self.numbers):   # so that none begins because another was cancelled
             with contextlib.suppress(Failed):   # it has ended, or ends after this program
                 self.client.ask("DELETE", f"/jobs/{number}/", seconds=CANCEL_TIMEOUT)
+
+
+def record_of(client: Client, number: int) -> Iterator[bytes]:
+    """Return a job with its result, as JSON in a line."""
+    return client.raw(NDJSON).results(after=number - 1, limit=1)
 
 
 def add(client: Client, options: argparse.Namespace) -> int:
@@ -229,8 +229,8 @@ def add(client: Client, options: argparse.Namespace) -> int:
             return add_and_wait(adding, options)
         if adding.many:
             return add_lines(adding)
-        answer = adding.add([(0, options.job)])
-        return show_change(client, f"/jobs/{adding.numbers[0]}/", answer)
+        added = adding.add([(0, options.job)])
+        return show(shown(client).get(added[0])) if sys.stdout.isatty() else show_lines(added)
     except SystemExit:              # by that handler
         adding.cancel()
         raise
@@ -244,9 +244,9 @@ def add_lines(adding: Adding) -> int:
     """Add the jobs on standard input and show them, a job a line whatever the batches; return 0."""
     terminal = sys.stdout.isatty()
     for batch in batches():
-        answer = adding.add(batch)
+        added = adding.add(batch)
         if not terminal:
-            write("".join(json.dumps(job) + "\n" for job in decoded(answer)).encode())
+            show_lines(added)
         progress(f"{len(adding.numbers)} jobs added")
     return write(f"added {describe(adding.numbers)}\n".encode() if terminal else b"")
 
@@ -307,17 +307,35 @@ def batches() -> Iterator[List[Line]]:
 
 # The other commands
 
-def show_jobs(part: str, client: Client, options: argparse.Namespace) -> int:
-    """Show jobs, or a part of each."""
-    return for_each(lambda number: show(client, f"/jobs/{number}/{part}"), options.ids)
+def show_each(method: Callable[..., Any], client: Client, options: argparse.Namespace) -> int:
+    """Show what this method of a client returns for jobs."""
+    return for_each(lambda number: show(method(shown(client), number)), options.ids)
 
 
 def show_logs(client: Client, options: argparse.Namespace) -> int:
     """Show what was said in the attempts at jobs; with --follow while they run."""
-    if not options.follow:
-        return show_jobs("log/", client, options)
-    return for_each(lambda number: show(client, f"/jobs/{number}/log/?follow=1", math.inf),
-                    options.ids)
+    return show_each(Client.follow if options.follow else Client.log, client, options)
+
+
+def show_all(method: Callable[..., Any], client: Client, _: argparse.Namespace) -> int:
+    """Show what this method of a client returns."""
+    return show(method(shown(client)))
+
+
+def change_each(method: Callable[..., Any], client: Client, options: argparse.Namespace) -> int:
+    """Do to jobs what this method of a client does, and show those that it returns."""
+    if not sys.stdout.isatty():
+        return show_each(method, client, options)
+    return for_each(lambda number: show(shown(client).get(method(client, number))), options.ids)
+
+
+def change_runtime(method: Callable[..., Any], client: Client, options: argparse.Namespace) -> int:
+    """Do to a runtime what this method of a client does, and show it, on a terminal among all."""
+    more = [options.reason] if hasattr(options, "reason") else []
+    if not sys.stdout.isatty():
+        return show(method(client.raw(), options.name, *more))
+    method(client, options.name, *more)
+    return show(shown(client).runtimes())
 
 
 def filters(options: argparse.Namespace) -> Dict[str, str]:
@@ -347,87 +365,61 @@ def wait(client: Client, options: argparse.Namespace) -> int:
     query = ids_or_filters(options)
     deadline = client.deadline(options.seconds)
     if not query:
-        return for_each(lambda number: show_ended(client, deadline, number), options.ids)
-    first = client.patiently(lambda _: first_job(client, query), deadline)
-    if "since" in query:
-        query["since"] = first["created_time"]      # an age would soon leave out the first ones
-    open_jobs = Progress(client, urlencode(query)).wait(deadline)
-    if open_jobs:
-        say(f"oqc: {open_jobs} jobs have not ended yet; they go on")
-        return NOT_ENDED
-    path = "/jobs/list/?" + urlencode(query)
-    ended = decoded(client.ask("GET", path))
+        return for_each(functools.partial(wait_for_one, client, deadline), options.ids)
+    if "since" in query:                # an age would soon leave out the first ones
+        found = client.patiently(lambda _: list(client.list(**query, limit=1)), deadline)
+        for first in found or ():
+            query["since"] = first.created_time
+    shows = sys.stderr.isatty()
+    client.wait(timeout=options.seconds, progress=Progress(client) if shows else None, **query)
+    ended = client.list(**query)
     if sys.stdout.isatty():
-        show(client, path)
+        show(shown(client).list(**query))
     else:
-        write("".join(json.dumps(job) + "\n" for job in ended).encode())
-    codes = [int(job["return_code"] or 0) for job in ended]
+        show_lines(ended)
+    codes = [int(job.return_code or 0) for job in ended]
     return next(filter(None, codes), 0)
 
 
-def first_job(client: Client, query: Dict[str, str]) -> Any:
-    """Return the first job that filters select; raise Failed if there is none."""
-    jobs = decoded(client.ask("GET", "/jobs/list/?" + urlencode({**query, "limit": 1})))
-    if not jobs:
-        raise Failed("no job matches")
-    return jobs[0]
+def wait_for_one(client: Client, deadline: float, number: int) -> int:
+    """Show a job as soon as it has ended; return its return code."""
+    return int(show_when_ended(Client.get, client, deadline, number).return_code or 0)
 
 
 class Progress:
-    """How far the jobs are that filters select, shown on a terminal."""
+    """How far the jobs are that filters select, shown on a terminal whenever it is called."""
 
-    def __init__(self, client: Client, query: str) -> None:
-        self.client = client
-        self.path = f"/status/?{query}&wait="
-        self.left = 0                   # jobs that had not ended when the server was last asked
-        self._patience = SHOWN_EVERY if sys.stderr.isatty() else MOST_WAIT
+    def __init__(self, client: Client) -> None:
+        self._client = client
         self._began = client.deadline(0)
         self._done_before = -1          # those that had ended when it began
 
-    def wait(self, deadline: float) -> int:
-        """Wait until all have ended; return how many have not at the deadline."""
-        self.client.patiently(self._ask, deadline)
-        return self.left
-
-    def _ask(self, seconds: int) -> Optional[bool]:
-        """Return True if all have ended; None if not within so many seconds."""
-        answer = self.client.ask("GET", f"{self.path}{min(seconds, self._patience)}")
-        counts = decoded(answer)["jobs"]
-        self.left = left_of(counts)
-        progress(self._text(counts["succeeded"] + counts["failed"], counts["failed"]))
-        return None if self.left else True
-
-    def _text(self, done: int, failed: int) -> str:
-        """Return how many of all are done and failed, and how long the others may take."""
+    def __call__(self, counts: Counts) -> None:
+        """Show how many of all are done and failed, and how long the others may take."""
         if self._done_before < 0:
-            self._done_before = done
-        text = f"{done} of {done + self.left} jobs done, {failed} failed"
-        since = done - self._done_before
-        if since and self.left:
-            seconds = (self.client.deadline(0) - self._began) * self.left / since
+            self._done_before = counts.done
+        text = f"{counts.done} of {counts.done + counts.left} jobs done, {counts.failed} failed"
+        since = counts.done - self._done_before
+        if since and counts.left:
+            seconds = (self._client.deadline(0) - self._began) * counts.left / since
             text += f", about {round(seconds)} s left"
-        return text
-
-
-def left_of(counts: Dict[str, int]) -> int:
-    """Return how many jobs have not ended, of the counts of a status."""
-    return counts["waiting"] + counts["running"] + counts["retrying"]
+        progress(text)
 
 
 def cancel(client: Client, options: argparse.Namespace) -> int:
     """Cancel jobs and show them, or all that filters select and say how many."""
     query = ids_or_filters(options)
     if not query:
-        return for_each(functools.partial(cancel_job, client), options.ids)
+        return change_each(Client.cancel, client, options)
     if sys.stdin and sys.stdin.isatty() and not options.yes:
-        role = decoded(client.ask("GET", "/status/"))["you"]["role"]
+        role = client.status().you["role"]
         asked = query if role == OPERATOR else {"by": "me", **query}
-        counts = decoded(client.ask("GET", f"/status/?{urlencode(asked)}"))["jobs"]
-        question = f"cancel {left_of(counts)} jobs, of which {counts['running']} run? [y/N] "
+        counts = client.count(**asked)
+        question = f"cancel {counts.left} jobs, of which {counts.running} run? [y/N] "
         if may(role, USER) and not agreed(question):
             say("oqc: nothing is cancelled")
             return EX_FAILED
-    return write(client.ask("POST", f"/jobs/cancel/?{urlencode(query)}", seconds=math.inf))
+    return show(client.raw().cancel(**query))
 
 
 def agreed(question: str) -> bool:
@@ -436,34 +428,31 @@ def agreed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def rerun(client: Client, options: argparse.Namespace) -> int:
-    """Add jobs that are to be run again as new ones, and show those."""
-    return for_each(functools.partial(rerun_job, client), options.ids)
-
-
-def rerun_job(client: Client, number: int) -> int:
-    """Add a job again and show the new one; return 0."""
-    answer = client.ask("POST", f"/jobs/{number}/rerun/", idempotency_key=secrets.token_hex(16))
-    return show_change(client, f"/jobs/{decoded(answer)['id']}/", answer)
-
-
-def cancel_job(client: Client, number: int) -> int:
-    """Cancel a job and show it; return 0."""
-    path = f"/jobs/{number}/"
-    return show_change(client, path, client.ask("DELETE", path))
+def paged(options: argparse.Namespace) -> Dict[str, str]:
+    """Return the filters among the flags, and those that ask for a page."""
+    return given(options, (*FILTERS, "limit", "after", "order"))
 
 
 def list_jobs(client: Client, options: argparse.Namespace) -> int:
     """Show all jobs, or a page of them."""
-    page = given(options, ("limit", "after", "order"))
-    return show(client, "/jobs/list/?" + urlencode({**filters(options), **page}))
+    return show(shown(client).list(**paged(options)))
 
 
-def status(client: Client, _: argparse.Namespace) -> int:
+def show_results(client: Client, options: argparse.Namespace) -> int:
+    """Show jobs with their results."""
+    terminal = sys.stdout.isatty()
+    name = options.format or ("table" if terminal else "ndjson")
+    pieces = client.raw(FORMATS[name]).results(**paged(options))
+    if terminal:        # a CR there is shown
+        pieces = (piece.replace(b"\r\n", b"\n") for piece in pieces)
+    return show(pieces)
+
+
+def show_status(client: Client, options: argparse.Namespace) -> int:
     """Show the state of the server; on a terminal also which commands this key may carry out."""
-    show(client, "/status/")
+    show_all(Client.status, client, options)
     if sys.stdout.isatty():
-        you = decoded(client.ask("GET", "/status/"))["you"]
+        you = client.status().you
         names = [name for name, command in COMMANDS.items() if may(you["role"], command.role)]
         write(f"\n{you['name']} ({you['role']}) may: {', '.join(names)}\n".encode())
     return 0
@@ -471,16 +460,7 @@ def status(client: Client, _: argparse.Namespace) -> int:
 
 def prune(client: Client, options: argparse.Namespace) -> int:
     """Delete the jobs that ended longer ago than an age."""
-    path = f"/jobs/list/?older-than={quote(options.older_than)}"
-    return write(client.ask("DELETE", path, seconds=math.inf))
-
-
-def switch(action: str, client: Client, options: argparse.Namespace) -> int:
-    """Pause a runtime, or resume it, and show it."""
-    reason = getattr(options, "reason", None)       # resume takes none
-    body = json.dumps({"reason": reason}).encode() if reason else b""
-    path = f"/runtimes/{quote(options.name, safe='')}/{action}/"
-    return show_change(client, "/runtimes/", client.ask("POST", path, body))
+    return show(client.raw().prune(options.older_than))
 
 
 # The command line
@@ -492,8 +472,9 @@ seed for all jobs all would use the same random numbers, so that their errors ar
 through them is misled.
 
 With --wait the command ends as the job does: it writes the job's result to standard output and its
-runtime_error to standard error, and exits with its return code. So the command can be a runtime of
-another server:
+runtime_error to standard error, and exits with its return code. With JOB - and --tag a line has in
+place of the result the whole record, with its id, job, numbers and result, as of `results`. Without
+--tag the command can be a runtime of another server:
 --runtime 'far=python3 -m oqc add - --wait --server http://far:12021 --key-file far.key'
 It exits with 75 (try again) if no job was added because the server cannot be reached, is stopping
 or is full. SIGTERM cancels the jobs that have not ended. After Ctrl-C they go on.
@@ -509,12 +490,13 @@ first return code that is not 0, in the order of the jobs, or with 124 if a job 
 the time is over. While the server cannot be reached, for instance because it is restarted, the
 command asks again.
 """
+# Each command, the method of a client that it is, and what of the answer is shown.
 COMMANDS = {
     "add": Command(
         "JOB", "add a job, or with - each line of standard input; with --wait show results",
         add, "job --mode --shots --seed --return-code --tag --note --runtime --priority --wait",
         ADD, USER),
-    "get": Command("ID", "show jobs", functools.partial(show_jobs, ""), "ids"),
+    "get": Command("ID", "show jobs", functools.partial(show_each, Client.get), "ids"),
     "list": Command("", "show all jobs, those that flags select, or a page of them",
                     list_jobs, f"{FILTER_FLAGS} --limit --after --order"),
     "wait": Command("ID", "wait for jobs and show each as soon as it has ended; or for all that "
@@ -523,23 +505,25 @@ COMMANDS = {
     "cancel": Command("ID", "cancel jobs, or all that flags select and that have not ended",
                       cancel, f"[ids] {FILTER_FLAGS} --yes", role=USER),
     "rerun": Command("ID", "add jobs again, as new ones: the same job, mode, shots, seed and tag",
-                     rerun, "ids", role=USER),
+                     functools.partial(change_each, Client.rerun), "ids", role=USER),
     "result": Command("ID", "show the results of jobs: what their runtimes wrote",
-                      functools.partial(show_jobs, "result/"), "ids"),
+                      functools.partial(show_each, Client.result), "ids"),
+    "results": Command("", "show jobs with their results and P(1), a line each: a sweep as a table",
+                       show_results, f"{FILTER_FLAGS} --format --limit --after --order"),
     "details": Command("ID", "show the attempts at jobs, their tags and notes, what they wait for",
-                       functools.partial(show_jobs, "details/"), "ids"),
+                       functools.partial(show_each, Client.details), "ids"),
     "log": Command("ID", "show what the runtimes of jobs wrote on standard error",
                    show_logs, "ids --follow"),
     "prune": Command("--older-than AGE", "delete the jobs that ended longer ago than AGE",
                      prune, "--older-than", role=OPERATOR),
     "runtimes": Command("", "show the runtimes: their states, modes and jobs",
-                        lambda client, _: show(client, "/runtimes/")),
+                        functools.partial(show_all, Client.runtimes)),
     "pause": Command("NAME", "pause a runtime: it starts no more jobs",
-                     functools.partial(switch, "pause"), "name --reason", role=OPERATOR),
+                     functools.partial(change_runtime, Client.pause), "name --reason",
+                     role=OPERATOR),
     "resume": Command("NAME", "resume a runtime: it starts jobs again",
-                      functools.partial(switch, "resume"), "name", role=OPERATOR),
-    "status": Command("", "show how many jobs wait, run and have ended",
-                      status),
+                      functools.partial(change_runtime, Client.resume), "name", role=OPERATOR),
+    "status": Command("", "show how many jobs wait, run and have ended", show_status),
 }
 
 
@@ -586,6 +570,8 @@ ARGUMENTS: Dict[str, Dict[str, Any]] = {
     "--until": {"metavar": "TIME", "help": "only jobs added before"},
     "--yes": {"action": "store_true", "help": "do not ask, also on a terminal"},
     "--status": {"help": "only jobs with this status: Starting, Retrying, Success, Runtime Error"},
+    "--format": {"choices": tuple(FORMATS),
+                 "help": "of what is shown [default: table on a terminal, else ndjson]"},
     "--limit": {"help": "show at most so many jobs, 1 to 10000"},
     "--after": {"help": "only jobs that follow this id in the list"},
     "--order": {"help": "asc (oldest job first) or desc"},
@@ -623,8 +609,8 @@ def run(arguments: Sequence[str]) -> int:
     arguments = ["--wait=" if argument == "--wait" else argument for argument in arguments]
     options = command_line().parse_args(arguments)
     try:
-        client = connect(options.server, options.key_file, options.ca,
-                         report=lambda reason: say(f"oqc: {reason}"))
+        client = Client(options.server, key_file=options.key_file, ca=options.ca,
+                        report=lambda reason: say(f"oqc: {reason}"))
         return int(options.run(client, options))
     except Failed as error:
         if str(error):

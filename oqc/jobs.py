@@ -146,6 +146,31 @@ class Stored(NamedTuple):
     is_json: bool                   # whether `result` is JSON, or else text
 
 
+class Record(NamedTuple):
+    """A job with its result and the numbers in it, as the API shows them together."""
+
+    id: int
+    job: str
+    mode: str
+    status: str
+    return_code: Optional[int]
+    runtime_error: Optional[str]
+    runtime: Optional[str]
+    submitter: str
+    tag: Optional[str]
+    note: Any                       # an object
+    created_time: str
+    start_time: Optional[str]
+    end_time: Optional[str]
+    shots: int                      # as they were asked for
+    count_0: Optional[int]          # as the runtime counted them
+    count_1: Optional[int]
+    p1: Optional[float]             # counted ones over all counts, else as the runtime states it
+    p1_error: Optional[float]       # None without counts
+    p1_ideal: Optional[float]       # of a perfect qubit after these pulses
+    result: Any                     # what the runtime put out
+
+
 RESULT_PLACE = Stored._fields.index("result")
 
 

@@ -5,13 +5,11 @@ import math
 from typing import Any, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from oqc import qubit
-from oqc.jobs import Stored
+from oqc.jobs import Record, Stored
 
 MOST_IDEAL = 1 << 16                # characters of a job string for which the ideal is worked out
 MOST_PARSED = 1 << 16               # characters of a result in which numbers are looked for
-RECORD = ("id", "job", "mode", "status", "return_code", "runtime_error", "runtime", "submitter",
-          "tag", "note", "created_time", "start_time", "end_time", "shots", "count_0", "count_1",
-          "p1", "p1_error", "p1_ideal", "result")
+RECORD = Record._fields
 LINE_ENDS = {ord("\n"): " ", ord("\r"): " ", 0x85: "\\u0085", 0x2028: "\\u2028",
              0x2029: "\\u2029"}
 

@@ -93,6 +93,7 @@ class Scripted:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.answers = list(answers)
         self.requests = []
+        self.last = False           # whether it takes no connection after the next one
         self.port = self.listener.getsockname()[1]
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -100,6 +101,8 @@ class Scripted:
     def _serve(self):
         while self.answers:
             with self.listener.accept()[0] as connection:
+                if self.last:
+                    self.listener.close()
                 while self.answers and self._answer(connection):
                     pass
 
@@ -335,7 +338,7 @@ def test_a_wait_for_all_since_an_age_keeps_the_jobs_that_it_began_with():
         status, out, _ = run(far, "wait", "--since", "10m", "--tag", "t")
     assert (status, json.loads(out)["id"]) == (0, 7)
     assert [head.split()[1] for head, _ in far.requests] == [
-        *["/jobs/list/?tag=t&since=10m&limit=1"] * 2,
+        *["/jobs/list/?limit=1&tag=t&since=10m"] * 2,
         *["/status/?tag=t&since=T&wait=300"] * 2, "/jobs/list/?tag=t&since=T"]
 
 
@@ -397,6 +400,41 @@ def test_a_connection_that_was_closed_meanwhile_is_opened_again_and_nothing_is_a
     assert far.requests[1][1] == far.requests[2][1] == b'[{"job": "X(1), Y(0)", "mode": "echo"}]'
 
 
+# Results
+
+def test_results_are_shown_in_each_format(server):
+    jobs = [server.wait(server.add(f"X({angle})", "simulation", tag="formats-cli"))
+            for angle in (0, 180)]
+    path = "/jobs/results/?tag=formats-cli"
+    for name, accept in (("csv", "text/csv"), ("ndjson", "application/x-ndjson"),
+                         ("json", "application/json"), ("table", "text/plain")):
+        served = server.request("GET", path, headers={"Accept": accept}).body.decode()
+        with start(server, "results", "--tag", "formats-cli", "--format", name) as process:
+            process.wait(60)
+            assert process.stdout.read() == served.replace("\r\n", "\n"), name     # as text has it
+    status, out, _ = run(server, "results", "--tag", "formats-cli", "--order", "desc", "--limit", 1)
+    assert (status, json.loads(out)["id"]) == (0, jobs[1]["id"])
+    assert run(server, "results", "--format", "xml")[0] == 2
+    shown = settled(on_a_terminal(server, "results", "--tag", "formats-cli")[1])
+    assert shown.split()[:2] == ["ID", "JOB"] and len(shown.splitlines()) == 3
+    shown = settled(on_a_terminal(server, "results", "--tag", "formats-cli", "--format", "csv")[1])
+    assert len(shown.splitlines()) == 3 and "\\r" not in shown
+
+
+def test_with_a_tag_a_wait_writes_a_record_a_line_whatever_a_runtime_puts_out(serve, script):
+    hostile = script("""printf '{"counts":\\r\\n {"1": 5}}\\n\\n'; read -r job; """
+                     """[ "$job" = "X(1)" ] || { printf 'a\\nb\\033[2J\\377"'; exit 3; }""")
+    server = serve("--runtime", f"q={hostile}")
+    status, out, error = run(server, "add", "-", "--mode", "verbatim", "--tag", "t", "--wait",
+                             text="X(1)\nX(2)\n")
+    assert (status, error) == (3, "job 2: exit status 3\n")
+    first, second = map(json.loads, out.splitlines())
+    assert (first["id"], first["job"], first["p1"]) == (1, "X(1)", 1.0)
+    assert first["result"] == {"counts": {"1": 5}}
+    assert (second["id"], second["job"], second["p1"]) == (2, "X(2)", None)
+    assert second["result"].endswith('a\nb\x1b[2J\ufffd"')
+
+
 # What goes wrong
 
 @pytest.mark.parametrize("arguments, said", [
@@ -426,12 +464,22 @@ def test_a_server_that_cannot_be_reached_is_69_and_for_a_job_to_be_run_now_75():
 
 
 def test_only_what_was_surely_not_added_is_75():
-    full = b'{"detail": "the server is stopping"}'
-    for answer, status in ((None, 69), ((b"503 Full\r\nRetry-After: 10", full), 75),
-                           ((b"500 Defect", full), 1)):
-        with Scripted(answer) as far:
+    full = (b"503 Full\r\nRetry-After: 10", b'{"detail": "the server is stopping"}')
+    defect = (b"500 Defect", b'{"detail": "a defect"}')
+    for answers, status in (([full], 75), ([defect], 1), ([None, defect], 1)):
+        with Scripted(*answers) as far:
             said = line(run(far, "add", "X(1)", "--mode", "echo", "--wait"), status)
-        assert said.endswith("; it may or may not have been added") == (answer is None)
+        assert said.endswith("; it may or may not have been added") == (answers[0] is None)
+
+
+@pytest.mark.slow        # it asks again for 10 seconds
+def test_what_may_have_been_added_before_the_server_went_away_is_69():
+    with Scripted(None) as far:
+        far.last = True
+        status, out, error = run(far, "add", "X(1)", "--mode", "echo", "--wait")
+    assert (status, out) == (69, "")
+    assert [said.rpartition("; ")[2] for said in error.splitlines()] == [
+        "trying again", "it may or may not have been added"]
 
 
 def test_what_is_not_an_oqc_server_is_one_line():
@@ -588,8 +636,7 @@ def test_term_that_comes_before_the_answer_to_the_add_cancels_all_the_same():
                 answer = job(7, False)
                 connection.sendall(b"HTTP/1.1 201 Created\r\nContent-Length: %d\r\n\r\n%s" % (
                     len(answer), answer))
-                with far.listener.accept()[0] as second:
-                    assert second.recv(65536).startswith(b"DELETE /jobs/7/ ")
+                assert connection.recv(65536).startswith(b"DELETE /jobs/7/ ")
             assert client.wait(60) == 143
 
 

@@ -15,8 +15,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "oqc"
 ROOMS = {
     "__main__": {"cli"},
     "cli": {"commands", "app", "builtin", "relay", "manual", "config", "keys"},
-    "commands": {"client", "config", "keys"},       # that ask a server, kept apart from HTTP
-    "client": {"config", "clock", "keys"},
+    "commands": {"client", "config", "jobs", "keys"},       # that ask a server, not by HTTP
+    "__init__": {"client"},     # when it is asked for; every room imports it without saying so
+    "client": {"config", "clock", "keys", "jobs"},
     "app": {"log", "config", "server", "api", "keys", "workers", "waiting", "store", "database",
             "builtin", "runtimes", "keeper", "tree", "clock", "jobs"},
     "log": {"clock"},
@@ -50,7 +51,6 @@ ROOMS = {
     "qubit": set(),
     "clock": set(),
     "jobs": set(),
-    "__init__": set(),      # every room imports it without saying so
 }
 
 # What only some rooms may use, as patterns; the longest that fits decides. What is not named here,
@@ -72,10 +72,11 @@ ONLY_IN = {
     "os.system": {"tree"},
     # dice
     "random": {"qubit", "app"},                 # app makes the dice of the other rooms
-    "secrets": {"app", "cli", "commands"},      # keys, those of idempotency as well
+    "secrets": {"app", "cli"},      # keys
     "uuid": {"app"},
     "os.getrandom": {"app"},
-    "os.urandom": {"app", "database", "relay"},     # the name of an instance
+    # the name of an instance, and keys of idempotency
+    "os.urandom": {"app", "client", "database", "relay"},
     # sockets
     "asyncio": {"server"},
     "socket": {"server"},
@@ -222,8 +223,8 @@ def test_a_room_keeps_to_itself(room):
     ("app", "from os import popen as ask", "os.popen belongs to tree"),
     ("app", "import os\nstart = os.spawnv", "os.spawnv belongs to tree"),
     ("workers", "from random import Random", "random.Random belongs to app and qubit"),
-    ("api", "import secrets", "secrets belongs to app and cli and commands"),
-    ("store", "import os\nos.urandom(8)", "os.urandom belongs to app and database"),
+    ("api", "import secrets", "secrets belongs to app and cli"),
+    ("store", "import os\nos.urandom(8)", "os.urandom belongs to app and client and database"),
     ("api", "import socket", "socket belongs to server"),
     ("app", "import socketserver", "socketserver belongs to server"),
     ("app", "import ssl", "ssl belongs to client and server"),
