@@ -338,7 +338,7 @@ def test_a_wait_for_all_since_an_age_keeps_the_jobs_that_it_began_with():
         status, out, _ = run(far, "wait", "--since", "10m", "--tag", "t")
     assert (status, json.loads(out)["id"]) == (0, 7)
     assert [head.split()[1] for head, _ in far.requests] == [
-        *["/jobs/list/?limit=1&tag=t&since=10m"] * 2,
+        *["/jobs/list/?tag=t&since=10m&limit=1"] * 2,
         *["/status/?tag=t&since=T&wait=300"] * 2, "/jobs/list/?tag=t&since=T"]
 
 
