@@ -10,11 +10,13 @@ tenth of the jobs.
 """
 import argparse
 import contextlib
+import copy
 import functools
 import json
 import os
 import platform
 import re
+import resource
 import shlex
 import socket
 import sqlite3
@@ -129,6 +131,16 @@ class Server:
         """Return its MiB of resident memory, or, of VmHWM, the peak; without its runtimes."""
         status = Path(f"/proc/{self.process.pid}/status").read_text("ascii")
         return int(re.search(kind + r":\s+(\d+)", status)[1]) / 1024
+
+    def threads(self):
+        """Return how many threads it has."""
+        return len(os.listdir(f"/proc/{self.process.pid}/task"))
+
+    def another(self):
+        """Return a second client of the same server."""
+        client = copy.copy(self)
+        client.sock = socket.create_connection(self.sock.getpeername())
+        return client
 
     def stop(self):
         """Stop it."""
@@ -254,16 +266,21 @@ def growth(options):
         yield Figure(f"memory for {waiting:,} jobs that wait", grown, "MiB")
 
 
+def instant(folder):
+    """Write an INI file with a runtime that answers at once; return its name."""
+    program = Path(folder, "instant.py")
+    program.write_text(INSTANT, encoding="utf-8")
+    config = Path(folder, "oqc.ini")
+    config.write_text(
+        INSTANT_CONFIG.format(python=sys.executable, program=program), encoding="utf-8")
+    return str(config)
+
+
 def lines(options):
     """A runtime of the protocol `lines` that answers at once: how soon a lone job starts, how many
     end a second."""
     with tempfile.TemporaryDirectory(prefix="oqc-bench-") as folder:
-        program = Path(folder, "instant.py")
-        program.write_text(INSTANT, encoding="utf-8")
-        config = Path(folder, "oqc.ini")
-        config.write_text(
-            INSTANT_CONFIG.format(python=sys.executable, program=program), encoding="utf-8")
-        with serving(options, "--config", str(config)) as server:
+        with serving(options, "--config", instant(folder)) as server:
             seconds_to_start(server)        # the runtime is started, too
             starts = [seconds_to_start(server) for _ in range(100 if options.quick else 1000)]
             percentiles = statistics.quantiles(starts, n=100)
@@ -315,6 +332,79 @@ def run_jobs(server, count):
         server.ask("GET", f"/jobs/{job['id']}/?wait=300")
 
 
+def waits(options):
+    """How soon a request that waits hears of the end of its job, and a thousand that wait at once."""
+    with tempfile.TemporaryDirectory(prefix="oqc-bench-") as folder:
+        with serving(options, "--config", instant(folder)) as server:
+            seconds_to_hear(server)         # the runtime is started, too
+            count = 100 if options.quick else 1000
+            heard = statistics.quantiles([seconds_to_hear(server) for _ in range(count)], n=100)
+            bare = seconds(functools.partial(server.ask, "GET", "/jobs/1/"), count)
+            yield Figure("wait: end to answer, median", heard[49] * 1e3, "ms")
+            yield Figure("wait: end to answer, p99", heard[98] * 1e3, "ms")
+            yield Figure("wait: a get that does not wait, median", bare * 1e3, "ms")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8192)), hard))
+    # One key's name has room for a quarter of the connections.
+    with serving(options, "--max-connections", "4100") as server:
+        yield from many_waits(server, 100 if options.quick else 1000)
+
+
+def many_waits(server, count):
+    """Yield what so many requests cost that wait at once, and how soon all hear of the end."""
+    server.ask("POST", "/runtimes/emulator/pause/")
+    number = server.add(VERBATIM)["id"]
+    idle = server.memory()
+    idle_threads = server.threads()
+    clients = [server.another() for _ in range(count)]
+    for client in clients:
+        client.send("GET", f"/jobs/{number}/?wait=300")
+    while server.threads() < idle_threads + count - 1:      # a resting thread takes one
+        time.sleep(0.01)
+    yield Figure(f"wait: memory of {count:,} at once", server.memory() - idle, "MiB")
+    yield Figure(f"wait: threads of {count:,} at once", server.threads() - idle_threads, "threads")
+    began = time.perf_counter()
+    server.ask("DELETE", f"/jobs/{number}/")
+    for client in clients:
+        client.receive()
+    yield Figure(f"wait: until all {count:,} are answered", time.perf_counter() - began, "s")
+    for client in clients:
+        client.sock.close()
+
+
+def seconds_to_hear(server):
+    """Add a job and wait for it; return the seconds from its end to the answer."""
+    ended = json.loads(
+        server.ask("POST", "/jobs/add/?wait=30", json.dumps(VERBATIM).encode()))
+    return time.time() - moment(ended["end_time"])
+
+
+def starts(options):
+    """From the start of a server to its first answer: of the folder, whose bytecode is kept, and of
+    the single file; and a Python that does nothing."""
+    with tempfile.TemporaryDirectory(prefix="oqc-bench-") as folder:
+        build = [sys.executable, str(ROOT / "scripts" / "build.py"), folder]
+        subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+        single = Path(folder, "oqc.pyz")
+        taken = medians(
+            5 if options.quick else 20,
+            bare=lambda: subprocess.run([sys.executable, "-c", "pass"], check=True),
+            folder=functools.partial(start_and_ask, [sys.executable, "-m", "oqc"]),
+            single=functools.partial(start_and_ask, [sys.executable, str(single)]))
+    yield Figure("start: a Python that does nothing", taken["bare"] * 1e3, "ms")
+    yield Figure("start: to the first answer, the folder", taken["folder"] * 1e3, "ms")
+    yield Figure("start: to the first answer, the single file", taken["single"] * 1e3, "ms")
+
+
+def start_and_ask(command):
+    """Start a server, ask it once, and stop it by force: a stop takes time of its own."""
+    with tempfile.TemporaryDirectory(prefix="oqc-bench-") as folder:
+        server = Server(command, folder)
+        server.ask("GET", "/health/")
+        server.process.kill()
+        server.stop()
+
+
 def seconds_to_start(server):
     """Add a job; return the seconds from then to its start, when it has ended."""
     number = server.add(VERBATIM)["id"]
@@ -346,6 +436,8 @@ PARTS = {
     "growth": growth,
     "lines": lines,
     "programs": programs,
+    "waits": waits,
+    "starts": starts,
     "simulation": simulation,
 }
 

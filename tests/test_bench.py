@@ -54,7 +54,7 @@ def test_a_terminal_shows_how_far_it_is():
 def test_help_names_the_parts_and_an_unknown_one_is_refused():
     told = bench("--help")
     assert told.returncode == 0
-    for part in ("batch", "listing", "growth", "lines", "simulation"):
+    for part in ("batch", "listing", "growth", "lines", "waits", "starts", "simulation"):
         assert f"\n  {part} " in told.stdout
     refused = bench("--only", "batch,sped")
     assert refused.returncode == 2 and "no part is called sped" in refused.stderr
