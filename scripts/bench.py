@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import http.client
 import json
 import os
 import platform
@@ -65,6 +66,16 @@ FILL = """
         1, 1000, n, 0, 'bench'
     FROM count"""
 
+# Their results, as those of simulations.
+FILL_RESULTS = """
+    INSERT INTO results SELECT id, replace(?, '"seed": 0', '"seed": ' || id), 1 FROM jobs"""
+RESULT = """{"shots": 1000, "seed": 0, "counts": {"0": 24, "1": 976}, \
+"probabilities": [0.030153689607046, 0.969846310392954], \
+"statevector": [[0.17364817766693, 0.0], [0.0, -0.984807753012208]], \
+"bloch": [0.0, -0.342020143325669, -0.939692620785908]}"""
+NDJSON = "application/x-ndjson"
+IMPORT = "import time; t = time.perf_counter(); import oqc; print(time.perf_counter() - t)"
+
 
 class Figure(NamedTuple):
     """What was measured."""
@@ -81,14 +92,15 @@ class Server:
         self.process = subprocess.Popen(
             [*command, "--port", "0", *flags], cwd=folder, text=True, stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)})
-        port = self.port()
+        self.port = self.named_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         # The log is on, as it is by default; somebody has to read it.
         self.reader = subprocess.Popen(
             ["cat"], stdin=self.process.stderr, stdout=subprocess.DEVNULL)
-        self.sock = socket.create_connection(("127.0.0.1", port))
+        self.sock = socket.create_connection(("127.0.0.1", self.port))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def port(self):
+    def named_port(self):
         """Return the port that its log names; exit if it ends without."""
         for line in self.process.stderr:
             found = re.search(r"listening on .*:(\d+)/", line)
@@ -96,10 +108,10 @@ class Server:
                 return int(found[1])
         raise SystemExit(f"{shlex.join(self.process.args)} does not start")
 
-    def send(self, method, path, body=b""):
+    def send(self, method, path, body=b"", accept="*/*"):
         """Send a request."""
         head = (f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n")
+                f"Accept: {accept}\r\nContent-Length: {len(body)}\r\n\r\n")
         self.sock.sendall(head.encode() + body)
 
     def ask(self, method, path, body=b""):
@@ -152,8 +164,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(options, *flags, stored=0):
-    """Run a server that has so many ended jobs stored."""
+def serving(options, *flags, stored=0, result=None):
+    """Run a server that has so many ended jobs stored, with this result if there is one."""
     with tempfile.TemporaryDirectory(prefix="oqc-bench-") as folder:
         if stored:
             server = Server(options.oqc, folder)
@@ -161,6 +173,8 @@ def serving(options, *flags, stored=0):
             database = sqlite3.connect(os.path.join(folder, "oqc.db"))
             with contextlib.closing(database), database:
                 database.execute(FILL, (stored, JOB))
+                if result:
+                    database.execute(FILL_RESULTS, (result,))
         server = Server(options.oqc, folder, *flags)
         try:
             yield server
@@ -206,7 +220,7 @@ def listing(options):
     with serving(options, stored=count) as server:
         idle = server.memory()
         began = time.perf_counter()
-        listed = list_all(server)
+        listed = list_all(server, "/jobs/list/")
         taken = time.perf_counter() - began
         yield Figure(f"listing of {count:,} jobs", listed / taken, "jobs/s")
         if not 0.999 * count <= listed <= count:
@@ -224,9 +238,45 @@ def listing(options):
         yield Figure(f"page of 50 at job {last:,}", taken["last"] * 1e6, "us")
 
 
-def list_all(server):
+def results(options):
+    """All stored jobs with their results, as NDJSON, with P(1) of a perfect qubit."""
+    count = options.stored // 10
+    with serving(options, stored=count, result=RESULT) as server:
+        idle = server.memory()
+        taken = seconds(functools.partial(list_all, server, "/jobs/results/", NDJSON), 3)
+        yield Figure(f"results of {count:,} jobs as NDJSON", count / taken, "records/s")
+        peak = server.memory("VmHWM") - idle
+        yield Figure("peak of memory for results, above idle", peak, "MiB")
+
+
+def client(options):
+    """The client for Python programs: its import, and an add against one of bare http.client."""
+    imports = [float(subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, check=True,
+                                    capture_output=True).stdout) for _ in range(9)]
+    yield Figure("import oqc", statistics.median(imports) * 1e3, "ms")
+    sys.path.insert(0, str(ROOT))
+    from oqc import Client      # pylint: disable=import-outside-toplevel # only here, as below
+    with serving(options) as server, Client(server.url, KEY) as lab:
+        lab.pause("emulator")
+        bare = http.client.HTTPConnection("127.0.0.1", server.port)
+        taken = medians(300 if options.quick else 3000,
+                        client=functools.partial(lab.add, JOB, "verbatim"),
+                        bare=functools.partial(add_bare, bare))
+        bare.close()
+    yield Figure("add by the client", taken["client"] * 1e6, "us")
+    yield Figure("add by http.client", taken["bare"] * 1e6, "us")
+    yield Figure("add by the client against http.client", taken["client"] / taken["bare"], "times")
+
+
+def add_bare(connection):
+    """Add a job by http.client; return it."""
+    connection.request("POST", "/jobs/add/", json.dumps(VERBATIM), {"api_key": KEY})
+    return json.loads(connection.getresponse().read())
+
+
+def list_all(server, path, accept="application/json"):
     """Read a listing to its end; return its jobs, without those whose "id" two reads share."""
-    server.send("GET", "/jobs/list/")
+    server.send("GET", path, accept=accept)
     listed = 0
     end = b""
     while not end.endswith(b"\r\n0\r\n\r\n"):
@@ -433,6 +483,8 @@ def simulation(_options):
 PARTS = {
     "batch": batch,
     "listing": listing,
+    "results": results,
+    "client": client,
     "growth": growth,
     "lines": lines,
     "programs": programs,

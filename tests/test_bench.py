@@ -29,8 +29,10 @@ def check(done, file):
 
 def test_a_short_run_prints_a_table_and_writes_the_same_figures(tmp_path):
     file = tmp_path / "figures.json"
-    found = check(bench("--quick", "--only", "batch,lines,simulation", "--json", str(file)), file)
-    assert {unit for _, unit in found.values()} == {"jobs/s", "ms", "us", "ns", "pulses/s"}
+    parts = "batch,results,client,lines,simulation"
+    found = check(bench("--quick", "--only", parts, "--json", str(file)), file)
+    assert {unit for _, unit in found.values()} == {
+        "jobs/s", "records/s", "MiB", "times", "ms", "us", "ns", "pulses/s"}
     assert all(value > 0 for value, _ in found.values())
     values = {name: value for name, (value, _) in found.items()}
     assert values["lines: add to start, median"] <= values["lines: add to start, p99"]
@@ -54,7 +56,8 @@ def test_a_terminal_shows_how_far_it_is():
 def test_help_names_the_parts_and_an_unknown_one_is_refused():
     told = bench("--help")
     assert told.returncode == 0
-    for part in ("batch", "listing", "growth", "lines", "waits", "starts", "simulation"):
+    for part in ("batch", "listing", "results", "client", "growth", "lines", "waits", "starts",
+                 "simulation"):
         assert f"\n  {part} " in told.stdout
     refused = bench("--only", "batch,sped")
     assert refused.returncode == 2 and "no part is called sped" in refused.stderr
@@ -70,4 +73,5 @@ def test_all_of_it(tmp_path):
     file = tmp_path / "figures.json"
     found = check(bench("--json", str(file)), file)
     assert found["peak of its memory, above idle"][0] < 16
+    assert found["peak of memory for results, above idle"][0] < 16
     assert {"jobs/s", "MiB", "us", "times"} <= {unit for _, unit in found.values()}
