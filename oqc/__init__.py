@@ -2,7 +2,7 @@
 
     from oqc import Client
 """
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 PUBLIC = ("Client", "Failed", "Unreachable", "KeyRefused", "NotEnded")
 
 
