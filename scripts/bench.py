@@ -383,7 +383,7 @@ def run_jobs(server, count):
 
 
 def waits(options):
-    """How soon a request that waits hears of the end of its job, and a thousand that wait at once."""
+    """How soon a request that waits hears of the end of its job; a thousand that wait at once."""
     with tempfile.TemporaryDirectory(prefix="oqc-bench-") as folder:
         with serving(options, "--config", instant(folder)) as server:
             seconds_to_hear(server)         # the runtime is started, too

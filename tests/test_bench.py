@@ -75,3 +75,15 @@ def test_all_of_it(tmp_path):
     assert found["peak of its memory, above idle"][0] < 16
     assert found["peak of memory for results, above idle"][0] < 16
     assert {"jobs/s", "MiB", "us", "times"} <= {unit for _, unit in found.values()}
+
+
+@pytest.mark.slow                   # ten seconds
+def test_size_compares_a_large_store_with_a_small_one():
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / "size.py"), "5000"], check=True,
+                          capture_output=True, text=True, timeout=300)
+    head, *table = done.stdout.splitlines()
+    assert head.endswith("; 5,000 stored and 5,000 waiting")
+    names = [line.split("  ")[0] for line in table]
+    for name in ("/status/, against few", "list, page of 50: ", "cancel by tag of 2,500",
+                 "prune of 5,000", "the file after it, of before"):
+        assert any(found.startswith(name) for found in names), name

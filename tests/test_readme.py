@@ -30,6 +30,7 @@ NOT_RUN = {
     "./scripts/test.sh": "runs this very test",
     "./scripts/lint.sh": "takes longer than all tests of the README, and is run beside them anyway",
     "./scripts/bench.py": "takes half a minute, and is run by test_bench.py",
+    "./scripts/size.py 5000": "takes ten seconds, and is run by test_bench.py",
     "./scripts/compare.py": "takes minutes, and needs wrk and a network; test_compare.py tries it",
     "./scripts/slurm_demo.sh": "needs Slurm and root, and is run by test_growing.py",
     "./scripts/torture.sh 20": "takes long, and is run by test_torture.py",
