@@ -56,7 +56,7 @@ DIGITS = re.compile("[0-9]{1,19}")  # ASCII digits; 19 hold 2**63 - 1
 BUCKETS = (0.001, 0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 1800)
 # Characters of job strings and results after which a page ends: a job may have megabytes, a page
 # thousands of jobs.
-PAGE_BYTES = 4 << 20
+PAGE_BYTES = 1 << 20
 
 
 class Malformed(ValueError):

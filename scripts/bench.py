@@ -255,7 +255,7 @@ def client(options):
                                     capture_output=True).stdout) for _ in range(9)]
     yield Figure("import oqc", statistics.median(imports) * 1e3, "ms")
     sys.path.insert(0, str(ROOT))
-    from oqc import Client      # pylint: disable=import-outside-toplevel # only here, as below
+    from oqc.client import Client   # pylint: disable=import-outside-toplevel # only here, as below
     with serving(options) as server, Client(server.url, KEY) as lab:
         lab.pause("emulator")
         bare = http.client.HTTPConnection("127.0.0.1", server.port)

@@ -264,7 +264,7 @@ def test_a_page_of_long_results_ends_early_and_all_pages_come(tmp_path):
             "echo_code, submitter) VALUES (?, 'X(1)', 'verbatim', 'Starting', '2026', 1, 1, 1, 0, "
             "'ann')", [(number,) for number in range(1, 13)])
         database.executemany("INSERT INTO results VALUES (?, ?, 0)",
-                             [(number, "x" * (1 << 20)) for number in range(1, 13)])
+                             [(number, "x" * (1 << 18)) for number in range(1, 13)])
     database.close()
     page = store.page(None, 1000, members=Stored._fields)
     assert [row[0] for row in page] == [1, 2, 3, 4]
