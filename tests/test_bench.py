@@ -27,6 +27,7 @@ def check(done, file):
     return {figure["name"]: (figure["value"], figure["unit"]) for figure in figures}
 
 
+@pytest.mark.slow                   # five seconds
 def test_a_short_run_prints_a_table_and_writes_the_same_figures(tmp_path):
     file = tmp_path / "figures.json"
     parts = "batch,results,client,lines,simulation"

@@ -58,6 +58,7 @@ def run(tmp_path):
     return start
 
 
+@pytest.mark.slow                   # five seconds
 def test_a_run_prints_a_row_for_each_figure_and_writes_all_of_them(run, tmp_path):
     done = run(SAID, "--rounds", "2", "--seconds", "7", "--peers", "stdlib",
                "--json", "figures.json")

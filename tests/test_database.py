@@ -219,6 +219,7 @@ MORE_JOBS = """
 MIGRATE = "import sys; from oqc.database import open_writer; open_writer(sys.argv[1])"
 
 
+@pytest.mark.slow                   # four seconds
 def test_a_migration_that_is_killed_has_changed_nothing_and_the_next_one_does_it(version_1):
     with writing(version_1) as connection:
         connection.execute(MORE_JOBS)
