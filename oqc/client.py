@@ -256,7 +256,7 @@ class Client:                       # pylint: disable=too-many-public-methods # 
         """
         deadline = self.deadline(math.inf if timeout is None else timeout)
         if jobs is None:
-            return self._wait_for_all(filters, deadline, progress)
+            return self._wait_for_all(filters or SINCE_EVER, deadline, progress)
         if isinstance(jobs, int) or hasattr(jobs, "id"):
             return self._wait_for(_id(jobs), deadline)
         numbers = [_id(job) for job in jobs]

@@ -120,6 +120,7 @@ def test_a_server_is_seen_and_changed(serve):
         assert lab.cancel(tag="rabi") == 2
         assert lab.resume("emulator").state == "idle"
         assert {runtime.name: runtime.modes for runtime in lab.runtimes()}["echo"] == ["echo"]
+        assert lab.wait().failed == 3
         assert lab.prune("0s") == 3 and lab.list() == []
 
 
