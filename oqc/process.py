@@ -16,7 +16,6 @@ from oqc.tree import INSTANCE, POLL_EVERY, Clock, Tree
 MOST_ERROR = 2048                   # bytes at the end of standard error that have its last line
 PIPE_READ = 1 << 16                 # bytes that one read asks for
 LARGEST_PIPE = 1 << 20              # bytes that a pipe may hold (pipe(7), pipe-max-size)
-F_SETPIPE_SZ = 1031                 # fcntl has it since Python 3.10
 LONGEST_POLL = 3600.0               # seconds; poll(2) takes no more than 24 days
 
 
@@ -54,7 +53,7 @@ class Process:                      # pylint: disable=too-many-instance-attribut
     has_closed_input = False        # nobody can read what it is sent
     _data = b""                     # what is sent, and how many bytes of it were written
     _sent = 0
-    _when_taken: Callable[[], Any] = bool       # told when the process has come to read it
+    _when_taken: Optional[Callable[[], Any]] = None     # to be told of its first byte
 
     def __init__(
         self,
@@ -84,7 +83,6 @@ class Process:                      # pylint: disable=too-many-instance-attribut
             if feed is None:
                 feed, self._input = _pipe(after_start, at_end)
                 os.set_blocking(self._input, False)
-                _limit_to_a_page(self._input)
             standard = (feed, childs_output, childs_error)
             self._tree = Tree(command, environment, cwd, standard, clock)
             self._descriptors = at_end.pop_all()
@@ -123,17 +121,16 @@ class Process:                      # pylint: disable=too-many-instance-attribut
         data: bytes,
         deadline: float,
         is_over: Callable[[], bool],
-        when_taken: Callable[[], Any] = bool,
+        when_taken: Optional[Callable[[], Any]] = None,
     ) -> bool:
         """Write `data` to its standard input while listening; arguments and result as `listen`.
 
-        The last byte is written when the process has read all others, after a call of
-        `when_taken`: what it has written by then, it wrote before it knew the data. A later
-        `listen` writes what is left, until `send_no_more`.
+        `when_taken` is called once, before anything is read that it has written after it began to
+        read the data. A later `listen` writes what is left, until `send_no_more`.
         """
         self._data = data
         self._sent = 0
-        self._unsent = memoryview(data)[:-1]
+        self._unsent = memoryview(data)
         self._when_taken = when_taken
         self._poll.register(self._input, select.POLLOUT)
         self._write()
@@ -156,6 +153,7 @@ class Process:                      # pylint: disable=too-many-instance-attribut
 
     def read_on(self) -> None:
         """Read what it has written by now, but no more than a pipe holds: it may never stop."""
+        self._tell_if_taken()
         for descriptor, sink in list(self._sinks.items()):
             for _ in range(LARGEST_PIPE // PIPE_READ + 1):
                 if not self._read(descriptor):
@@ -192,18 +190,22 @@ class Process:                      # pylint: disable=too-many-instance-attribut
     def _wait_for_event(self, seconds: float) -> None:
         """Wait until something can be read or written, or for so long; read and write it."""
         milliseconds = min(seconds, self._longest_poll) * 1000 + 1
-        for descriptor, events in self._poll.poll(milliseconds):
+        ready = self._poll.poll(milliseconds)
+        self._tell_if_taken()
+        for descriptor, events in ready:
             if descriptor in self._sinks:
                 self._read(descriptor)
             elif descriptor == self._input and events & select.POLLERR:
                 self._note_closed_input()
             elif descriptor == self._input:
-                if not self._unsent:    # there is room: all else was read
-                    self._when_taken()
-                    self._unsent = memoryview(self._data)[self._sent:]
                 self._write()
             elif descriptor == self._wake:
                 os.read(self._wake, 64)
+
+    def _tell_if_taken(self) -> None:
+        if self._when_taken and self.took_some():
+            self._when_taken()
+            self._when_taken = None
 
     def _read(self, descriptor: int) -> bool:
         """Read once and keep what is to be kept; return False if there was nothing."""
@@ -255,12 +257,6 @@ def wait_to_read(descriptor: int, seconds: float) -> None:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     poll.poll(seconds * 1000)
-
-
-def _limit_to_a_page(pipe: int) -> None:
-    """Let a pipe hold no more than a page, so that it has room again only when it is empty."""
-    with contextlib.suppress(OSError):
-        fcntl.fcntl(pipe, F_SETPIPE_SZ, 1)
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> Tuple[int, int]:

@@ -302,7 +302,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         if self._answer is None and self._has_answered and _is_lost(process):
             self._end(process)          # it harmed no job: a new one is asked
             return self._attempt(task, interrupted)
-        self._begin_log(process, task)  # else it did so when it came to read the question
+        self._begin_log(process, task)  # else it did so when the question was being read
         if not self._has_answered:
             device = self.device        # said while it started
         sent = process.written()
@@ -372,11 +372,8 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         return process
 
     def _begin_log(self, process: Child, task: Task) -> None:
-        """Have what the process writes from now on belong to this attempt, unless it does so. What
-        it has written belongs to the attempt before, if there was one."""
+        """Have what is read from now on belong to this attempt, unless it does so."""
         if self._last is not None:
-            process.read_on()
-            self._hear(process)
             self._note_late()
             self._last = None
             if process.log.total:

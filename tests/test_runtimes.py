@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUNTIMES, descendants
+from conftest import ROOT, RUNTIMES, descendants, until
 
 from oqc import jobs, runtimes
 from oqc.clock import Clock
@@ -898,32 +898,58 @@ def test_what_a_lines_runtime_says_between_two_attempts_belongs_to_the_one_befor
         assert json.loads(outcome.device) == {"t1": 5}
 
 
-def test_what_a_busy_runtime_writes_after_its_answer_belongs_to_that_one_however_late(
+def test_what_a_busy_runtime_writes_before_it_reads_the_next_question_belongs_to_the_one_before(
         script, tmp_path):
-    """The next question is there by then, and it reads that in the same moment."""
-    os.mkfifo(tmp_path / "go")
+    for fifo in ("go", "read"):
+        os.mkfifo(tmp_path / fifo)
     cools = script(f"""while read -r line; do
                            echo begin >&2; echo '{{"id": 7, "return_code": 0}}'
-                           read -r word <{tmp_path}/go; echo "cooled $word" >&2; echo "noise $word"
+                           read -r word <{tmp_path}/go; echo "cooled $word" >&2
+                           read -r word <{tmp_path}/read
                        done""")
+    starts = Starts()
+    words = []
+
+    def heard():
+        starts.processes[0].read_on()
+        return b"cooled" in starts.processes[0].log.kept()[0]
 
     def let_it_cool():
-        while words:
-            (tmp_path / "go").write_text(words.pop() + "\n", encoding="ascii")
+        """And when that was heard, read the question, which is there by then."""
+        for word in words[:]:
+            (tmp_path / "go").write_text(word + "\n", encoding="ascii")
+            until(heard)
+            words.clear()
+            (tmp_path / "read").write_text("on\n", encoding="ascii")
         return False
-    with contextlib.closing(slot_for(cools, protocol="lines")) as slot:
-        words = []
+    with contextlib.closing(slot_for(cools, protocol="lines", start=starts)) as slot:
         assert slot.run(TASK._replace(attempt=1), let_it_cool).log.text == b"begin\n"
         for attempt in (2, 3, 4):
             words.append(str(attempt))
             outcome = slot.run(TASK._replace(attempt=attempt), let_it_cool)
             assert (outcome.return_code, outcome.log.text) == (0, b"begin\n")
-            (number, before, log), = slot.late_logs()
-            assert (number, before) == (7, attempt - 1)
-            assert log.text.startswith(b"begin\n")
-            assert set(log.text.splitlines()[1:]) == {b"cooled %d" % attempt, b"noise %d" % attempt}
+            late, = slot.late_logs()
+            assert late == (7, attempt - 1, jobs.Log(b"begin\ncooled %d\n" % attempt, 0))
         words.append("5")
         let_it_cool()
+
+
+@pytest.mark.parametrize("size", [90, 5000])
+def test_a_question_can_be_read_at_once(size):
+    """As with os.read, C's read or `data` of node: a program that takes what it reads for a
+    question. The last byte on its own would be one, too."""
+    program = """import json, os
+while True:
+    question = json.loads(os.read(0, 1 << 16))
+    answer = {"id": question["id"], "return_code": 0, "result": os.getpid()}
+    os.write(1, json.dumps(answer).encode() + b"\\n")
+"""
+    command = (sys.executable, "-c", program)
+    task = TASK._replace(job=", ".join(["X(90)"] * (size // 7)))
+    with contextlib.closing(slot_for(command, protocol="lines")) as slot:
+        outcomes = [slot.run(task._replace(attempt=n), lambda: False) for n in range(1, 6)]
+        assert {outcome.return_code for outcome in outcomes} == {0}
+        assert len({outcome.result for outcome in outcomes}) == 1, "started again and again"
 
 
 def test_a_lines_runtime_that_writes_without_end_between_two_attempts_is_read(script):
