@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from oqc.clock import Clock
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = ROOT / "tests" / "runtimes"
 # Hundreds of servers start here: each would compile itself anew.
@@ -259,6 +261,8 @@ class HandClock:
 
     def now(self):
         return f"2027-01-15T08:00:{self.seconds % 60:09.6f}Z"
+
+    parse = staticmethod(Clock.parse)
 
     @staticmethod
     def at(seconds):

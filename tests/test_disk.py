@@ -1485,8 +1485,8 @@ def test_jobs_that_waited_before_a_restart_count_too_and_are_never_refused(gated
     server.process.kill()
     server.stop()
     server = gated("--max-waiting", "2")
-    gate.begun()                    # which none does before all that wait are loaded
     assert add(server, {"job": "X(90)", "mode": "echo"}).status == 503
+    gate.begun()
     for _ in jobs:
         gate.end()
     assert [server.wait(job)["status"] for job in jobs] == ["Success"] * 5
