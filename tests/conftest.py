@@ -230,6 +230,15 @@ def serve(tmp_path):
         server.stop()
 
 
+@pytest.fixture
+def public():
+    """A folder that any user may reach. That of tmp_path is closed to them by each pytest that
+    starts, also while others run."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """One server with nothing configured, for all tests that leave it as it is."""
