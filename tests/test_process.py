@@ -391,14 +391,13 @@ def frozen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-@pytest.mark.parametrize("protocol", ["exec", "lines"])
+@pytest.mark.parametrize("protocol", ["exec", "lines\nstart_timeout = 1"], ids=["exec", "lines"])
 def test_a_process_that_sleeps_in_the_kernel_ends_its_job_and_sets_its_runtime_aside(
         lab, frozen, script, tmp_path, protocol):
     """State D, as in a driver whose device does not answer."""
     drive = script(f"[ -e pid ] || echo $$ >pid; read -r line; >{frozen.path}/a; {ANSWER}")
     server = lab("--drain", "0", "--kill-grace", "0.1", "--config", ini(
-        tmp_path, f"[runtime qpu]\nprotocol = {protocol}\ntimeout = 3\nstart_timeout = 1\n"
-                  f"command = {drive}\n"
+        tmp_path, f"[runtime qpu]\nprotocol = {protocol}\ntimeout = 3\ncommand = {drive}\n"
                   "[runtime other]\ncommand = true\nmodes = simulation\n"))
     ended = server.wait(server.add(mode="verbatim"), 20)
     assert ended["return_code"] == 124
