@@ -101,6 +101,9 @@ class Store(Protocol):
     def ended(self, since: str, until: str) -> Dict[Optional[str], int]:
         """Return how many jobs ended on each runtime, from one UTC time until before another."""
 
+    def status(self) -> Dict[str, Any]:
+        """Return how many jobs wait and run: "waiting", "retrying" and others, by mode."""
+
 
 class Slot(Protocol):
     """Room for one attempt at a time on a runtime."""
@@ -291,6 +294,8 @@ class Workers:
         self._recent = Recent(clock)
         self._queue = TurnQueue({spec.name: spec.modes for spec, _ in runtimes})
         self._loading = True            # what waits in the database is not all in the queue yet
+        self._to_load = 0               # how much of it there was at the start
+        self._loaded = 0                # the last job of it that is there
         self._arrived: List[Queued] = []        # what came meanwhile
         self._cancelled: Set[int] = set()       # while they waited, but not in the queue
         self._began = clock.monotonic()
@@ -336,26 +341,29 @@ class Workers:
             for ending in endings:
                 if ending.event == "failed":
                     self._recent.count(self._cut_off_on[ending.task.id])
+        status = self.store.status()
+        self._to_load = sum(sum(status[state].values()) for state in ("waiting", "retrying"))
 
     def _load_all(self) -> None:
         """The loader thread: read what waits, and then what has ended of late."""
-        self.load()
+        with contextlib.suppress(_Stopping):
+            self._until_stored(self.load)
         with contextlib.suppress(StoreError):       # which the store has logged
             self._recent.load(self.store.ended, self._stopped.is_set)
 
     def load(self) -> None:
         """Queue what waits in the database, the oldest first, and then what came meanwhile. Until
-        then no job is started."""
-        last = 0
+        then no job is started. After a StoreError it goes on where it was."""
         for page in self.store.waiting():
             if self._stopped.is_set():
                 return
             for job, due in page:
-                last = job.id
-                self._load_job(job, due)
+                if job.id > self._loaded:
+                    self._load_job(job, due)
+                    self._loaded = job.id
         with self.lock:
             for job in self._arrived:
-                if job.id > last:       # else the database had it already
+                if job.id > self._loaded:       # else the database had it already
                     self._put(job)
             self._arrived.clear()
             self._loading = False
@@ -474,8 +482,12 @@ class Workers:
             self._queue.put(job)
 
     def queued(self) -> int:
-        """Return how many jobs wait to be run now."""
-        return self._queue.qsize() + len(self._arrived)
+        """Return how many jobs wait to be run now; until all are loaded, with those of later."""
+        if self._loading:
+            with self.lock:             # the loader ends under it
+                if self._loading:
+                    return self._to_load + len(self._arrived)
+        return self._queue.qsize()
 
     def _is_held(self, number: int) -> bool:
         """Return whether something is left of a job's attempt that a crash cut off."""
@@ -582,7 +594,7 @@ class Workers:
     def _keep_late_logs(self, slot: Slot) -> None:
         """Store what a runtime has said since its attempts were over."""
         for number, attempt, said in slot.late_logs():
-            self._write_until_stored(self.store.keep_log, number, attempt, said)
+            self._until_stored(self.store.keep_log, number, attempt, said)
 
     def begin(self, runtime: _Runtime, slot: Slot) -> Optional[_Attempt]:
         """Start an attempt at the next job for this slot; return None if there is none for it, or
@@ -606,7 +618,7 @@ class Workers:
         number = attempt.number
         error = DEFECT.runtime_error
         try:
-            task: Optional[Task] = self._write_until_stored(
+            task: Optional[Task] = self._until_stored(
                 self.store.claim, number, attempt.runtime.spec.name)
             return task
         except DamagedRow as damage:
@@ -614,7 +626,7 @@ class Workers:
             log.error("%s; it is not run and ends with 70", damage)
         except Exception:           # pylint: disable=broad-exception-caught # the job has to end
             self._log_defect(attempt)
-        self._write_until_stored(self.store.cancel, number, DEFECT.return_code, error)
+        self._until_stored(self.store.cancel, number, DEFECT.return_code, error)
         self.waiting.notify([number])
         return None
 
@@ -631,7 +643,7 @@ class Workers:
             ending = ending._replace(seconds=self.clock.monotonic() - attempt.began)
             reason = self._reason_to_pause(attempt.runtime, ending)
             if reason:              # first, so that who is told of the end can read it
-                self._write_until_stored(self.pause, attempt.runtime.spec.name, reason)
+                self._until_stored(self.pause, attempt.runtime.spec.name, reason)
             if ending.event == "succeeded":     # which never keeps a runtime from its next job
                 following = self._take(attempt.runtime, attempt.slot)
             if following is None:
@@ -649,11 +661,11 @@ class Workers:
         """Store how an attempt ended; return that, or, after a defect, the end that was stored
         instead."""
         try:
-            self._write_until_stored(self.store.settle, [ending])
+            self._until_stored(self.store.settle, [ending])
         except Exception:           # pylint: disable=broad-exception-caught # the job has to end
             self._log_defect(attempt)
             ending = Ending(ending.task, "failed", DEFECT, seconds=ending.seconds)
-            self._write_until_stored(self.store.settle, [ending])
+            self._until_stored(self.store.settle, [ending])
         return ending
 
     def _settle_and_claim(self, attempt: _Attempt, ending: Ending, following: _Attempt) -> Ending:
@@ -661,7 +673,7 @@ class Workers:
         long as a short job. Return what _settle does."""
         try:
             try:
-                following.task = self._write_until_stored(
+                following.task = self._until_stored(
                     self.store.settle_and_claim, ending, following.number,
                     following.runtime.spec.name)
             except Exception as error:  # pylint: disable=broad-exception-caught # of one of the two
@@ -841,9 +853,9 @@ class Workers:
             counts[bisect.bisect_left(jobs.BUCKETS, ending.seconds)] += 1
             counts[-1] += ending.seconds
 
-    def _write_until_stored(self, write: Callable[..., Any], *arguments: Any) -> Any:
-        """Do a write that must not be lost; while the store cannot take it, again. Raise _Stopping
-        if the server stops first."""
+    def _until_stored(self, write: Callable[..., Any], *arguments: Any) -> Any:
+        """Do a write that must not be lost, or a read without which nothing runs; while the store
+        cannot do it, again. Raise _Stopping if the server stops first."""
         said = False
         while True:
             try:

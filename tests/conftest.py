@@ -19,6 +19,8 @@ from pathlib import Path
 
 import pytest
 
+from oqc.clock import Clock
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNTIMES = ROOT / "tests" / "runtimes"
 # Hundreds of servers start here: each would compile itself anew.
@@ -228,6 +230,15 @@ def serve(tmp_path):
         server.stop()
 
 
+@pytest.fixture
+def public():
+    """A folder that any user may reach. That of tmp_path is closed to them by each pytest that
+    starts, also while others run."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """One server with nothing configured, for all tests that leave it as it is."""
@@ -259,6 +270,8 @@ class HandClock:
 
     def now(self):
         return f"2027-01-15T08:00:{self.seconds % 60:09.6f}Z"
+
+    parse = staticmethod(Clock.parse)
 
     @staticmethod
     def at(seconds):

@@ -1087,24 +1087,24 @@ def test_after_a_clean_stop_the_database_is_not_read_through_and_after_a_kill_al
 
 @pytest.mark.parametrize("state", ["stopped", "killed", "killed, no index"])
 @pytest.mark.parametrize("medium", ["read-only", "not ours"])
-def test_a_check_and_a_backup_need_not_write_beside_the_database(left, tmp_path, state, medium):
-    folder = tmp_path / "medium"
+def test_a_check_and_a_backup_need_not_write_beside_the_database(left, public, state, medium):
+    folder = public / "medium"
     shutil.copytree(left / state.split(",")[0], folder)
     if "no index" in state:
         remove_index(folder)
     if medium == "not ours":
-        done = as_nobody(folder, tmp_path)
+        done = as_nobody(folder, public)
     else:
         mount = ["mount", "--bind", "-o", "ro", folder, folder]
         if subprocess.run(mount, check=False, capture_output=True).returncode:
             pytest.skip("nothing can be mounted")
         try:
-            done = [command(tmp_path, *ARGUMENTS[0]), command(tmp_path, *ARGUMENTS[1])]
+            done = [command(public, *ARGUMENTS[0]), command(public, *ARGUMENTS[1])]
         finally:
             subprocess.run(["umount", folder], check=True)
     assert done == [(0, "medium/oqc.db: ok\n"), (0, "")]
     jobs = 501 if state.startswith("killed") else 500
-    assert sql(tmp_path / "copy.db", "SELECT count(*) FROM jobs") == [(jobs,)]
+    assert sql(public / "copy.db", "SELECT count(*) FROM jobs") == [(jobs,)]
 
 
 ARGUMENTS = (["check", "--db", "medium/oqc.db"], ["backup", "copy.db", "--db", "medium/oqc.db"])
@@ -1116,18 +1116,16 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def as_nobody(folder, tmp_path):
+def as_nobody(folder, public):
     """What the two commands come to for somebody who may read the files and not write."""
     if os.geteuid():
         pytest.skip("needs root")
     for path in (folder, *folder.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    for path in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o777)
     done = []
     for arguments in ARGUMENTS:
         ended = subprocess.run(
-            [sys.executable, "-B", "-c", AS_NOBODY, *arguments], cwd=tmp_path, check=False,
+            [sys.executable, "-B", "-c", AS_NOBODY, *arguments], cwd=public, check=False,
             timeout=60, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         done.append((ended.returncode, ended.stdout + ended.stderr))
     return done
@@ -1485,8 +1483,8 @@ def test_jobs_that_waited_before_a_restart_count_too_and_are_never_refused(gated
     server.process.kill()
     server.stop()
     server = gated("--max-waiting", "2")
-    gate.begun()                    # which none does before all that wait are loaded
     assert add(server, {"job": "X(90)", "mode": "echo"}).status == 503
+    gate.begun()
     for _ in jobs:
         gate.end()
     assert [server.wait(job)["status"] for job in jobs] == ["Success"] * 5

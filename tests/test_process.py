@@ -305,29 +305,32 @@ def test_what_a_killed_server_and_its_killed_keeper_left_is_ended_by_the_next_se
 
 # What cannot be killed
 
+def a_sleeper(script, public):
+    """A program for any user, which says its id in the named pipe `up` beside it, and sleeps."""
+    up = public / "up"
+    os.mkfifo(up)
+    up.chmod(0o666)
+    return shutil.copy(script(f"echo $$ >{up}; exec sleep 300"), public)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, setpriv")
 @pytest.mark.parametrize("end, command", [
     ("timeout", POWERLESS), ("cancel", POWERLESS), ("exit", POWERLESS), ("exit", BLIND)],
     ids=["timeout", "cancel", "exit", "exit, not to be looked at"])
 def test_a_child_that_may_not_be_killed_ends_its_job_and_sets_its_runtime_aside(
-        lab, script, tmp_path, end, command):
-    os.mkfifo(tmp_path / "up")
-    sleeper = script(f"echo $$ >{tmp_path}/up; exec sleep 300")
+        lab, script, tmp_path, public, end, command):
+    sleeper = a_sleeper(script, public)
     leave = f"setpriv --reuid=65534 --clear-groups {sleeper}"
     if end == "exit":
         leave = f"setsid {leave} >/dev/null 2>&1 & sleep 0.3; exit 0"
-    drive = script(f"chmod 777 {tmp_path}; [ $OQC_JOB_ID != 1 ] || {{ {leave}; }}")
-    tmp_path.chmod(0o777)
-    for folder in list(tmp_path.parents)[:2]:
-        folder.chmod(0o755)
-    (tmp_path / "up").chmod(0o666)
+    drive = script(f"[ $OQC_JOB_ID != 1 ] || {{ {leave}; }}")
     timeout = 1 if end == "timeout" else 60
     server = lab("--kill-grace", "0.1", "--config", ini(
         tmp_path, f"[runtime qpu]\ncommand = {drive}\ntimeout = {timeout}\n"
                   "[runtime other]\ncommand = true\nmodes = simulation\n"), command=command)
     job = server.add(mode="verbatim")
-    pid = int((tmp_path / "up").read_text())
+    pid = int((public / "up").read_text())
     try:
         if end == "cancel":
             assert server.request("DELETE", f"/jobs/{job['id']}/").json["return_code"] == 130
@@ -350,17 +353,12 @@ def test_a_child_that_may_not_be_killed_ends_its_job_and_sets_its_runtime_aside(
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, setpriv")
-def test_a_server_stops_though_a_child_may_not_be_killed(lab, script, tmp_path):
-    os.mkfifo(tmp_path / "up")
-    sleeper = script(f"echo $$ >{tmp_path}/up; exec sleep 300")
-    tmp_path.chmod(0o777)
-    for folder in list(tmp_path.parents)[:2]:
-        folder.chmod(0o755)
-    (tmp_path / "up").chmod(0o666)
+def test_a_server_stops_though_a_child_may_not_be_killed(lab, script, public):
+    sleeper = a_sleeper(script, public)
     server = lab("--drain", "0", "--kill-grace", "0.1", "--runtime",
                  f"qpu=setpriv --reuid=65534 --clear-groups {sleeper}", command=POWERLESS)
     server.add(mode="verbatim")
-    pid = int((tmp_path / "up").read_text())
+    pid = int((public / "up").read_text())
     try:
         assert server.stop(timeout=15) == 0
     finally:
@@ -393,14 +391,13 @@ def frozen(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-@pytest.mark.parametrize("protocol", ["exec", "lines"])
+@pytest.mark.parametrize("protocol", ["exec", "lines\nstart_timeout = 1"], ids=["exec", "lines"])
 def test_a_process_that_sleeps_in_the_kernel_ends_its_job_and_sets_its_runtime_aside(
         lab, frozen, script, tmp_path, protocol):
     """State D, as in a driver whose device does not answer."""
     drive = script(f"[ -e pid ] || echo $$ >pid; read -r line; >{frozen.path}/a; {ANSWER}")
     server = lab("--drain", "0", "--kill-grace", "0.1", "--config", ini(
-        tmp_path, f"[runtime qpu]\nprotocol = {protocol}\ntimeout = 3\nstart_timeout = 1\n"
-                  f"command = {drive}\n"
+        tmp_path, f"[runtime qpu]\nprotocol = {protocol}\ntimeout = 3\ncommand = {drive}\n"
                   "[runtime other]\ncommand = true\nmodes = simulation\n"))
     ended = server.wait(server.add(mode="verbatim"), 20)
     assert ended["return_code"] == 124

@@ -378,13 +378,31 @@ def test_no_job_starts_before_all_that_wait_are_loaded_and_new_ones_come_behind_
     lab.start(waiting=waiting)
     assert first_page.wait(20)
     new, echoed = lab.add(), lab.add("echo")
-    assert lab.workers.queued() == 3        # one of the old ones and these
+    assert lab.workers.queued() == 5        # the old ones, two of which are not loaded, and these
     assert not qpu.ran and not echo.ran
     go.set()
     for number in (*old, new, echoed):
         assert lab.end(number).status == "Success"
     assert (qpu.order, echo.order) == ([*old, new], [echoed])
     until(lambda: lab.workers.queued() == 0)
+
+
+def test_a_database_that_cannot_be_read_while_jobs_are_loaded_is_read_again(lab):
+    qpu = lab.runtime()
+    old = lab.add(count=3)
+    reads = []
+
+    def waiting():
+        rows = [row for page in lab.store.waiting() for row in page]
+        reads.append(len(rows))
+        yield rows[:1]
+        if len(reads) < 3:
+            raise StoreError("disk I/O error")
+        yield rows[1:]
+
+    lab.start(waiting=waiting)
+    assert [lab.end(number).status for number in old] == ["Success"] * 3
+    assert reads == [3, 3, 3] and qpu.order == old
 
 
 def test_a_stop_does_not_wait_for_all_that_wait_to_be_loaded(lab):
