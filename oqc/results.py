@@ -84,13 +84,16 @@ def _stated(probabilities: Any) -> Optional[float]:
 
 def record(row: Sequence[Any], cut: Optional[int] = None) -> List[Any]:
     """Return the members of RECORD of a row of Stored's members. `note` and `result` are JSON texts
-    in one line, None for none; the job string has at most `cut` characters."""
+    in one line, None for none; with `cut` the job string has at most so many characters, and a
+    result that has more is left out."""
     job = Stored._make(row)
     result = job.result
     note = job.note
     found = NONE
     if result is not None:
         result, found = _read(result, job.is_json)
+        if cut is not None and len(result) > cut:
+            result = None
     if note is not None:
         note = _in_one_line(note)
     return [job.id, job.job[:cut], job.mode, job.status, job.return_code, job.runtime_error,

@@ -170,6 +170,19 @@ class Tab:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left",
                       buttons=1, clickCount=1)
 
+    def click_twice(self, selector):
+        """A double click, the second one as soon as what the first one did is over."""
+        x, y = self.ask(f"""(box => [box.x + box.width / 2, box.y + box.height / 2])
+                        (document.querySelector('{selector}').getBoundingClientRect())""")
+        for count in (1, 2):
+            seen = len(self.browser.events)
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left",
+                          buttons=1, clickCount=count)
+            if count == 1:
+                self.browser.wait(self.session, "Network.loadingFinished", seen)
+                self.until(f"document.querySelector('{selector}').checkVisibility()")
+
     def fill(self, selector, text):
         """Replace what stands in a field."""
         self.ask("(field => (field.focus(), field.select()))"
@@ -631,13 +644,56 @@ def test_a_double_click_and_a_held_enter_add_one_job(serve, visit):
     tab.until("$('said').textContent === 'Job 1 is added.'")
     assert tab.text("#run") == "Run" and len(listed(server)) == 1
     tab.ask("$('pulses').focus()")
+    tab.press("Enter")
+    tab.until("$('said').textContent === 'Job 2 is added.'")
+    tab.ask("$('pulses').focus()")
     for _ in range(5):                          # a key that is held repeats
         tab.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", windowsVirtualKeyCode=13,
                  text="\r", autoRepeat=True)
-    tab.until("$('said').textContent === 'Job 2 is added.'")
-    server.wait(server.get({"id": 2}))
+    tab.ask("refresh()")
     posts = [path for method, path in tab.asked() if method == "POST"]
-    assert len(listed(server)) == len(posts)     # whatever was sent was meant
+    assert len(listed(server)) == len(posts) == 2
+
+
+def test_a_double_click_that_is_slower_than_the_server_means_once(serve, visit):
+    server = serve()
+    tab = visit(server)
+    tab.ask("$('said').style.position = 'fixed'")       # or it moves the button away
+    tab.click_twice("#run")
+    tab.until("$('h-result').textContent === 'Job 1' && !$('result').hidden")
+    tab.ask("scrollTo(0, 0)")
+    tab.click_twice("#again")
+    tab.until("$('h-result').textContent === 'Job 2' && !$('result').hidden")
+    tab.ask("($('again').click(), $('again').click())")
+    tab.until("$('h-result').textContent === 'Job 3' && !$('result').hidden")
+    tab.ask("refresh()")
+    posts = [path for method, path in tab.asked() if method == "POST"]
+    assert posts == ["/jobs/add/", "/jobs/1/rerun/", "/jobs/2/rerun/"]
+
+
+def test_an_error_of_a_proxy_leaves_open_whether_the_job_was_added(serve, visit):
+    """A proxy that waits too long for an answer says 504, whatever the server does then."""
+    server = serve()
+    tab = visit(server)
+    lost = {"urlPattern": "*/jobs/add/", "requestStage": "Response"}
+    tab.call("Fetch.enable", patterns=[lost])
+    seen = len(tab.browser.events)
+    tab.click("#run")
+    tab.browser.wait(tab.session, "Fetch.requestPaused", seen)
+    paused = [event for event in tab.browser.events[seen:]
+              if event["method"] == "Fetch.requestPaused"]
+    tab.call("Fetch.fulfillRequest", requestId=paused[0]["params"]["requestId"],
+             responseCode=504, body=base64.b64encode(b"<h1>Gateway Time-out</h1>").decode())
+    tab.call("Fetch.disable")
+    tab.until("$('said').textContent.startsWith('No answer came (<h1>Gateway')")
+    tab.fill("#shots", "999")                   # another job is not that one again
+    assert tab.text("#run") == "Run"
+    tab.fill("#shots", "1000")
+    assert tab.text("#run") == "Send again"
+    tab.click("#run")
+    tab.until("$('said').textContent === 'Job 1 had been added.'")
+    assert len(listed(server)) == 1
+    tab.expected = None                         # the browser's own line about the 504
 
 
 def test_after_a_lost_answer_the_same_job_is_not_added_twice(serve, visit):
@@ -767,6 +823,43 @@ def test_counts_that_are_none_are_text(serve, visit, tmp_path, counts, drawn):
     assert tab.ask("document.querySelectorAll('#counts b').length") == 0
 
 
+def test_a_seed_keeps_all_its_digits(serve, visit):
+    """A number of JavaScript has 53 bits, a seed that the server chooses 63."""
+    server = serve()
+    seed = 2 ** 63 - 1
+    server.wait(server.add("X(90)", "simulation", seed=seed))
+    tab = visit(server, at="#job=1")
+    tab.until("!$('result').hidden")
+    assert f"1000, {seed}" in tab.text("#members")
+    tab.ask("""(() => {
+      HTMLAnchorElement.prototype.click = function () {};
+      URL.createObjectURL = blob => { blob.text().then(text => window.saved = text); return ''; };
+    })()""")
+    tab.click("#keep")
+    tab.until("$('said').textContent === 'job-1.json is saved.'")
+    saved = json.loads(tab.ask("window.saved"))
+    assert saved["details"] == server.request("GET", "/jobs/1/details/").json
+    assert saved["record"] == server.request("GET", "/jobs/results/").json[0]
+    assert saved["record"]["result"]["seed"] == seed
+
+
+def test_long_results_do_not_cost_what_they_weigh(serve, visit, tmp_path):
+    program = tmp_path / "waves"
+    program.write_text(f"""#!{sys.executable}
+import json
+print(json.dumps({{"wave": "w" * 500_000, "counts": {{"0": 400, "1": 600}}}}))
+""", encoding="utf-8")
+    program.chmod(0o755)
+    server = serve("--runtime", f"qpu={program}")
+    server.wait(server.add("X(1)", "verbatim"))
+    tab = visit(server, at="#job=1")
+    size = tab.ask("ask('jobs/results/?order=desc&limit=16&cut=200').then(text => text.length)")
+    assert size < 1000
+    tab.until("!$('counts').hidden")
+    assert tab.text("#counts caption") == "Counts of 1000 shots"
+    assert "0.6 ± " in tab.text("#members")
+
+
 # Who I am, and what I may
 
 KEYS = "ann:operator:op-key\nbob:user:bob-key\neve:user:eve-key\nrita:reader:rita-key\n"
@@ -863,6 +956,99 @@ print(json.dumps({{"id": question["id"], "return_code": 0, "result": result}}))
     tab.until("document.querySelector('#runtimes pre').textContent.includes('cold one')")
 
 
+def test_a_log_is_live_as_soon_as_it_is_opened_and_says_what_it_leaves_out(serve, visit, tmp_path):
+    program = tmp_path / "drive"
+    steps = tmp_path / "steps"
+    os.mkfifo(steps)
+    program.write_text(f"#!/bin/sh\ncat {steps} >&2\n", encoding="utf-8")
+    program.chmod(0o755)
+    server = serve("--runtime", f"qpu={program}")
+    server.add("X(90)", "verbatim")
+    tab = visit(server, at="#job=1")
+    tab.until("$('story').textContent.includes('running')")
+    seen = len(tab.browser.events)
+    while not any("wait=25" in path for _, path in tab.asked(seen)):
+        tab.browser.wait(tab.session, "Network.requestWillBeSent", len(tab.browser.events))
+    with open(steps, "w", encoding="utf-8") as say:
+        print("cold at last", file=say, flush=True)
+        tab.ask("$('log').open = true")
+        tab.until("$('log').textContent.includes('cold at last')")
+        print("x" * 30_000, file=say, flush=True)
+        tab.until("$('log').querySelector('p').textContent.startsWith('The last 20,000 of 30,')")
+    tab.until("$('story').textContent.includes('Success')")
+    tab.ask("HTMLAnchorElement.prototype.click = function () { window.saved = this.download }")
+    tab.click("#log button")
+    tab.until("$('said').textContent === 'job-1.log.txt is saved.'")
+    assert tab.ask("window.saved") == "job-1.log.txt"
+
+
+# The answer to the first request whose path holds a word is held back until free() is called.
+HELD = """(word => {
+  const real = window.fetch;
+  const gate = new Promise(done => { window.free = done; });
+  window.came = new Promise(done => {
+    window.fetch = async (path, ...more) => {
+      const answer = await real(path, ...more);
+      if (!path.includes(word)) return answer;
+      window.fetch = real;
+      done();
+      await gate;
+      return answer;
+    };
+  });
+})(%s)"""
+
+
+@pytest.mark.parametrize("word, ask, place, news", [
+    ("/details/", "renew(shown)", "#story", "Runtime Error: cancelled"),
+    ("tag=rabi-7", "fill(plotted)", "#progress", "1 of 1 ended")])
+def test_an_answer_that_was_overtaken_is_not_shown(serve, visit, word, ask, place, news):
+    server = serve()
+    server.request("POST", "/runtimes/emulator/pause/")
+    server.add("X(90)", "verbatim", tag="rabi-7")
+    tab = visit(server, at="#job=1&plot=rabi-7")
+    tab.until("$('progress').textContent === '0 of 1 ended, 0 failed' && !$('result').hidden")
+    tab.ask("watching++")                       # nothing but what is asked for here
+    tab.ask(HELD % json.dumps(word))
+    tab.ask(f"window.late = {ask}, 0")
+    tab.ask("window.came")
+    server.request("DELETE", "/jobs/1/")
+    tab.ask(ask)
+    assert news in tab.text(place)
+    tab.ask("free(), window.late")
+    assert news in tab.text(place)
+
+
+def test_a_server_that_stops_in_the_middle_of_an_update_is_noticed(serve, visit):
+    server = serve()
+    tab = visit(server, key=None)
+    tab.call("Page.addScriptToEvaluateOnNewDocument", source="""
+      const real = setTimeout;
+      window.setTimeout = (what, after) => real(what, after === 40000 ? 500 : after)""")
+    tab.go(tab.url)
+    tab.call("Fetch.enable", patterns=[{"urlPattern": "*/runtimes/"}])     # never answered
+    tab.type(KEY)
+    tab.press("Enter")
+    tab.until("$('health').textContent.includes('does not answer (nothing came for 40 s)')")
+    tab.call("Fetch.disable")
+    tab.until("$('health').textContent === '✓ All is well'")
+
+
+def test_a_filter_by_a_runtime_that_is_gone_stays(serve, visit):
+    server = serve()
+    server.wait(server.add("X(1)", "echo"))
+    tab = visit(server, at="#runtime=qpu-old")
+    tab.until("!$('none').hidden")
+    tab.ask("refresh()")
+    tab.until("!$('none').hidden")
+    assert tab.ask("$('by-runtime').value") == "qpu-old"
+    tab.choose("#by-runtime", "")
+    tab.until(f"{SHOWN} === '1'")
+    tab.choose("#by-tag", "mode=echo")          # is no tag, and no other filter
+    tab.until("$('said').textContent.includes('tag')")
+    tab.expected = None                         # the browser's own line about the 400
+
+
 def test_run_again_and_stop_the_queue_after_this_job(serve, visit, tmp_path):
     program = tmp_path / "drive"
     gate = tmp_path / "gate"
@@ -899,7 +1085,7 @@ def test_a_physicist_sees_the_curve_of_a_sweep(serve, visit):
     assert tab.ask("$('pulses').value") == "X(90), X({a})"
     for field, value in (("from", "0"), ("to", "180"), ("step", "0")):
         tab.fill(f"#{field}", value)
-    assert tab.text("#verdict").startswith("✗ 1 to 10000 angles")
+    assert tab.text("#verdict").startswith("✗ Whole angles")
     tab.fill("#step", "30")
     assert tab.text("#verdict") == "✓ 2 pulses, 7 jobs, from 0° to 180°"
     tag = tab.ask("$('tag').value")
@@ -937,6 +1123,38 @@ def test_a_physicist_sees_the_curve_of_a_sweep(serve, visit):
     assert tab.ask("$('plot').hidden && location.hash === ''")
     tab.click("#jobs .tag")                     # any tag can be opened so
     tab.until("!$('plot').hidden && $('progress').textContent === '7 of 7 ended, 0 failed'")
+
+
+def test_the_angles_of_a_sweep_are_checked_as_they_are_typed(lab, visit):
+    tab = visit(lab)
+    tab.fill("#pulses", "X({a})")
+    for start, end, step, jobs in (
+            ("0", "999", "1", 1000), ("5", "5", "1", 1), ("-10", "20", "10", 0),
+            ("0.5", "3", "1", 0), ("", "20", "5", 0), ("0", "1000", "1", 0), ("10", "5", "1", 0),
+            ("0", "20", "", 0), ("0", "20", "1.5", 0), ("0", "10", "5", 3)):
+        for field, value in (("from", start), ("to", end), ("step", step)):
+            tab.ask(f"$('{field}').value = '{value}'")
+        tab.ask("typed()")
+        verdict = tab.text("#verdict")
+        assert verdict.startswith(f"✓ 1 pulse, {jobs} jobs" if jobs else "✗ Whole angles"), verdict
+        assert tab.ask("$('new').checkValidity()") is bool(jobs)
+
+
+def test_a_plot_begins_with_what_varies_and_follows_jobs_that_are_added(serve, visit):
+    server = serve()
+    server.wait(server.add("X(5)", "echo", tag="alike"))
+    tab = visit(server, at="#plot=alike")
+    tab.until("$('progress').textContent === '1 of 1 ended, 0 failed'")
+    assert tab.ask("$('against').value") == "job"
+    sweep = [{"job": f"X({a})", "mode": "echo", "tag": "alike", "note": {"a": a, "b": -a / 3}}
+             for a in (10, 20)]
+    server.request("POST", "/jobs/add/?wait=30", sweep)
+    tab.until("$('progress').textContent === '3 of 3 ended, 0 failed'")
+    assert tab.ask("$('against').value") == "a"
+    tab.choose("#against", "b")                 # what was chosen stays
+    server.request("POST", "/jobs/add/?wait=30", sweep)
+    tab.until("$('progress').textContent === '5 of 5 ended, 0 failed'")
+    assert tab.ask("$('against').value") == "b"
 
 
 def test_a_plot_fills_marks_what_failed_and_the_rest_is_cancelled(serve, visit):

@@ -172,6 +172,14 @@ def test_a_job_string_can_be_cut():
     assert json.loads(results.record_json(results.record(long)))["job"] == long.job
 
 
+def test_with_cut_a_longer_result_is_left_out_but_its_numbers_are_not():
+    long = JOB._replace(result='{"counts": {"0": 4, "1": 6}, "wave": "%s"}' % ("w" * 1000))
+    record = json.loads(results.record_json(results.record(long, 200)))
+    assert (record["result"], record["p1"]) == (None, 0.6)
+    record = json.loads(results.record_json(results.record(long, 1100)))
+    assert len(record["result"]["wave"]) == 1000
+
+
 # The request
 
 LINES = {"Accept": "application/x-ndjson"}
