@@ -275,8 +275,8 @@ class Client:                       # pylint: disable=too-many-public-methods # 
 
     def results(self, **filters: Any) -> Iterator[Record]:
         """Return an iterator of the jobs that filters select with their results, as they come.
-        `cut`: characters of a job string at most, and a longer result is None; `limit`, `after`
-        and `order` as of `list`."""
+        `cut`: characters of a job string at most, and a result of more than 65536 is None;
+        `limit`, `after` and `order` as of `list`."""
         path = "/jobs/results/" + _query(filters)
         if self._accept:
             return self.stream("GET", path, accept=self._accept)

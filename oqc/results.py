@@ -85,14 +85,14 @@ def _stated(probabilities: Any) -> Optional[float]:
 def record(row: Sequence[Any], cut: Optional[int] = None) -> List[Any]:
     """Return the members of RECORD of a row of Stored's members. `note` and `result` are JSON texts
     in one line, None for none; with `cut` the job string has at most so many characters, and a
-    result that has more is left out."""
+    result in which no numbers are looked for is left out."""
     job = Stored._make(row)
     result = job.result
     note = job.note
     found = NONE
     if result is not None:
         result, found = _read(result, job.is_json)
-        if cut is not None and len(result) > cut:
+        if cut is not None and len(result) > MOST_PARSED:
             result = None
     if note is not None:
         note = _in_one_line(note)
