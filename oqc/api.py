@@ -742,19 +742,26 @@ class Api:                          # pylint: disable=too-many-public-methods # 
 
     def health(self, _: Request) -> Response:
         """GET /health/: whether the server can take jobs and run them; or 503 with the reasons.
-        Needs no key."""
+        Names no runtime, since it needs no key."""
         states = self.workers.states()
         reasons = []
+        warnings = []
         unusable = self.store.unusable()
         if unusable:
             reasons.append(unusable)
         if self.workers.draining.is_set():
             reasons.append("the server is stopping")
         for mode in jobs.MODES:
-            if all(state == "failing" for known, state in states if known == mode):
+            total = sum(states[known] for known in states if known[0] == mode)
+            failing = states[mode, "failing"]
+            if failing == total:
                 reasons.append(f"no runtime for {mode} can be started")
+            elif failing:
+                warnings.append(f"{failing} of {total} runtimes for {mode} cannot be started")
         if reasons:
             return json_response({"status": "failing", "reasons": reasons}, 503)
+        if warnings:
+            return json_response({"status": "ok", "warnings": warnings})
         return json_response({"status": "ok"})
 
     # Runtimes

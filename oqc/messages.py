@@ -139,8 +139,8 @@ def parameters(query: str, allowed: Sequence[str]) -> Dict[str, str]:
     for part in filter(None, query.split("&")):
         name, _, value = part.partition("=")
         if name not in allowed or name in values:
-            raise Malformed(f"unknown or repeated parameter {json.dumps(name[:40])}: "
-                            f"allowed, once each, are {', '.join(allowed)}")
+            known = f"allowed, once each, are {', '.join(allowed)}" if allowed else "none is known"
+            raise Malformed(f"unknown or repeated parameter {json.dumps(name[:40])}: {known}")
         # Neither is part of anything else that is allowed.
         values[name] = re.sub("%20|[+]", " ", value).replace("%3A", ":")
     return values

@@ -269,6 +269,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
         self._retried: Set[int] = set()         # jobs that it is not asked again
         self._asked: Optional[Task] = None
         self._answer: Optional[Outcome] = None
+        self._device_asked: Optional[str] = None        # the last one before the answer
         self._last: Optional[Tuple[int, int]] = None    # the job and attempt that `_log` is of
         self._kept = 0                  # bytes of that log that are kept already
         self._keep_at = 0.0             # not before that is more of it kept
@@ -292,7 +293,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
             self._begin_log(process, task)
         self._asked = task
         self._answer = None
-        device = self.device
+        device = self._device_asked = self.device
         in_time = self._ask(process, task, began, interrupted)
         if self._answer is None:
             process.read_on()           # it may have answered and ended at once
@@ -304,7 +305,7 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
             return self._attempt(task, interrupted)
         self._begin_log(process, task)  # else it did so when the question was being read
         if not self._has_answered:
-            device = self.device        # said while it started
+            device = device or self._device_asked
         sent = process.written()
         if self._answer is not None:
             outcome = self._outcome_of_answer(process, task, sent is not None)
@@ -448,6 +449,8 @@ class LinesSlot(Slot):      # pylint: disable=too-many-instance-attributes # eac
                 self._is_ready = True
                 self._ready_at = self._clock.monotonic()
             self.device = said.device or self.device
+            if self._answer is None:
+                self._device_asked = self.device
         elif asked is not None and self._answer is None and said.id in (asked, None):
             if said.noise:
                 process.log.add(said.noise + b"\n")

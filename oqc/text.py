@@ -18,11 +18,12 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")      # what a formula begins with
 BAR = 20                            # characters of a bar from 0 to 1
 CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")          # what a terminal obeys
 CONTROL_IN_LINES = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f]")        # without tab and line feed
+ESCAPES = {chr(code): f"\\x{code:02x}" for code in range(0xa0)}     # not a string each
 
 
 def escaped(text: str, control: "re.Pattern[str]" = CONTROL_IN_LINES) -> str:
     """Return a text with each control character but tab and line feed as `\\x1b`."""
-    return control.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+    return control.sub(lambda match: ESCAPES[match[0]], text)
 
 
 # Tables

@@ -645,6 +645,14 @@ def test_a_wrong_parameter_of_a_listing_is_400_and_is_named(server, query, named
     assert is_problem(server.request("GET", f"/jobs/list/?{query}"), 400).startswith(named)
 
 
+def test_a_parameter_where_none_is_known_is_refused_and_that_is_said(server):
+    detail = is_problem(server.request("GET", "/status/?wait=1&x=1"), 400)
+    assert detail.startswith('unknown or repeated parameter "x": allowed, once each, are ')
+    job = server.add()["id"]
+    detail = is_problem(server.request("GET", f"/jobs/{job}/details/?x=1"), 400)
+    assert detail == 'unknown or repeated parameter "x": none is known'
+
+
 def test_many_clients_at_once_are_all_answered_with_a_job_of_their_own(serve):
     server = serve()
     body = b'{"job": "X(0)", "mode": "echo"}'

@@ -384,6 +384,25 @@ def test_the_metrics_say_what_runs_and_waits_on_which_runtime_and_not_whose_it_i
     assert "documented" not in text, "names of keys are without bound"
 
 
+def test_health_warns_of_a_warm_runtime_that_cannot_start_beside_one_that_can(serve, tmp_path):
+    (tmp_path / "lab.ini").write_text("""
+[runtime away]
+command = false
+protocol = lines
+modes = verbatim
+warm = yes
+[runtime near]
+command = cat
+modes = verbatim
+""", encoding="utf-8")
+    server = serve("--config", "lab.ini")
+    server.line("runtime away is set aside")
+    health = server.request("GET", "/health/", key=None)
+    assert health.status == 200
+    warning = "1 of 2 runtimes for verbatim cannot be started"
+    assert health.json == {"status": "ok", "warnings": [warning]}
+
+
 def test_health_needs_no_key(server):
     answer = server.request("GET", "/health/", key=None)
     assert (answer.status, answer.json) == (200, {"status": "ok"})

@@ -999,6 +999,23 @@ def test_a_device_is_kept_with_each_attempt_as_it_was_when_that_began():
     assert [json.loads(outcome.device) for outcome in outcomes] == [{"v": 1}, {"v": 1}, {"v": 2}]
 
 
+def test_a_device_that_follows_the_first_answer_is_not_that_of_its_attempt():
+    """Both are read at once."""
+    calibrates = TRUE + '{"device": {"v": 2}}\n'
+    outcomes = lines('{"device": {"v": 1}}\n' + calibrates, TRUE, tasks=2)
+    assert [json.loads(outcome.device) for outcome in outcomes] == [{"v": 1}, {"v": 2}]
+    assert [outcome.device for outcome in lines(calibrates, TRUE, tasks=2)] == [None, '{"v": 2}']
+
+
+def test_the_device_of_a_warm_process_is_that_before_its_first_job(script):
+    warm = script("""echo '{"ready": true, "device": {"v": 1}}'
+                     read -r line; echo '{"device": {"v": 2}}'
+                     echo '{"id": 7, "return_code": 0}'; read -r line""")
+    with contextlib.closing(slot_for(warm, protocol="lines", warm=True)) as slot:
+        slot.rest(lambda: slot.device is not None, True)
+        assert slot.run(TASK, lambda: False).device == '{"v": 1}'
+
+
 @pytest.mark.parametrize("size, kept", [(65_528, True), (65_529, False)])
 def test_a_device_of_64_kib_is_kept_and_a_larger_one_is_noise(size, kept):
     outcome, = lines('{"device": {"a": "' + "x" * (size - 1) + '"}}\n' + TRUE)

@@ -1,4 +1,6 @@
 """Text for a person: results whose shape is not known, and characters that are no text."""
+import tracemalloc
+
 import pytest
 
 from oqc import messages, text
@@ -30,3 +32,13 @@ def test_the_table_of_jobs_says_that_its_times_are_utc_above_the_column_of_times
     header, line = b"".join(text.job_rows([[row]])).decode().splitlines()
     place = header.index("CREATED (UTC)  ")
     assert line[place:place + 21] == "2026-11-23 17:19:05  "
+
+
+def test_a_log_of_control_characters_takes_little_memory_to_show():
+    """One of 8 MiB took 650 MiB."""
+    tracemalloc.start()
+    try:
+        assert len(text.escaped("\0" * (1 << 16))) == 4 << 16
+        assert tracemalloc.get_traced_memory()[1] < 20 << 16
+    finally:
+        tracemalloc.stop()
