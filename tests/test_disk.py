@@ -329,7 +329,7 @@ def test_a_database_that_was_moved_away_refuses_jobs_with_503_until_it_is_back(
         file.rename(elsewhere)
         if replaced:
             shutil.copy(elsewhere, file)
-    said = "was moved, replaced or deleted while the server uses it"
+    said = "was moved, replaced, emptied or deleted while the server uses it"
     in_trouble(gated(), gate, move, lambda: elsewhere.rename(file), (503, said, said))
 
 
@@ -564,7 +564,7 @@ def copy_a_backup_over(folder):
     shutil.copy(folder / "backup.db", folder / "oqc.db")
 
 
-GONE = "-wal: was moved, replaced or deleted while the server uses it"
+GONE = "-wal: was moved, replaced, emptied or deleted while the server uses it"
 
 
 @pytest.mark.parametrize("harm, says", [
@@ -586,6 +586,24 @@ def test_a_wal_or_index_that_is_gone_is_said_no_job_is_taken_and_a_stop_saves_wh
     server = serve()
     assert [server.get(job) for job in jobs] == jobs
     assert not list(check(str(tmp_path / "oqc.db")))
+
+
+def test_a_wal_that_is_emptied_in_place_is_said_and_a_stop_says_that_jobs_are_lost(
+        serve, tmp_path):
+    """As `>oqc.db-wal` does it, or a rotation of logs."""
+    server = serve()
+    server.wait(server.add())
+    os.truncate(tmp_path / "oqc.db-wal", 0)
+    for _ in range(2):
+        refused = add(server, {"job": "X(90)", "mode": "echo"})
+        assert refused.status == 503 and GONE in refused.detail
+        assert server.request("GET", "/health/").status == 503
+    assert server.stop() == 0
+    assert "at this stop the jobs accepted last were not saved" in server.log
+    assert "the jobs accepted last were in it" in refusal(tmp_path)
+    assert command(tmp_path, "restore", "oqc.db")[0] == 0
+    server = serve()
+    assert ids(server) == [] and server.add()["id"] == 1
 
 
 @pytest.mark.parametrize("harm", [remove_wal, empty_wal])
