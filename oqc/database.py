@@ -438,6 +438,9 @@ def open_writer(path: str) -> sqlite3.Connection:
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("PRAGMA foreign_keys = 1")
     writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
+    # Debian's SQLite would write zeros over all that is deleted, through the WAL: a prune of long
+    # jobs would need as much room on the disk as it frees.
+    writer.execute("PRAGMA secure_delete = FAST")
     # makes the WAL, which has to be there after a kill from here on
     writer.execute("SELECT 1 FROM jobs LIMIT 1")
     return writer

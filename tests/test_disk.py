@@ -221,6 +221,19 @@ def test_a_full_disk_refuses_jobs_with_507_loses_no_status_and_recovers_by_itsel
         in_trouble(gated(environment=rigged), gate, full.touch, full.unlink, answer)
 
 
+@pytest.mark.slow
+def test_a_prune_of_long_jobs_needs_little_of_the_room_that_it_frees(serve, tmp_path):
+    """Also where SQLite is built to write zeros over all that is deleted, as Debian's is."""
+    server = serve()
+    long = {"job": ", ".join(["X(90)"] * 70_000), "mode": "echo"}
+    for _ in range(20):
+        assert add(server, [long] * 5).status == 201
+    before = (tmp_path / "oqc.db-wal").stat().st_size
+    pruned = server.request("DELETE", "/jobs/list/?older-than=0s")
+    assert pruned.json == {"deleted": 100} and (tmp_path / "oqc.db").stat().st_size < 1 << 20
+    assert (tmp_path / "oqc.db-wal").stat().st_size - before < 8 << 20
+
+
 def test_a_database_that_may_grow_no_more_is_a_full_disk(serve, rigged, tmp_path):
     server = serve(environment=rigged)
     first = server.wait(server.add())
