@@ -182,7 +182,8 @@ class _Running:
             raise StartError(f"too many slots: {error.strerror}; each takes two descriptors "
                              "(ulimit -n), and more while a job runs in it") from None
         except RuntimeError as error:
-            raise StartError(f"too many slots: {error}; each takes a thread (ulimit -u)") from None
+            raise StartError(f"too many slots: {error}; each takes a thread (ulimit -u), and "
+                             "memory for it (ulimit -v)") from None
         _log_startup(self.settings, self.server.server_address)
         _warn_without_operator(self.api.keys)
         threading.Thread(target=self.server.serve_forever, name="listener", daemon=True).start()

@@ -438,6 +438,9 @@ def open_writer(path: str) -> sqlite3.Connection:
     writer.execute("PRAGMA synchronous = FULL")
     writer.execute("PRAGMA foreign_keys = 1")
     writer.execute(f"PRAGMA journal_size_limit = {WAL_KEPT}")
+    # Debian's SQLite would write zeros over all that is deleted, through the WAL: a prune of long
+    # jobs would need as much room on the disk as it frees.
+    writer.execute("PRAGMA secure_delete = FAST")
     # makes the WAL, which has to be there after a kill from here on
     writer.execute("SELECT 1 FROM jobs LIMIT 1")
     return writer
@@ -536,8 +539,8 @@ class Watch:
         for name, inode in self.opened.items():
             if _inode(name) != inode:
                 return StoreError(
-                    f"{name}: was moved, replaced or deleted while the server uses it; put it "
-                    "back, or stop the server, which then saves what it can")
+                    f"{name}: was moved, replaced, emptied or deleted while the server uses it; put "
+                    "it back, or stop the server, which then saves what it can")
         if self.is_overwritten():
             return StoreError(f"{self.path}: was overwritten while the server uses it; stop the "
                               "server and restore a backup")
@@ -553,10 +556,13 @@ class Watch:
 
 
 def _inode(path: str) -> Tuple[int, int]:
-    """Return what tells a file from all others, whatever its name; (0, 0) where there is none."""
+    """Return what tells a file from all others, whatever its name; (0, 0) where there is none, or
+    an empty one, which none of a server's is."""
     try:
         stat = os.stat(path)
     except OSError:
+        return 0, 0
+    if not stat.st_size:
         return 0, 0
     return stat.st_dev, stat.st_ino
 

@@ -38,10 +38,12 @@ KEEPER_EVERY = 5.0                  # seconds between looks at the keeper while 
 LEFT_OVER_WAIT = 4.0                # seconds that a killed server's keeper has to end its processes
 POLL_EVERY = 0.05                   # seconds between looks at a process that no descriptor watches
 EXEC_LOOKS = 100                    # at a process in execve(2), a millisecond apart
-WITHOUT_MEMORY = 0x00200000 | 0x4   # PF_KTHREAD, PF_EXITING
+EXIT_WAIT = 0.5                     # seconds that a process in _exit(2) is waited for
+EXITING = 0x4                       # PF_EXITING, of the kernel's flags of a process
+WITHOUT_MEMORY = 0x00200000 | EXITING   # PF_KTHREAD
 MOST_LEADERS = 4096                 # that a keeper is told of; any more have only their mark
 IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)    # and reset in what is started
-EXITED = os.WEXITED | os.WNOHANG | os.WNOWAIT   # waitid(2): look for an end, and leave it there
+ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT   # waitid(2): look for an end, and leave it there
 PR_SET_CHILD_SUBREAPER = 36                     # prctl(2)
 
 
@@ -183,7 +185,7 @@ class Instance:                     # pylint: disable=too-many-instance-attribut
             for pid in orphans:
                 if pid in self._strangers or session_of(pid) in sessions:
                     continue
-                if not mark_of(pid) and _may_signal(pid):
+                if not mark_of(pid) and _may_signal(pid) and not _is_exiting(pid):
                     self._strangers.add(pid)
                     strangers.append(pid)
         for pid in strangers:
@@ -374,8 +376,25 @@ class Tree:
             INSTANCE.leave(self, self._place)
 
     def _strays(self) -> List[int]:
-        """Return orphans of this tree that go on."""
+        """Return orphans of this tree that go on.
+
+        One that is just ending bears no mark any more, and what it has started becomes our child
+        when it has: so it is waited for, and looked again.
+        """
+        deadline = self._clock.monotonic() + EXIT_WAIT
         orphans = INSTANCE.orphans()
+        strays = self._own_of(orphans)
+        while not strays and self._clock.monotonic() < deadline:
+            exiting = list(filter(_is_exiting, orphans))
+            if not exiting:
+                break
+            wait_for_ends(exiting, deadline, self._clock)
+            orphans = INSTANCE.orphans()
+            strays = self._own_of(orphans)
+        return strays
+
+    def _own_of(self, orphans: Sequence[int]) -> List[int]:
+        """Return those of these orphans that are of this tree."""
         if not orphans:
             return []
         untouchable = INSTANCE.untouchable(orphans, self)
@@ -410,18 +429,26 @@ def reset_signals() -> None:
 
 def mark_of(pid: int) -> str:
     """Return the mark of a process; nothing if it has none, has ended, or may not be looked at."""
-    environment = b""
+    environment = _environment(pid)
     for _ in range(EXEC_LOOKS):
-        try:
-            with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
-                environment = file.read()
-        except OSError:
-            return ""
-        if environment or not _is_in_exec(pid):
+        if environment:
+            break
+        was_in_exec = _is_in_exec(pid)
+        environment = _environment(pid)     # of what it may have become meanwhile
+        if not was_in_exec:
             break
         select.poll().poll(1)
     mark = MARK_IN_ENVIRON.search(environment)
     return os.fsdecode(mark[1]) if mark else ""
+
+
+def _environment(pid: int) -> bytes:
+    """Return the environment of a process; nothing if it has none, or may not be looked at."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _is_in_exec(pid: int) -> bool:
@@ -439,6 +466,12 @@ def stat_of(pid: int) -> List[bytes]:
             return file.read().rpartition(b") ")[2].split()
     except OSError:
         return []
+
+
+def _is_exiting(pid: int) -> bool:
+    """Return whether a process is in _exit(2), or was."""
+    fields = stat_of(pid)
+    return len(fields) < 7 or bool(int(fields[6]) & EXITING)
 
 
 def _began(pid: int) -> int:
@@ -474,7 +507,7 @@ def all_processes() -> List[int]:
 def has_ended(pid: int) -> bool:
     """Return whether a child has ended; also one that is reaped."""
     try:
-        return os.waitid(os.P_PID, pid, EXITED) is not None
+        return os.waitid(os.P_PID, pid, ENDED) is not None
     except ChildProcessError:
         return True
 

@@ -221,6 +221,19 @@ def test_a_full_disk_refuses_jobs_with_507_loses_no_status_and_recovers_by_itsel
         in_trouble(gated(environment=rigged), gate, full.touch, full.unlink, answer)
 
 
+@pytest.mark.slow
+def test_a_prune_of_long_jobs_needs_little_of_the_room_that_it_frees(serve, tmp_path):
+    """Also where SQLite is built to write zeros over all that is deleted, as Debian's is."""
+    server = serve()
+    long = {"job": ", ".join(["X(90)"] * 70_000), "mode": "echo"}
+    for _ in range(20):
+        assert add(server, [long] * 5).status == 201
+    before = (tmp_path / "oqc.db-wal").stat().st_size
+    pruned = server.request("DELETE", "/jobs/list/?older-than=0s")
+    assert pruned.json == {"deleted": 100} and (tmp_path / "oqc.db").stat().st_size < 1 << 20
+    assert (tmp_path / "oqc.db-wal").stat().st_size - before < 8 << 20
+
+
 def test_a_database_that_may_grow_no_more_is_a_full_disk(serve, rigged, tmp_path):
     server = serve(environment=rigged)
     first = server.wait(server.add())
@@ -329,7 +342,7 @@ def test_a_database_that_was_moved_away_refuses_jobs_with_503_until_it_is_back(
         file.rename(elsewhere)
         if replaced:
             shutil.copy(elsewhere, file)
-    said = "was moved, replaced or deleted while the server uses it"
+    said = "was moved, replaced, emptied or deleted while the server uses it"
     in_trouble(gated(), gate, move, lambda: elsewhere.rename(file), (503, said, said))
 
 
@@ -564,7 +577,7 @@ def copy_a_backup_over(folder):
     shutil.copy(folder / "backup.db", folder / "oqc.db")
 
 
-GONE = "-wal: was moved, replaced or deleted while the server uses it"
+GONE = "-wal: was moved, replaced, emptied or deleted while the server uses it"
 
 
 @pytest.mark.parametrize("harm, says", [
@@ -586,6 +599,24 @@ def test_a_wal_or_index_that_is_gone_is_said_no_job_is_taken_and_a_stop_saves_wh
     server = serve()
     assert [server.get(job) for job in jobs] == jobs
     assert not list(check(str(tmp_path / "oqc.db")))
+
+
+def test_a_wal_that_is_emptied_in_place_is_said_and_a_stop_says_that_jobs_are_lost(
+        serve, tmp_path):
+    """As `>oqc.db-wal` does it, or a rotation of logs."""
+    server = serve()
+    server.wait(server.add())
+    os.truncate(tmp_path / "oqc.db-wal", 0)
+    for _ in range(2):
+        refused = add(server, {"job": "X(90)", "mode": "echo"})
+        assert refused.status == 503 and GONE in refused.detail
+        assert server.request("GET", "/health/").status == 503
+    assert server.stop() == 0
+    assert "at this stop the jobs accepted last were not saved" in server.log
+    assert "the jobs accepted last were in it" in refusal(tmp_path)
+    assert command(tmp_path, "restore", "oqc.db")[0] == 0
+    server = serve()
+    assert ids(server) == [] and server.add()["id"] == 1
 
 
 @pytest.mark.parametrize("harm", [remove_wal, empty_wal])

@@ -107,6 +107,32 @@ def test_children_that_leave_their_session_end_with_their_attempt(
     assert server.children() == []
 
 
+LEAVES = """
+import os
+memory = b"x" * (200 << 20)             # which it takes the kernel a while to free
+if not os.fork():
+    os.setsid()
+    os.execvp("sleep", ["sleep", "300"])
+with open("up", "w", encoding="ascii") as up:
+    up.write("up")
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_process_started_that_is_just_ending_itself_ends_with_the_attempt_too(
+        lab, script, tmp_path):
+    """Such a one bears no mark any more, and what it started is nobody's orphan yet."""
+    os.mkfifo(tmp_path / "up")
+    command = script(f"setsid {sys.executable} -c '{LEAVES}' >/dev/null 2>&1 &\nread -r line <up\n"
+                     "exit 0")
+    server = lab("--runtime", f"qpu={command}")
+    for _ in range(5):
+        assert server.wait(server.add(mode="verbatim"))["status"] == "Success"
+        assert bearers(f"LAB={tmp_path}") == []
+    assert "does not bear the server's mark" not in server.log
+
+
 @pytest.mark.parametrize("protocol", ["exec", "lines"])
 @pytest.mark.parametrize("how", ["cancel", "stop", "crash"])
 def test_children_that_leave_their_session_end_at_a_cancel_a_stop_and_a_crash(

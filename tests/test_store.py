@@ -819,8 +819,8 @@ def test_what_could_not_be_undone_is_undone_before_the_next_write(store, writer,
 
 def test_a_database_that_was_moved_away_is_said_before_anything_is_written(store, tmp_path):
     (tmp_path / "oqc.db").rename(tmp_path / "elsewhere")
-    assert "was moved, replaced or deleted" in store.unusable()
-    with pytest.raises(StoreError, match="was moved, replaced or deleted"):
+    assert "was moved, replaced, emptied or deleted" in store.unusable()
+    with pytest.raises(StoreError, match="was moved, replaced, emptied or deleted"):
         store.pauses()
     assert not (tmp_path / "oqc.db").exists(), "or a reader would make another"
     (tmp_path / "elsewhere").rename(tmp_path / "oqc.db")
@@ -1186,7 +1186,7 @@ def test_no_reader_is_opened_beside_a_wal_that_is_gone(tmp_path, opened, connect
     store.add([ECHO], "alice")
     wal = tmp_path / "oqc.db-wal"
     wal.rename(tmp_path / "elsewhere")
-    with pytest.raises(StoreError, match="oqc.db-wal: was moved, replaced or deleted"):
+    with pytest.raises(StoreError, match="oqc.db-wal: was moved, replaced, emptied or deleted"):
         store.get(1)
     assert not connections.readers and not wal.exists()
     (tmp_path / "elsewhere").rename(wal)
