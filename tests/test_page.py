@@ -847,7 +847,7 @@ def test_long_results_do_not_cost_what_they_weigh(serve, visit, tmp_path):
     program = tmp_path / "waves"
     program.write_text(f"""#!{sys.executable}
 import json
-print(json.dumps({{"wave": "w" * 500_000, "counts": {{"0": 400, "1": 600}}}}))
+print(json.dumps({{"wave": "w" * 50_000, "counts": {{"0": 400, "1": 600}}}}))
 """, encoding="utf-8")
     program.chmod(0o755)
     server = serve("--runtime", f"qpu={program}")
