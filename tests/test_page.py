@@ -787,6 +787,8 @@ def test_nothing_hides_in_foreign_text(serve, visit, tmp_path):
         assert shown in tab.text(place), place
     tab.look(320, "light")
     assert tab.ask("document.documentElement.scrollWidth") <= 320
+    assert tab.ask("[...document.querySelectorAll('#jobs small')]"
+                   ".filter(one => one.scrollWidth > one.clientWidth).length") == 0
 
 
 def test_a_long_output_is_shown_in_part_and_saved_whole(serve, visit, tmp_path):
