@@ -485,6 +485,9 @@ def test_the_key_is_kept_in_the_tab_and_nowhere_else(lab, visit, browser):
     tab.until("$('said').textContent === 'The key is forgotten.'")
     assert tab.ask("[sessionStorage.length, $('main').hidden, key]") == [0, True, ""]
     assert tab.ask("location.hash") == ""
+    seen = len(browser.events)
+    tab.ask("new Promise(done => { addEventListener('popstate', done); history.back() })")
+    assert tab.asked(seen) == [] and tab.text("#said") == "The key is forgotten."
     for gone in ("secret-tag", "X(77)"):
         assert gone not in tab.ask("document.body.textContent.split('use strict')[0]")
 
@@ -906,6 +909,10 @@ def test_what_a_role_may_not_do_is_not_offered(shared, visit, key, who, offers, 
     tab.ask("plot('rabi-7')")
     tab.until("!$('plot').hidden")
     assert tab.ask("$('cancel-rest').checkVisibility()") is bool(cancels)
+    if key == "bob-key":                        # what has not ended is eve's
+        tab.ask("""tellSweep(plotted, [...plotted.records.values()].map(
+          job => job.id === 1 ? {...job, end_time: 'now'} : job))""")
+        assert not tab.ask("$('cancel-rest').checkVisibility()")
 
 
 def test_a_refusal_is_said_all_the_same(shared, visit):
@@ -1108,7 +1115,7 @@ def test_a_physicist_sees_the_curve_of_a_sweep(serve, visit):
     heights = [float(dot.split(",")[1].split("h")[0]) for dot in dots]
     assert heights == pytest.approx([260 - 250 * job["p1"] for job in jobs_there], abs=0.06)
     tab.ask("$('chart').focus()")
-    tab.press("ArrowRight")
+    assert tab.text("#c-value").startswith("a 0: P(1) ")
     tab.press("ArrowRight")
     assert tab.text("#c-value").startswith("a 30: P(1) ") and "(job 2)" in tab.text("#c-value")
     assert tab.ask("[...$('against').options].map(option => option.value)") == [
@@ -1159,6 +1166,19 @@ def test_a_plot_begins_with_what_varies_and_follows_jobs_that_are_added(serve, v
     assert tab.ask("$('against').value") == "b"
 
 
+def test_a_plot_against_small_numbers_says_them(serve, visit):
+    server = serve()
+    server.request("POST", "/jobs/add/?wait=30", [
+        {"job": "X(90)", "mode": "echo", "tag": "t1", "note": {"delay": delay}}
+        for delay in (2.5e-7, 1e-9)])
+    tab = visit(server, at="#plot=t1")
+    tab.until("!$('plot').hidden")
+    assert tab.ask("[...$('points').rows].map(row => row.cells[1].textContent)") == [
+        "1e-9", "2.5e-7"]
+    tab.ask("$('chart').focus()")
+    assert tab.text("#c-value").startswith("delay 1e-9: ")
+
+
 def test_a_plot_fills_marks_what_failed_and_the_rest_is_cancelled(serve, visit):
     server = serve()
     server.request("POST", "/runtimes/emulator/pause/")
@@ -1168,6 +1188,12 @@ def test_a_plot_fills_marks_what_failed_and_the_rest_is_cancelled(serve, visit):
     tab.until("$('progress').textContent === '0 of 3 ended, 0 failed'")
     assert tab.ask("$('against').value") == "angle of pulse 1"
     assert tab.ask("$('chart').querySelector('.ideal').getAttribute('d').split('L').length") == 3
+    tab.ask("document.querySelector('#jobs .act button').focus()")
+    for again in (False, True):                 # a held Enter asks, and does not answer
+        tab.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", windowsVirtualKeyCode=13,
+                 text="\r", autoRepeat=again)
+    assert tab.ask("$('question').open")
+    tab.call("Input.dispatchKeyEvent", type="keyDown", key="Escape", windowsVirtualKeyCode=27)
     server.request("DELETE", "/jobs/2/")
     tab.until("$('progress').textContent === '1 of 3 ended, 1 failed'")
     assert tab.ask("$('chart').querySelector('.crosses').getAttribute('d').split('m').length") == 3
