@@ -758,6 +758,33 @@ def test_a_hidden_tab_gives_its_connection_back_and_asks_now_and_then(serve, vis
         browser.wait(tab.session, "Network.requestWillBeSent", len(browser.events))
 
 
+def test_eight_windows_of_one_browser_do_not_block_each_other(serve, visit, browser):
+    """A browser has six connections to a server: with a wait in each of them a job was shown after
+    23 seconds."""
+    server = serve()
+    tab = visit(server)
+    sessions = []
+    for _ in range(7):
+        target = browser.call("Target.createTarget", url="about:blank", newWindow=True,
+                              browserContextId=tab.context)["targetId"]
+        session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        browser.call("Page.enable", session)
+        browser.call("Network.enable", session)
+        key = f"sessionStorage.setItem('key', {json.dumps(KEY)})"
+        browser.call("Page.addScriptToEvaluateOnNewDocument", session, source=key)
+        seen = len(browser.events)
+        browser.call("Page.navigate", session, url=tab.url)
+        browser.wait(session, "Page.loadEventFired", seen)
+        sessions.append(session)
+    for session in sessions:                    # until each of them waits, or has found no room
+        tab.session = session
+        while sum(path.startswith("/status/") for _, path in tab.asked()) < 2:
+            browser.wait(tab.session, "Network.requestWillBeSent", len(browser.events))
+    tab.until("document.querySelector('#runtimes tr')")
+    tab.ask("$('run').click()")
+    tab.until("$('story').textContent.includes('Success') && !$('counts').hidden")
+
+
 def test_a_shown_job_costs_no_second_wait(serve, visit, browser):
     server = serve()
     server.request("POST", "/runtimes/emulator/pause/", {"reason": "cable"})
