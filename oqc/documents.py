@@ -29,8 +29,8 @@ def _policy(page: bytes) -> str:
             "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
 
-# What only those need who read the file: indentation, and comments.
-FOR_READERS = re.compile(rb"^ +(//.*\n)?|^//.*\n| {2,}//.*$", re.MULTILINE)
+# What only those need who read the file: indentation, comments, empty lines, ends of statements.
+FOR_READERS = re.compile(rb"^ +(//.*\n)?|^//.*\n| {2,}//.*$|^\n|(?<=[;{])\n", re.MULTILINE)
 
 CHEAT_SHEET = _data("cheatsheet.txt").decode()
 OPENAPI = _data("openapi.json")

@@ -226,4 +226,5 @@ class TurnQueue(queue.Queue):       # type: ignore[type-arg,unused-ignore]
     def _turn(self, runtime: _Runtime, submitter: str, priority: int) -> Tuple[int, int, str]:
         """Return what submitters are ordered by: who was served longest ago is the least."""
         served = runtime.served.get((submitter, priority), 0)
-        return served, self._seen[submitter], submitter
+        place = self._seen.get(submitter, len(self._seen))      # the first job is on its way here
+        return served, place, submitter

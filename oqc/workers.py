@@ -1000,7 +1000,7 @@ class Workers:
 
     def outlook(self, job: Queued, due_time: Optional[str]) -> Tuple[Optional[int], Optional[str]]:
         """Return (how many jobs would be started before one that waits, what it waits for); no
-        number before its `due_time`."""
+        number before its `due_time`, and until all that waited at the start are loaded."""
         with self.lock:
             its_own = [runtime for runtime in self.runtimes.values()
                        if runtime.may_run(job.mode, job.runtime)]
@@ -1014,9 +1014,13 @@ class Workers:
             return None, "the end of what a crash of the server left of its last attempt"
         if not its_own:
             return None, f"{job.runtime}, which is not configured for this mode"
-        ahead = min(self._queue.ahead(job, runtime.spec.name) for runtime in its_own)
+        ahead = None
+        if not self._loading:
+            ahead = min(self._queue.ahead(job, runtime.spec.name) for runtime in its_own)
         if obstacle:
             return ahead, obstacle
+        if ahead is None:
+            return None, "those that waited at the start to be loaded"
         if ahead == 1:
             return ahead, "1 job is before it"
         if ahead:

@@ -485,6 +485,9 @@ def test_the_key_is_kept_in_the_tab_and_nowhere_else(lab, visit, browser):
     tab.until("$('said').textContent === 'The key is forgotten.'")
     assert tab.ask("[sessionStorage.length, $('main').hidden, key]") == [0, True, ""]
     assert tab.ask("location.hash") == ""
+    seen = len(browser.events)
+    tab.ask("new Promise(done => { addEventListener('popstate', done); history.back() })")
+    assert tab.asked(seen) == [] and tab.text("#said") == "The key is forgotten."
     for gone in ("secret-tag", "X(77)"):
         assert gone not in tab.ask("document.body.textContent.split('use strict')[0]")
 
@@ -755,6 +758,33 @@ def test_a_hidden_tab_gives_its_connection_back_and_asks_now_and_then(serve, vis
         browser.wait(tab.session, "Network.requestWillBeSent", len(browser.events))
 
 
+def test_eight_windows_of_one_browser_do_not_block_each_other(serve, visit, browser):
+    """A browser has six connections to a server: with a wait in each of them a job was shown after
+    23 seconds."""
+    server = serve()
+    tab = visit(server)
+    sessions = []
+    for _ in range(7):
+        target = browser.call("Target.createTarget", url="about:blank", newWindow=True,
+                              browserContextId=tab.context)["targetId"]
+        session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        browser.call("Page.enable", session)
+        browser.call("Network.enable", session)
+        key = f"sessionStorage.setItem('key', {json.dumps(KEY)})"
+        browser.call("Page.addScriptToEvaluateOnNewDocument", session, source=key)
+        seen = len(browser.events)
+        browser.call("Page.navigate", session, url=tab.url)
+        browser.wait(session, "Page.loadEventFired", seen)
+        sessions.append(session)
+    for session in sessions:                    # until each of them waits, or has found no room
+        tab.session = session
+        while sum(path.startswith("/status/") for _, path in tab.asked()) < 2:
+            browser.wait(tab.session, "Network.requestWillBeSent", len(browser.events))
+    tab.until("document.querySelector('#runtimes tr')")
+    tab.ask("$('run').click()")
+    tab.until("$('story').textContent.includes('Success') && !$('counts').hidden")
+
+
 def test_a_shown_job_costs_no_second_wait(serve, visit, browser):
     server = serve()
     server.request("POST", "/runtimes/emulator/pause/", {"reason": "cable"})
@@ -787,6 +817,8 @@ def test_nothing_hides_in_foreign_text(serve, visit, tmp_path):
         assert shown in tab.text(place), place
     tab.look(320, "light")
     assert tab.ask("document.documentElement.scrollWidth") <= 320
+    assert tab.ask("[...document.querySelectorAll('#jobs small')]"
+                   ".filter(one => one.scrollWidth > one.clientWidth).length") == 0
 
 
 def test_a_long_output_is_shown_in_part_and_saved_whole(serve, visit, tmp_path):
@@ -847,7 +879,7 @@ def test_long_results_do_not_cost_what_they_weigh(serve, visit, tmp_path):
     program = tmp_path / "waves"
     program.write_text(f"""#!{sys.executable}
 import json
-print(json.dumps({{"wave": "w" * 500_000, "counts": {{"0": 400, "1": 600}}}}))
+print(json.dumps({{"wave": "w" * 50_000, "counts": {{"0": 400, "1": 600}}}}))
 """, encoding="utf-8")
     program.chmod(0o755)
     server = serve("--runtime", f"qpu={program}")
@@ -903,6 +935,10 @@ def test_what_a_role_may_not_do_is_not_offered(shared, visit, key, who, offers, 
     tab.ask("plot('rabi-7')")
     tab.until("!$('plot').hidden")
     assert tab.ask("$('cancel-rest').checkVisibility()") is bool(cancels)
+    if key == "bob-key":                        # what has not ended is eve's
+        tab.ask("""tellSweep(plotted, [...plotted.records.values()].map(
+          job => job.id === 1 ? {...job, end_time: 'now'} : job))""")
+        assert not tab.ask("$('cancel-rest').checkVisibility()")
 
 
 def test_a_refusal_is_said_all_the_same(shared, visit):
@@ -1105,7 +1141,7 @@ def test_a_physicist_sees_the_curve_of_a_sweep(serve, visit):
     heights = [float(dot.split(",")[1].split("h")[0]) for dot in dots]
     assert heights == pytest.approx([260 - 250 * job["p1"] for job in jobs_there], abs=0.06)
     tab.ask("$('chart').focus()")
-    tab.press("ArrowRight")
+    assert tab.text("#c-value").startswith("a 0: P(1) ")
     tab.press("ArrowRight")
     assert tab.text("#c-value").startswith("a 30: P(1) ") and "(job 2)" in tab.text("#c-value")
     assert tab.ask("[...$('against').options].map(option => option.value)") == [
@@ -1156,6 +1192,19 @@ def test_a_plot_begins_with_what_varies_and_follows_jobs_that_are_added(serve, v
     assert tab.ask("$('against').value") == "b"
 
 
+def test_a_plot_against_small_numbers_says_them(serve, visit):
+    server = serve()
+    server.request("POST", "/jobs/add/?wait=30", [
+        {"job": "X(90)", "mode": "echo", "tag": "t1", "note": {"delay": delay}}
+        for delay in (2.5e-7, 1e-9)])
+    tab = visit(server, at="#plot=t1")
+    tab.until("!$('plot').hidden")
+    assert tab.ask("[...$('points').rows].map(row => row.cells[1].textContent)") == [
+        "1e-9", "2.5e-7"]
+    tab.ask("$('chart').focus()")
+    assert tab.text("#c-value").startswith("delay 1e-9: ")
+
+
 def test_a_plot_fills_marks_what_failed_and_the_rest_is_cancelled(serve, visit):
     server = serve()
     server.request("POST", "/runtimes/emulator/pause/")
@@ -1165,6 +1214,12 @@ def test_a_plot_fills_marks_what_failed_and_the_rest_is_cancelled(serve, visit):
     tab.until("$('progress').textContent === '0 of 3 ended, 0 failed'")
     assert tab.ask("$('against').value") == "angle of pulse 1"
     assert tab.ask("$('chart').querySelector('.ideal').getAttribute('d').split('L').length") == 3
+    tab.ask("document.querySelector('#jobs .act button').focus()")
+    for again in (False, True):                 # a held Enter asks, and does not answer
+        tab.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", windowsVirtualKeyCode=13,
+                 text="\r", autoRepeat=again)
+    assert tab.ask("$('question').open")
+    tab.call("Input.dispatchKeyEvent", type="keyDown", key="Escape", windowsVirtualKeyCode=27)
     server.request("DELETE", "/jobs/2/")
     tab.until("$('progress').textContent === '1 of 3 ended, 1 failed'")
     assert tab.ask("$('chart').querySelector('.crosses').getAttribute('d').split('m').length") == 3

@@ -112,6 +112,14 @@ def test_ahead_is_how_many_a_runtime_takes_before_a_job(seed):
     assert order and [told[number] for number in order] == list(range(len(order)))
 
 
+def test_ahead_of_the_first_job_of_somebody_which_is_on_its_way_to_the_queue():
+    """An add is stored first, and can be asked for from then on."""
+    turns = TurnQueue(RUNTIMES)
+    turns.put(Queued(1, "verbatim", 0, "p", None))
+    turns.put(Queued(2, "verbatim", 0, "p", None))
+    assert turns.ahead(Queued(3, "verbatim", 0, "newcomer", None), "b") == 1
+
+
 def test_with_one_submitter_the_oldest_job_is_next():
     turns = TurnQueue(RUNTIMES)
     for number in (1, 2, 4, 3):

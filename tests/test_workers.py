@@ -427,7 +427,6 @@ def test_a_stop_does_not_wait_for_all_that_wait_to_be_loaded(lab):
     go.set()
     stopping.join(20)
     assert not stopping.is_alive()
-    lab.workers = None
 
 
 def test_a_job_that_waits_for_its_next_attempt_says_so_and_holds_no_runtime(still):
@@ -476,6 +475,27 @@ def test_a_job_that_is_given_back_says_what_keeps_its_runtime_from_starting(stil
     assert details.attempts == [], "none ran"
     assert still.workers.outlook(Queued(first[-1], "verbatim", 0, "test"), details.due_time) == (
         None, f"tried again at {details.due_time}: qpu cannot be started: not found")
+
+
+def test_until_all_that_wait_are_loaded_nobody_knows_how_many_are_before_a_job(lab):
+    lab.runtime()
+    numbers = lab.add(count=2)
+    gate = threading.Event()
+    store = lab.store
+
+    def waiting():
+        gate.wait(10)
+        yield from store.waiting()
+
+    lab.start(waiting=waiting)
+    lab.workers.pause("qpu", "cable")
+    job = Queued(numbers[1], "verbatim", 0, "test")
+    assert lab.workers.outlook(job, None) == (None, "qpu is paused: cable")
+    lab.workers.resume("qpu")
+    assert lab.workers.outlook(job, None) == (None, "those that waited at the start to be loaded")
+    lab.workers.pause("qpu", "cable")
+    gate.set()
+    until(lambda: lab.workers.outlook(job, None) == (1, "qpu is paused: cable"))
 
 
 def test_a_job_whose_attempt_a_crash_left_behind_says_so(lab):
@@ -867,7 +887,6 @@ def test_late_words_that_cannot_be_stored_now_are_stored_later_and_at_a_stop_too
     assert "waiting for the database: no room on the disk" in caplog.text
     qpu.slots[0].late.append(late)      # nobody is woken
     lab.workers.stop()
-    lab.workers = None
     assert kept == [late] * 2
 
 
@@ -977,7 +996,6 @@ def told(job):
 
 def test_jobs_that_waited_run_in_order_after_a_restart(lab):
     qpu = lab.runtime()
-    lab.workers = None
     numbers = lab.add(count=5)
     lab.stop()
     lab.open()
