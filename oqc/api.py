@@ -551,11 +551,15 @@ class Api:                          # pylint: disable=too-many-public-methods # 
             text = LogText()
             over: List[Attempt] = []        # that were shown to their end
             goes_on = True
-            while goes_on:
+            while True:
                 ended = self.store.get(number).end_time is not None     # first: then all is there
                 yield from self._new_log(text, number, over)
-                goes_on = (not ended and not follower.has_left()
-                           and self.waiting.for_more(number, FOLLOW_EVERY))
+                if ended or follower.has_left():
+                    return
+                if not goes_on:
+                    yield b"\n(the server is stopping; the job has not ended)\n"
+                    return
+                goes_on = self.waiting.for_more(number, FOLLOW_EVERY)
 
     def _new_log(self, text: LogText, number: int, over: List[Attempt]) -> Iterator[bytes]:
         """Yield what is new in a job's log, and add to `over` the attempts that are."""

@@ -227,6 +227,20 @@ def test_a_log_can_be_read_and_followed_while_its_job_runs(talking):
     connection.close()
 
 
+def test_a_log_that_is_followed_says_when_a_stop_of_the_server_ends_it(talking):
+    """A job that goes on after the next start would seem to have ended."""
+    server, job, _ = talking
+    connection, response = follow(server, job)
+    until(lambda: server.get(job)["start_time"])
+    head = heading(server, job)
+    assert [response.readline().decode() for _ in range(2)] == [head, "warming up\n"]
+    server.process.send_signal(signal.SIGTERM)
+    server.line("stopping")
+    server.process.send_signal(signal.SIGTERM)
+    assert response.read().endswith(b"\n(the server is stopping; the job has not ended)\n")
+    connection.close()
+
+
 def test_followers_hold_half_of_the_connections_at_most_and_a_name_half_of_those(
         serve, tmp_path, script):
     (tmp_path / "keys").write_text("a:operator-a\nb:operator-b\nc:operator-c\n", "utf-8")
