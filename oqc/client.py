@@ -168,7 +168,7 @@ class Client:                       # pylint: disable=too-many-public-methods # 
     mode, state (waiting, running, ended), runtime, tag, by (`me`: you), since and until (a UTC
     time, its beginning, or an age such as "12h"); one that is None counts as left out. Every method
     raises Failed, and subclasses of it. A request whose connection breaks off is sent again, if
-    that cannot do it twice; an iterator raises Broken then.
+    that cannot do it twice; an iterator raises Unreachable then.
     """
 
     def __init__(self, server: Optional[str] = None, key: Optional[str] = None, *,
