@@ -229,7 +229,7 @@ class Client:                       # pylint: disable=too-many-public-methods # 
         members["mode"] = mode
         added: List[Job] = []
         try:
-            for batch in _batches(_numbered(jobs, members)):
+            for batch in batches(_numbered(jobs, members)):
                 answer = self.ask("POST", "/jobs/add/", b"[" + b",".join(batch) + b"]", once=True)
                 added += _parsed(_jobs, answer)
         except Failed as error:
@@ -558,17 +558,18 @@ def _numbered(jobs: Iterable[Any], members: Dict[str, Any]) -> Iterator[bytes]:
         yield json.dumps(_members(job, members)).encode()
 
 
-def _batches(jobs: Iterable[bytes]) -> Iterator[List[bytes]]:
+def batches(jobs: Iterable[Any], size_of: Callable[[Any], int] = len) -> Iterator[List[Any]]:
     """Yield as many jobs at a time as are sent together."""
-    batch: List[bytes] = []
+    batch: List[Any] = []
     size = 0
     for job in jobs:
-        if batch and (len(batch) == BATCH or size + len(job) > BATCH_BYTES):
+        more = size_of(job)
+        if batch and (len(batch) == BATCH or size + more > BATCH_BYTES):
             yield batch
             batch = []
             size = 0
         batch.append(job)
-        size += len(job)
+        size += more
     if batch:
         yield batch
 
