@@ -10,11 +10,13 @@ commands.
 Nothing here writes to a terminal: what goes wrong is raised as Failed.
 """
 import codecs
+import collections.abc
 import contextlib
 import copy
 import functools
 import json
 import math
+import operator
 import os
 import re
 import threading
@@ -164,8 +166,9 @@ class Client:                       # pylint: disable=too-many-public-methods # 
 
     A job is meant by its id, or by a record that has one. Filters are keyword arguments: status,
     mode, state (waiting, running, ended), runtime, tag, by (`me`: you), since and until (a UTC
-    time, its beginning, or an age such as "12h"). Every method raises Failed, and subclasses of it.
-    A request whose connection breaks off is sent again, if that cannot do it twice.
+    time, its beginning, or an age such as "12h"); one that is None counts as left out. Every method
+    raises Failed, and subclasses of it. A request whose connection breaks off is sent again, if
+    that cannot do it twice; an iterator raises Unreachable then.
     """
 
     def __init__(self, server: Optional[str] = None, key: Optional[str] = None, *,
@@ -214,21 +217,21 @@ class Client:                       # pylint: disable=too-many-public-methods # 
         """Add a job and return it. `members`: shots, seed, return_code, tag, note (a dict), runtime
         and priority; one that is None counts as left out."""
         body = json.dumps(_members(job, {"mode": mode, **members})).encode()
-        return _job(self.ask("POST", "/jobs/add/", body, once=True))
+        return _parsed(_job, self.ask("POST", "/jobs/add/", body, once=True))
 
     def add_all(self, jobs: Iterable[Any], mode: Optional[str] = None, **members: Any) -> List[Job]:
         """Add jobs, each a job string or a dict of members, and return them. `members` as of `add`,
         for each that has none of its own; but the n-th job, counted from 0, gets `seed` + n.
 
         They are sent BATCH at a time, and of these all are added or none. `added` of a Failed has
-        those of the batches before.
+        those of the batches before; a place such as `[3]` in its text is counted behind those.
         """
         members["mode"] = mode
         added: List[Job] = []
         try:
-            for batch in _batches(_numbered(jobs, members)):
+            for batch in batches(_numbered(jobs, members)):
                 answer = self.ask("POST", "/jobs/add/", b"[" + b",".join(batch) + b"]", once=True)
-                added += _jobs(answer)
+                added += _parsed(_jobs, answer)
         except Failed as error:
             error.added = added
             raise
@@ -245,7 +248,8 @@ class Client:                       # pylint: disable=too-many-public-methods # 
 
     def count(self, **filters: Any) -> Counts:
         """Return how many jobs filters select, by what they do."""
-        return _counts(self.ask("GET", "/status/" + _query(filters or SINCE_EVER)))
+        query = _query(_given(filters) or SINCE_EVER)
+        return _parsed(_counts, self.ask("GET", "/status/" + query))
 
     def wait(self, jobs: Any = None, timeout: Optional[float] = None,
              progress: Optional[Callable[[Counts], Any]] = None, **filters: Any) -> Any:
@@ -256,8 +260,8 @@ class Client:                       # pylint: disable=too-many-public-methods # 
         """
         deadline = self.deadline(math.inf if timeout is None else timeout)
         if jobs is None:
-            return self._wait_for_all(filters or SINCE_EVER, deadline, progress)
-        if isinstance(jobs, int) or hasattr(jobs, "id"):
+            return self._wait_for_all(_given(filters) or SINCE_EVER, deadline, progress)
+        if hasattr(jobs, "id") or not isinstance(jobs, collections.abc.Iterable):
             return self._wait_for(_id(jobs), deadline)
         numbers = [_id(job) for job in jobs]
         ended: List[Job] = []
@@ -280,7 +284,8 @@ class Client:                       # pylint: disable=too-many-public-methods # 
         path = "/jobs/results/" + _query(filters)
         if self._accept:
             return self.stream("GET", path, accept=self._accept)
-        return map(_record, _lines(self.stream("GET", path, accept="application/x-ndjson")))
+        lines = _lines(self.stream("GET", path, accept="application/x-ndjson"))
+        return map(functools.partial(_parsed, _record), lines)
 
     def cancel(self, job: Any = None, **filters: Any) -> Any:
         """Cancel a job and return it when it has ended; or all that filters select and that have
@@ -334,11 +339,11 @@ class Client:                       # pylint: disable=too-many-public-methods # 
 
     # Requests
 
-    def _read(self, read: Callable[[bytes], Any], method: str, path: str, body: bytes = b"",
+    def _read(self, parse: Callable[[bytes], Any], method: str, path: str, body: bytes = b"",
               **options: Any) -> Any:
-        """Return the answer to a request as `read` makes it of JSON; or, see `raw`, as it comes."""
+        """Return what `parse` makes of the answer to a request; or, see `raw`, that itself."""
         if not self._accept:
-            return read(self.ask(method, path, body, **options))
+            return _parsed(parse, self.ask(method, path, body, **options))
         options["accept"] = self._accept
         if method == "GET":
             return self.stream(method, path, body, **options)
@@ -480,7 +485,8 @@ class Client:                       # pylint: disable=too-many-public-methods # 
 
     def _ended(self, number: int, seconds: int) -> Optional[Job]:
         """Return a job if it ends within so many seconds."""
-        job = _job(b"".join(self.stream("GET", f"/jobs/{number}/?wait={seconds}")))
+        answer = b"".join(self.stream("GET", f"/jobs/{number}/?wait={seconds}"))
+        job = _parsed(_job, answer)
         return job if job.end_time else None
 
     def _wait_for_all(self, filters: Dict[str, Any], deadline: float,
@@ -518,19 +524,24 @@ def _exchange(connection: HTTPConnection, method: str, path: str, body: bytes,
 # What is sent
 
 def _id(job: Any) -> int:
-    """Return the id of a job that is given as one, or as a record."""
-    return job if isinstance(job, int) else job.id
+    """Return the id of a job that is given as one, or as a record; raise TypeError."""
+    return operator.index(getattr(job, "id", job))
+
+
+def _given(members: Dict[str, Any]) -> Dict[str, Any]:
+    """Return those that are not None, which counts as left out."""
+    return {name: value for name, value in members.items() if value is not None}
 
 
 def _query(parameters: Dict[str, Any]) -> str:
-    """Return the query of a path, empty without parameters; those that are None are left out."""
-    given = {name: value for name, value in parameters.items() if value is not None}
+    """Return the query of a path, empty without parameters."""
+    given = _given(parameters)
     return "?" + urlencode(given) if given else ""
 
 
 def _members(job: Any, members: Dict[str, Any]) -> Dict[str, Any]:
     """Return the members of a job that is a job string or a dict of members, which win."""
-    given = {name: value for name, value in members.items() if value is not None}
+    given = _given(members)
     return {**given, **job} if isinstance(job, dict) else {"job": job, **given}
 
 
@@ -547,28 +558,31 @@ def _numbered(jobs: Iterable[Any], members: Dict[str, Any]) -> Iterator[bytes]:
         yield json.dumps(_members(job, members)).encode()
 
 
-def _batches(jobs: Iterable[bytes]) -> Iterator[List[bytes]]:
+def batches(jobs: Iterable[Any], size_of: Callable[[Any], int] = len) -> Iterator[List[Any]]:
     """Yield as many jobs at a time as are sent together."""
-    batch: List[bytes] = []
+    batch: List[Any] = []
     size = 0
     for job in jobs:
-        if batch and (len(batch) == BATCH or size + len(job) > BATCH_BYTES):
+        more = size_of(job)
+        if batch and (len(batch) == BATCH or size + more > BATCH_BYTES):
             yield batch
             batch = []
             size = 0
         batch.append(job)
-        size += len(job)
+        size += more
     if batch:
         yield batch
 
 
 # What is received
 
-def _decoded(answer: bytes) -> Any:
-    """Return the value in an answer; raise Failed."""
+def _parsed(parse: Callable[[bytes], Any], answer: bytes) -> Any:
+    """Return what one of the functions below makes of an answer; raise Failed."""
     try:
-        return json.loads(answer)
-    except ValueError:
+        return parse(answer)
+    except RecursionError:
+        raise Failed("the answer is nested too deeply for this Python to read") from None
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise Failed("what answers there is not oqc") from None
 
 
@@ -578,45 +592,45 @@ def _made(kind: Any, members: Any) -> Any:
 
 
 def _job(answer: bytes) -> Job:
-    return _made(Job, _decoded(answer))
+    return _made(Job, json.loads(answer))
 
 
 def _jobs(answer: bytes) -> List[Job]:
-    return [_made(Job, members) for members in _decoded(answer)]
+    return [_made(Job, members) for members in json.loads(answer)]
 
 
 def _counts(answer: bytes) -> Counts:
-    return _made(Counts, _decoded(answer)["jobs"])
+    return _made(Counts, json.loads(answer)["jobs"])
 
 
 def _record(line: bytes) -> Record:
-    return _made(Record, _decoded(line))
+    return _made(Record, json.loads(line))
 
 
 def _details(answer: bytes) -> Details:
-    members = _decoded(answer)
+    members = json.loads(answer)
     members["attempts"] = [_made(Attempt, attempt) for attempt in members["attempts"]]
     return _made(Details, members)
 
 
 def _runtime(answer: bytes) -> Runtime:
-    return _made(Runtime, _decoded(answer))
+    return _made(Runtime, json.loads(answer))
 
 
 def _runtimes(answer: bytes) -> List[Runtime]:
-    return [_made(Runtime, members) for members in _decoded(answer)]
+    return [_made(Runtime, members) for members in json.loads(answer)]
 
 
 def _status(answer: bytes) -> Status:
-    return _made(Status, _decoded(answer))
+    return _made(Status, json.loads(answer))
 
 
 def _cancelled(answer: bytes) -> int:
-    return int(_decoded(answer)["cancelled"])
+    return int(json.loads(answer)["cancelled"])
 
 
 def _deleted(answer: bytes) -> int:
-    return int(_decoded(answer)["deleted"])
+    return int(json.loads(answer)["deleted"])
 
 
 def _text(answer: bytes) -> str:

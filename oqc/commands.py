@@ -12,7 +12,7 @@ import sys
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from oqc.client import (
-    BATCH, BATCH_BYTES, JSON, LOCAL, SEEDS, Client, Counts, Failed, NotEnded)
+    JSON, LOCAL, SEEDS, Client, Counts, Failed, NotEnded, batches)
 from oqc.config import Command, decimal, whole
 from oqc.jobs import Job
 from oqc.keys import OPERATOR, USER, may
@@ -53,11 +53,6 @@ def visible(text: str, kept: str = "\t") -> str:
                    for char in text)
 
 
-def visible_lines(text: str) -> bytes:
-    """Return the same of several lines, as it is written."""
-    return visible(text, "\t\n").encode()
-
-
 def say(line: str) -> None:
     """Write a line on standard error, if it can be written."""
     progress("")
@@ -87,7 +82,9 @@ def show(pieces: Iterable[bytes], terminal: Optional[bool] = None) -> int:
         terminal = sys.stdout.isatty()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")      # a piece may cut a character
     for piece in pieces:
-        write(visible_lines(decoder.decode(piece)) if terminal else piece)
+        if terminal:
+            piece = visible(decoder.decode(piece), "\t\n").encode()
+        write(piece)
     return 0
 
 
@@ -243,7 +240,7 @@ def add(client: Client, options: argparse.Namespace) -> int:
 def add_lines(adding: Adding) -> int:
     """Add the jobs on standard input and show them, a job a line whatever the batches; return 0."""
     terminal = sys.stdout.isatty()
-    for batch in batches():
+    for batch in batches_on_input():
         added = adding.add(batch)
         if not terminal:
             show_lines(added)
@@ -254,7 +251,7 @@ def add_lines(adding: Adding) -> int:
 def add_and_wait(adding: Adding, options: argparse.Namespace) -> int:
     """Add jobs and show their results; return the first return code that is not 0."""
     deadline = adding.client.deadline(options.wait)
-    for batch in batches() if adding.many else [[(0, options.job)]]:
+    for batch in batches_on_input() if adding.many else [[(0, options.job)]]:
         adding.add(batch)
         progress(f"{len(adding.numbers)} jobs added")
     return for_each(functools.partial(adding.show_result, deadline), adding.numbers)
@@ -284,25 +281,21 @@ def job_members(options: argparse.Namespace) -> Dict[str, Any]:
     return members
 
 
-def batches() -> Iterator[List[Line]]:
-    """Yield the jobs on standard input, as many at a time as are sent together.
+def batches_on_input() -> Iterator[List[Line]]:
+    """Yield the jobs on standard input, as many at a time as are sent together; raise OSError, and
+    Failed if there is none."""
+    return batches(lines_on_input(), lambda line: len(line[1]))
 
-    Raises OSError, and Failed if there is none.
-    """
-    batch: List[Line] = []
-    size = 0
+
+def lines_on_input() -> Iterator[Line]:
+    """Yield the jobs on standard input; raise OSError, and Failed if there is none."""
+    is_empty = True
     for number, line in enumerate(open(0, "rb", closefd=False), 1):
-        if not line.strip():
-            continue
-        if batch and (len(batch) == BATCH or size + len(line) > BATCH_BYTES):
-            yield batch
-            batch = []
-            size = 0
-        batch.append((number, line.decode("utf-8", "replace").rstrip("\r\n")))
-        size += len(line)
-    if not batch:
+        if line.strip():
+            is_empty = False
+            yield number, line.decode("utf-8", "replace").rstrip("\r\n")
+    if is_empty:
         raise Failed("standard input: expected a job on each line, found none")
-    yield batch
 
 
 # The other commands
@@ -338,11 +331,6 @@ def change_runtime(method: Callable[..., Any], client: Client, options: argparse
     return show(shown(client).runtimes())
 
 
-def filters(options: argparse.Namespace) -> Dict[str, str]:
-    """Return the filters among the flags, as the server takes them."""
-    return given(options, FILTERS)
-
-
 def given(options: argparse.Namespace, names: Sequence[str]) -> Dict[str, str]:
     """Return those of these flags that are given. The server refuses one that is empty: left out,
     as of a variable that is not set, it would select more than is meant."""
@@ -353,7 +341,7 @@ def given(options: argparse.Namespace, names: Sequence[str]) -> Dict[str, str]:
 def ids_or_filters(options: argparse.Namespace) -> Dict[str, str]:
     """Return the filters of a command that takes them in place of ids, {} for ids; raise
     CommandFailed for both or neither."""
-    query = filters(options)
+    query = given(options, FILTERS)
     if bool(query) == bool(options.ids):
         raise CommandFailed("expected the ids of jobs, or flags such as --tag that say which",
                             EX_USAGE)

@@ -36,11 +36,11 @@ def numbers(result: str) -> Numbers:
     if not isinstance(value, dict):
         return NONE
     counts = value.get("counts")
-    if isinstance(counts, dict):
+    if isinstance(counts, dict) and all(map(_is_count, counts.values())):
         zeros = counts.get("0", 0)
         ones = counts.get("1", 0)
-        if _is_count(zeros) and _is_count(ones) and zeros + ones:
-            shots = zeros + ones
+        if zeros + ones:
+            shots = sum(counts.values())        # a device may read more than 0 and 1
             return Numbers(zeros, ones, ones / shots, standard_error(ones, shots))
     return Numbers(p1=_stated(value.get("probabilities")))
 

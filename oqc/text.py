@@ -150,7 +150,8 @@ def _simulation_text(result: Any) -> str:
     filled = "#" * round(p1 * BAR)
     lines = [f"{axis:8} {value:9.6f}" for axis, value in zip("xyz", result.get("bloch", ()))]
     lines.append(f"P(1)     {p1:9.6f}  {filled:.<{BAR}}")
-    lines += [f"{'count' + bit:8} {count:9d}" for bit, count in result.get("counts", {}).items()]
+    for bit, count in result.get("counts", {}).items():
+        lines.append(f"{'count' + escaped(bit, CONTROL):8} {count:9d}")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,8 @@
 """The client for Python programs: what its methods return, what they raise, and what they do when a
 connection breaks or the server is away."""
+import contextlib
 import csv
+import http.server
 import io
 import os
 import re
@@ -139,6 +141,32 @@ def test_a_log_is_read_and_followed(serve, script, tmp_path):
         assert lab.result(job) == "hello\n"
 
 
+def test_a_filter_that_is_none_counts_as_left_out(lab):
+    job = lab.wait(lab.add("X(1)", "echo"))
+    assert lab.count(tag=None).done == lab.count().done > 0
+    assert lab.wait(tag=None, by="me", timeout=60).left == 0
+    assert job.id in [record.id for record in lab.results(tag=None)]
+
+
+class Whole:
+    """A whole number of another library, such as numpy's."""
+
+    def __init__(self, number):
+        self._number = number
+
+    def __index__(self):
+        return self._number
+
+
+def test_an_id_may_be_a_whole_number_of_any_kind_and_nothing_else(lab):
+    job = lab.wait(lab.add("X(1)", "echo"))
+    number = Whole(job.id)
+    assert lab.get(number) == lab.wait(number) == lab.wait([number])[0] == job
+    for wrong in ("1", 1.0, None, [1]):
+        with pytest.raises(TypeError):
+            lab.get(wrong)
+
+
 # What they raise
 
 def test_a_refusal_has_the_status_and_the_detail(lab):
@@ -204,6 +232,43 @@ def test_a_server_that_is_away_is_reported_once_until_the_deadline():
     with pytest.raises(client.Unreachable):
         Client(url(port), report=said.append).wait(1, timeout=0.1)
     assert said == [f"http://127.0.0.1:{port}: Connection refused; trying again"]
+
+
+ANSWERS = [b"<html>\n", b"7\n", b"null\n", b"[7]\n", b'"x"\n', b'{"jobs": 5}\n', b"\xff\n",
+           b"[" * 100000 + b"\n"]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
+def test_an_answer_that_is_none_of_oqc_is_an_error_as_any_other(answer):
+    """Something else may listen at that port, which knows other JSON."""
+    class Other(http.server.BaseHTTPRequestHandler):
+        """What answers everything so."""
+
+        def do_GET(self):               # pylint: disable=invalid-name # named by http.server
+            """Answer."""
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer))
+            self.wfile.write(answer)
+
+        do_POST = do_DELETE = do_GET
+
+        def log_message(self, *_):      # pylint: disable=arguments-differ
+            """Say nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        other = Client(url(server.server_port))
+        for ask in (other.status, other.runtimes, other.list, other.count,
+                    lambda: other.get(1), lambda: other.add("X(1)", "echo"),
+                    lambda: other.add_all(["X(1)"]), lambda: other.wait(1, timeout=0),
+                    lambda: other.wait(tag="a", timeout=0), lambda: list(other.results()),
+                    lambda: other.details(1), lambda: other.rerun(1), lambda: other.pause("a"),
+                    lambda: other.cancel(tag="a"), lambda: other.prune("1d")):
+            with contextlib.suppress(client.Failed):    # an object may pass for an older server's
+                ask()
+        with pytest.raises(client.Failed, match="is not oqc|nested too deeply"):
+            other.count()
+        server.shutdown()
 
 
 # Connections that break
@@ -333,3 +398,7 @@ def test_what_the_package_offers_is_the_client_and_its_errors():
     assert issubclass(oqc.Unreachable, oqc.Failed) and issubclass(oqc.NotEnded, oqc.Failed)
     with pytest.raises(AttributeError, match="has no attribute 'Server'"):
         getattr(oqc, "Server")
+    names = {}
+    exec("from oqc import *", names)        # pylint: disable=exec-used # as a notebook does
+    assert names["Client"] is Client and names["ConfigError"] is ConfigError
+    assert "PUBLIC" not in names and {"Client", "NotEnded", "__version__"} < set(dir(oqc))

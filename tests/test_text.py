@@ -26,6 +26,11 @@ def test_half_of_a_surrogate_pair_in_a_result_is_shown_as_a_question_mark():
     assert b"\ncount?           1\np1 " in messages.text_response(shown).body
 
 
+def test_what_a_terminal_obeys_is_escaped_in_the_name_of_a_count():
+    result = '{"probabilities": [0, 1], "counts": {"\\u001b[2J\\r\\n": 1}}'
+    assert "\ncount\\x1b[2J\\x0d\\x0a         1\n" in text.result_text(result, "X(0)")
+
+
 def test_the_table_of_jobs_says_that_its_times_are_utc_above_the_column_of_times():
     row = (1, "X(90)", "echo", "Success", "echo", 0, None, "2026-11-23T17:19:05.123456Z",
            "2026-11-23T17:19:05.130000Z", "2026-11-23T17:19:05.250000Z", "ann", "rabi-7")
