@@ -167,6 +167,13 @@ INVARIANTS = (
     ("its mode is none of the three", one_of("mode", jobs.MODES)),
     ("its return code does not fit its end", "(end_time IS NULL) = (return_code IS NULL)"),
     ("its runtime does not fit its start", "(runtime IS NULL) = (start_time IS NULL)"),
+    ("a number of it is none", " AND ".join(
+        f"typeof({column}) = 'integer'"
+        for column in ("attempts", "shots", "seed", "echo_code", "coalesce(return_code, 0)"))),
+    ("a text of it is none", " AND ".join(
+        f"typeof(coalesce({column}, '')) = 'text'"
+        for column in ("job", "mode", "status", "runtime", "runtime_error", "created_time",
+                       "start_time", "end_time", "submitter"))),
 )
 
 
@@ -539,8 +546,8 @@ class Watch:
         for name, inode in self.opened.items():
             if _inode(name) != inode:
                 return StoreError(
-                    f"{name}: was moved, replaced, emptied or deleted while the server uses it; put "
-                    "it back, or stop the server, which then saves what it can")
+                    f"{name}: was moved, replaced, emptied or deleted while the server uses it; "
+                    "put it back, or stop the server, which then saves what it can")
         if self.is_overwritten():
             return StoreError(f"{self.path}: was overwritten while the server uses it; stop the "
                               "server and restore a backup")
@@ -774,7 +781,7 @@ def _wrong_texts(reader: sqlite3.Connection, version: int) -> Iterator[str]:
     for row in rows:
         if not all(map(_is_utf_8, row)):
             yield f"job {row[0]}: a text of it is no UTF-8"
-        elif not jobs.PATTERN.fullmatch(row[job_column].decode()):
+        elif not _is_job(row[job_column]):
             yield f"job {row[0]}: its job string does not fit the pattern"
     for least_version, name, statement in CHECKED_TEXTS:
         if least_version <= version:
@@ -786,6 +793,11 @@ def _wrong_texts(reader: sqlite3.Connection, version: int) -> Iterator[str]:
             except zlib.error:
                 yield f"job {number}: a log of it is damaged"
     reader.text_factory = str
+
+
+def _is_job(text: object) -> bool:
+    """Return whether this is a job string, as UTF-8."""
+    return isinstance(text, bytes) and bool(jobs.PATTERN.fullmatch(text.decode()))
 
 
 def _wrong_ones(name: str, rows: sqlite3.Cursor) -> Iterator[str]:

@@ -176,7 +176,7 @@ RESULT_PLACE = Stored._fields.index("result")
 
 def row_size(row: Sequence[Any]) -> int:
     """Return the characters of what may be long in the members of a Job or of a Stored."""
-    size = len(row[1])
+    size = len(str(row[1]))         # a number, where a row is damaged
     if len(row) > RESULT_PLACE:
         size += len(row[RESULT_PLACE] or "")
     return size

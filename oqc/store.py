@@ -200,7 +200,15 @@ DETAILS = """
     WHERE jobs.id = ? ORDER BY serial"""
 
 
-JOB_OF_ROW = operator.itemgetter(1)
+# Members of a Stored that an answer holds as they are, those of a Job; and what else is of one
+# kind, but where a row is damaged.
+PLAIN = frozenset(("job", "mode", "status", "runtime", "created_time", "start_time", "end_time",
+                   "submitter", "tag"))
+PLAIN_OF_JOB = operator.itemgetter(*(place for place, name in enumerate(Job._fields)
+                                     if name in PLAIN))
+NUMBER = frozenset((int, type(None)))
+TEXT = frozenset((str, type(None)))
+KINDS = {"return_code": NUMBER, "shots": NUMBER, "runtime_error": TEXT}
 UNQUOTABLE = re.compile(r"[^ -~]|[\"\\]")           # in a job string, which is printable ASCII
 Values = Union[Sequence[Any], Dict[str, Any]]
 Fetch = Callable[[sqlite3.Cursor], List[Any]]
@@ -301,26 +309,64 @@ def _select(columns: str, selection: Selection, state: Optional[str], place: Opt
 
 
 def _are_plain(texts: Iterable[Any]) -> bool:
-    """Return whether job strings are as JSON has them between quotes: an answer holds them so."""
+    """Return whether texts are as JSON has them between quotes: an answer holds them so."""
     try:
-        text = "".join(texts)
-    except TypeError:               # bytes, in a row that is damaged
+        text = "".join(filter(None, texts))
+    except TypeError:               # bytes or a number, in a row that is damaged
         return False
     return text.isprintable() and '"' not in text and "\\" not in text
 
 
-def _refuse_damaged_job(number: int, text: Any, note: Optional[str] = None) -> None:
-    """Raise DamagedRow if this is no job string, or no note."""
-    is_job = isinstance(text, str) and jobs.PATTERN.fullmatch(text)
-    if not is_job or (note is not None and not is_json_text(note)):
+def _are_sound(rows: Sequence[Any], members: Sequence[str]) -> bool:
+    """Return whether rows of these members of a Stored can be shown as they are."""
+    for name, values in zip(members, zip(*rows)):
+        if name in PLAIN and not _are_plain(values):
+            return False
+        if name in KINDS and not KINDS[name].issuperset(map(type, values)):
+            return False
+        if name == "note" and not all(map(_is_note, values)):
+            return False
+    return True
+
+
+def _is_note(value: Any) -> bool:
+    """Return whether this is JSON, or none."""
+    return value is None or isinstance(value, str) and is_json_text(value)
+
+
+def _refuse_damaged_row(row: Sequence[Any]) -> None:
+    """Raise DamagedRow if the members of a Job cannot be shown as they are."""
+    is_sound = type(row[5]) in NUMBER and type(row[6]) in TEXT
+    if not is_sound or not _are_plain(PLAIN_OF_JOB(row)):
+        raise DamagedRow(ROW.format(row[0]))
+
+
+def _refuse_damaged_job(number: int, job: Sequence[Any], note: Optional[str] = None) -> None:
+    """Raise DamagedRow if these are no job string, mode and numbers of a job, or that is no
+    note."""
+    text, mode, *numbers = job
+    is_job = isinstance(text, str) and jobs.PATTERN.fullmatch(text) and mode in jobs.MODES
+    if not is_job or not all(isinstance(one, int) for one in numbers) \
+            or not _is_note(note):
         raise DamagedRow(ROW.format(number))
 
 
-def _mended(row: Tuple[Any, ...]) -> Tuple[Any, ...]:
-    """Return a row of a job whose string is damaged as it can be shown."""
-    number, job, *others = row
-    text = job if isinstance(job, str) else legible(job)
-    return (number, UNQUOTABLE.sub("\ufffd", text), *others)
+def _mended(row: Sequence[Any], members: Sequence[str]) -> Tuple[Any, ...]:
+    """Return a row that is damaged as it can be shown."""
+    return tuple(map(_legible_value, members, row))
+
+
+def _legible_value(name: str, value: Any) -> Any:
+    """Return a member as it can be shown: None for a number or a note that is none."""
+    is_sound = name not in PLAIN and type(value) in KINDS.get(name, (type(value),))
+    if name == "note":
+        is_sound = _is_note(value)
+    if value is None or is_sound:
+        return value
+    if name not in PLAIN and name != "runtime_error":
+        return None
+    text = legible(value) if isinstance(value, bytes) else str(value)
+    return UNQUOTABLE.sub("\ufffd", text)
 
 
 def _up_to_page_bytes(rows: sqlite3.Cursor) -> List[Any]:
@@ -424,10 +470,8 @@ class Store:
     def get(self, number: int) -> Job:
         """Return the job with this id; raise UnknownJob."""
         rows = self._read_job(GET, number)
-        job = Job._make(rows[0])
-        if not _are_plain((job.job,)):
-            raise DamagedRow(ROW.format(number))
-        return job
+        _refuse_damaged_row(rows[0])
+        return Job._make(rows[0])
 
     def page(self, after: Optional[int], limit: int, descending: bool = False,
              selection: Selection = Selection(),
@@ -451,9 +495,9 @@ class Store:
                                     join=join)
         rows = self._read_many(f"{statement} ORDER BY {order_by} LIMIT :limit",
                                {**values, "limit": limit}, _up_to_page_bytes)
-        if _are_plain(map(JOB_OF_ROW, rows)):
+        if _are_sound(rows, members):
             return rows
-        return [row if _are_plain(row[1:2]) else _mended(row) for row in rows]
+        return [row if _are_sound([row], members) else _mended(row, members) for row in rows]
 
     def _place(self, selection: Selection, after: int, descending: bool) -> Place:
         """Return where the page begins that follows this job."""
@@ -508,7 +552,7 @@ class Store:
         """Return a job as it would be submitted again, without its note and its priority; raise
         UnknownJob."""
         submission = Submission(*self._read_job(AGAIN, number)[0])
-        _refuse_damaged_job(number, submission.job)
+        _refuse_damaged_job(number, submission[:PLAIN_MEMBERS])
         return submission
 
     def result(self, number: int) -> Tuple[Union[str, bytes], bool]:
@@ -533,7 +577,8 @@ class Store:
             due_time = self.clock.at(due)
         details = Details(*members, due_time, attempts)
         texts = [details.note, *(attempt.device for attempt in attempts)]
-        if not all(text is None or is_json_text(text) for text in texts):
+        if any(isinstance(value, bytes) for row in rows for value in row) \
+                or not all(text is None or is_json_text(text) for text in texts):
             raise DamagedRow(ROW.format(number))
         return details
 
@@ -882,6 +927,8 @@ class Store:
                        range_of_ids).fetchall()
         if not rows:
             return None
+        for row in rows:
+            _refuse_damaged_row(row)
         return Addition([Job._make(row) for row in rows], replayed=True)
 
     def _claim(self, number: int, runtime: str) -> Optional[Task]:
@@ -890,7 +937,10 @@ class Store:
             return None
         *members, status = self._legible_row(TASK, number)
         task = Task(*members)
-        _refuse_damaged_job(number, task.job, task.note)    # nothing of it reaches a device
+        about = (task.job, task.mode, task.attempt, task.shots, task.seed, task.return_code)
+        _refuse_damaged_job(number, about, task.note)       # nothing of it reaches a device
+        if not _are_plain((task.submitter, task.tag)):
+            raise DamagedRow(ROW.format(number))
         before = "retrying" if status == jobs.RETRYING else "waiting"
         self._counted[before, task.mode] -= 1
         self._counted["running", task.mode] += 1

@@ -1169,6 +1169,9 @@ DAMAGES = {                         # what is asked for, what is done to job 2, 
             "its job string does not fit the pattern"),
     "text": ("", "UPDATE jobs SET runtime_error = CAST(x'ff' AS TEXT) WHERE id = 2",
              "a text of it is no UTF-8"),
+    "bytes": ("", "UPDATE jobs SET runtime_error = x'63ff' WHERE id = 2", "a text of it is none"),
+    "bytes of a name": ("details", "UPDATE jobs SET submitter = x'63' WHERE id = 2",
+                        "a text of it is none"),
     "text of a result": ("result", "REPLACE INTO results VALUES (2, CAST(x'ff' AS TEXT), 0)",
                          "its result is no UTF-8"),
     "JSON of a result": ("result", "REPLACE INTO results VALUES (2, '[1', 1)",
@@ -1216,6 +1219,11 @@ DAMAGED_ROWS = {                    # what is done to job 2; what of it still ha
     "submitter": (NO_TEXT.format("submitter", "submitter"), ("",)),
     "note": ("UPDATE jobs SET note = '{' WHERE id = 2", ("",)),
     "created_time": (NO_TEXT.format("created_time", "'2020'"), ()),
+    "runtime_error, as bytes": ("UPDATE jobs SET runtime_error = x'63ff' WHERE id = 2", ()),
+    "submitter, as bytes": ("UPDATE jobs SET submitter = x'63' WHERE id = 2", ("",)),
+    "note, as bytes": ("UPDATE jobs SET note = x'7b7d' WHERE id = 2", ("",)),
+    "tag, with a quote": ("UPDATE jobs SET tag = 'a\"b' WHERE id = 2", ("", "details")),
+    "shots": ("UPDATE jobs SET shots = 'many' WHERE id = 2", ("", "details")),
 }
 
 
@@ -1236,6 +1244,10 @@ def test_a_damaged_row_costs_a_listing_no_other_row(serve, tmp_path, name):
         table = server.request("GET", "/jobs/list/" + query, headers={"Accept": "text/plain"})
         assert len(table.body.splitlines()) == 1 + len(listing.json)
     assert ids(server) == [1, 2, 3]
+    assert [one["id"] for one in server.request("GET", "/jobs/results/").json] == [1, 2, 3]
+    for media_type in ("application/x-ndjson", "text/csv", "text/plain"):
+        answer = server.request("GET", "/jobs/results/", headers={"Accept": media_type})
+        assert len(answer.body.splitlines()) == 3 + (media_type != "application/x-ndjson")
     for path in ("/status/", "/status/?mode=simulation&wait=1", "/status/?tag=t",
                  "/status/?state=waiting", "/metrics/", "/health/"):
         assert server.request("GET", path).status == 200, path
