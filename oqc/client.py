@@ -38,8 +38,8 @@ MOST_WAIT = 300                     # seconds that a server waits at most for a 
 PAUSE = 0.5                         # seconds from one question to the next, at least
 RETRIED_FOR = 10.0                  # seconds in which a request is sent again that broke off
 SHOWN_EVERY = 1                     # seconds from one progress of many jobs to the next
-BATCH = 1000                        # jobs in one request
-BATCH_BYTES = 1 << 18               # and bytes of them
+BATCH = 1000                        # jobs in one request, or in its answer
+BATCH_BYTES = 1 << 18               # and bytes of those that are added together
 SEEDS = 2 ** 63                     # how many there are: 0 to 2**63 - 1
 BROKEN = (OSError, HTTPException, UnicodeError)     # what http.client raises; UnicodeError: a host
 SINCE_EVER = {"since": "1970-01"}   # a filter that selects all jobs
@@ -168,7 +168,7 @@ class Client:                       # pylint: disable=too-many-public-methods # 
     mode, state (waiting, running, ended), runtime, tag, by (`me`: you), since and until (a UTC
     time, its beginning, or an age such as "12h"); one that is None counts as left out. Every method
     raises Failed, and subclasses of it. A request whose connection breaks off is sent again, if
-    that cannot do it twice; an iterator raises Unreachable then.
+    that cannot do it twice; an iterator of `raw` or `follow` raises Unreachable then.
     """
 
     def __init__(self, server: Optional[str] = None, key: Optional[str] = None, *,
@@ -278,14 +278,27 @@ class Client:                       # pylint: disable=too-many-public-methods # 
         return self._read(_value_or_text, "GET", f"/jobs/{_id(job)}/result/")
 
     def results(self, **filters: Any) -> Iterator[Record]:
-        """Return an iterator of the jobs that filters select with their results, as they come.
+        """Return an iterator of the jobs that filters select with their results. They are asked for
+        BATCH at a time, so that neither a slow reader nor a restart of the server ends it.
         `cut`: characters of a job string at most, and a result of more than 65536 is None;
         `limit`, `after` and `order` as of `list`."""
-        path = "/jobs/results/" + _query(filters)
         if self._accept:
-            return self.stream("GET", path, accept=self._accept)
-        lines = _lines(self.stream("GET", path, accept="application/x-ndjson"))
-        return map(functools.partial(_parsed, _record), lines)
+            return self.stream("GET", "/jobs/results/" + _query(filters), accept=self._accept)
+        return self._pages(_given(filters))
+
+    def _pages(self, filters: Dict[str, Any]) -> Iterator[Record]:
+        """Yield the records that filters select; with a limit among them those of one page."""
+        query = {"limit": BATCH, **filters}
+        while True:
+            before = query.get("after")
+            path = "/jobs/results/" + _query(query)
+            answer = self.ask("GET", path, accept="application/x-ndjson")
+            for line in answer.splitlines():
+                record = _parsed(_record, line)
+                query["after"] = record.id
+                yield record
+            if query.get("after") == before or "limit" in filters:
+                return
 
     def cancel(self, job: Any = None, **filters: Any) -> Any:
         """Cancel a job and return it when it has ended; or all that filters select and that have
@@ -643,14 +656,6 @@ def _value_or_text(answer: bytes) -> Any:
         return json.loads(answer, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return _text(answer)
-
-
-def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of what comes in pieces."""
-    rest = b""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split(b"\n")
-        yield from lines
 
 
 # Settings

@@ -328,6 +328,29 @@ def test_a_question_is_asked_again_and_what_might_be_done_twice_is_not(server, l
         assert broken.value.sent and far.get(job) == job
 
 
+def test_results_are_asked_for_again_when_their_connection_breaks_off(server, lab):
+    job = lab.wait(lab.add("X(5)", "echo", tag="asked-again"))
+    with Breaking(server, 1) as breaking, Client(url(breaking.port)) as far:
+        assert [record.id for record in far.results(tag="asked-again", limit=5)] == [job.id]
+
+
+def test_a_loop_over_results_holds_no_connection_and_goes_on_after_a_restart(serve):
+    server = serve()
+    with Client(url(server.port)) as lab:
+        lab.wait(lab.add_all(["X(1)"] * (client.BATCH + 1), "echo", tag="a")[-1])
+        for order in ("asc", "desc"):
+            records = lab.results(tag="a", since="1h", order=order)
+            seen = [next(records).id]
+            if order == "asc":
+                server.process.kill()
+                server.process.wait()
+                serve("--port", server.port)
+                lab.wait(lab.add("X(1)", "echo", tag="a"))      # was not asked for yet
+            seen += [record.id for record in records]
+            assert len(seen) == len(set(seen)) == client.BATCH + 2
+            assert seen == sorted(seen, reverse=order == "desc")
+
+
 def test_a_wait_goes_on_through_a_restart_of_the_server(serve):
     server = serve()
     said = []
