@@ -212,9 +212,12 @@ class Adding:
                 self.client.ask("DELETE", f"/jobs/{number}/", seconds=CANCEL_TIMEOUT)
 
 
-def record_of(client: Client, number: int) -> Iterator[bytes]:
-    """Return a job with its result, as JSON in a line."""
-    return client.raw(NDJSON).results(after=number - 1, limit=1)
+def record_of(client: Client, number: int) -> List[bytes]:
+    """Return a job with its result, as JSON in a line; raise Failed if it is pruned."""
+    line = b"".join(client.raw(NDJSON).results(after=number - 1, limit=1))
+    if not line.startswith(b'{"id": %d,' % number):     # but that of the next job
+        raise Failed(f"no job has the id {number}")
+    return [line]
 
 
 def add(client: Client, options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import pytest
 from conftest import KEY, ROOT, until
 
 import oqc
-from oqc import client
+from oqc import client, commands
 from oqc.client import Client
 from oqc.config import ConfigError
 
@@ -139,6 +139,17 @@ def test_a_log_is_read_and_followed(serve, script, tmp_path):
         lab.wait(job)
         assert text + "".join(pieces) == lab.log(job)
         assert lab.result(job) == "hello\n"
+
+
+def test_the_record_of_a_pruned_job_is_not_that_of_the_next_one(serve):
+    with Client(url(serve().port)) as lab:
+        lab.pause("emulator")
+        pruned = lab.wait(lab.add("X(1)", "echo")).id
+        lab.add("X(2)", "verbatim")
+        assert commands.record_of(lab.raw(), pruned)[0].startswith(b'{"id": 1, "job": "X(1)"')
+        lab.prune("0s")
+        with pytest.raises(client.Failed, match="no job has the id 1"):
+            commands.record_of(lab.raw(), pruned)
 
 
 def test_a_filter_that_is_none_counts_as_left_out(lab):
