@@ -869,7 +869,7 @@ def test_a_seed_keeps_all_its_digits(serve, visit):
     })()""")
     tab.click("#keep")
     tab.until("$('said').textContent === 'job-1.json is saved.'")
-    saved = json.loads(tab.ask("window.saved"))
+    saved = json.loads(tab.until("window.saved"))
     assert saved["details"] == server.request("GET", "/jobs/1/details/").json
     assert saved["record"] == server.request("GET", "/jobs/results/").json[0]
     assert saved["record"]["result"]["seed"] == seed
@@ -879,7 +879,7 @@ def test_long_results_do_not_cost_what_they_weigh(serve, visit, tmp_path):
     program = tmp_path / "waves"
     program.write_text(f"""#!{sys.executable}
 import json
-print(json.dumps({{"wave": "w" * 50_000, "counts": {{"0": 400, "1": 600}}}}))
+print(json.dumps({{"wave": "w" * 500_000, "counts": {{"0": 400, "1": 600}}}}))
 """, encoding="utf-8")
     program.chmod(0o755)
     server = serve("--runtime", f"qpu={program}")
