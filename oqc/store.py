@@ -37,6 +37,7 @@ MEMBERS = ", ".join(Job._fields)
 GROUP = 500                         # writes in one transaction, at most
 PRUNED_AT_ONCE = 100                # jobs deleted in one transaction
 PAGES_AT_ONCE = 100                 # of the file, given back to the disk in one transaction
+GIVEN_WAY = 20                      # milliseconds between two writes of many, at most
 LARGE = 200                         # jobs; larger adds take turns, so that others wait for one
 MOST_READERS = 8                    # connections kept for the next read
 SLOW = 0.01                         # seconds of a commit for which nothing else should wait
@@ -420,6 +421,8 @@ class Store:
         self._readers: List[sqlite3.Connection] = []    # that nobody uses now
         self._line: Deque[Write] = collections.deque()  # appended to by all, emptied by the leader
         self._lead = threading.Lock()           # of the leader; over _writer and what is below
+        self._outside: Deque[None] = collections.deque()    # one for each thread that waits for it
+        self._never = threading.Event()
         self._closed = False
         self._commit_seconds = 0.0              # that the last commit took
         self._counted: Counter = collections.Counter()      # {(state, mode): change} of it so far
@@ -720,9 +723,10 @@ class Store:
             while batch == PRUNED_AT_ONCE and not is_interrupted():
                 batch = self._change(PRUNE, cutoff, PRUNED_AT_ONCE)
                 deleted += batch
+                self._give_way()
             self._change(UNUSED_DEVICES)
             while not is_interrupted() and self._write(self._give_room_back):
-                pass
+                self._give_way()
             self._shorten()
         finally:
             if deleted:
@@ -792,6 +796,7 @@ class Store:
     def cancel_together(self, numbers: Sequence[int]) -> List[Queued]:
         """End those of these jobs that wait as cancelled, in one transaction; return them."""
         cancelled: List[Queued] = self._write(self._cancel_together, numbers)
+        self._give_way()
         return cancelled
 
     def pause(self, runtime: str, reason: str, by: str = "oqc") -> str:
@@ -1062,9 +1067,19 @@ class Store:
     def _write_until_done(self, writes: Sequence[Write]) -> None:
         """Stand in line with these; take the lead if the leader before has not done them."""
         self._line.extend(writes)
+        self._outside.append(None)
         with self._lead:
+            self._outside.pop()
             while not all(write.done for write in writes):
                 self._commit_line()
+
+    def _give_way(self) -> None:
+        """Let those in who wait for the lead, if only to learn that their writes are done. A lock
+        knows no turns: who does one write after another takes it again before anybody has woken."""
+        for _ in range(GIVEN_WAY):
+            if not self._outside:
+                return
+            self._never.wait(0.001)
 
     def _commit_line(self) -> None:
         """Commit the writes that stand in line now, and note in each what came of it."""

@@ -8,7 +8,7 @@ import collections
 import heapq
 import queue
 from array import array
-from typing import Dict, List, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 from oqc.jobs import Queued
 
@@ -54,18 +54,28 @@ class Lane:
             self._head = 0
         return number
 
-    def remove(self, number: int) -> bool:
-        """Take an id out; return False if it is not in the lane."""
-        if number in self._back:
-            self._back.remove(number)
-            heapq.heapify(self._back)
-            return True
-        place = bisect.bisect_left(self._ids, number, self._head)
-        if place == len(self._ids) or self._ids[place] != number:
-            return False
-        # Moves what is younger: 0.3 ms for a million ids, nothing for the newest first.
-        del self._ids[place]
-        return True
+    def remove(self, numbers: Iterable[int]) -> Set[int]:
+        """Take ids out; return those that were in the lane.
+
+        To take one out moves all that are younger, 0.3 ms of a million: so ids that stand beside
+        each other, as those of a sweep do, go at once.
+        """
+        removed = set()
+        begin = end = len(self._ids)        # of those that are found, and not taken out yet
+        for number in sorted(numbers, reverse=True):
+            place = bisect.bisect_left(self._ids, number, self._head, begin)
+            if place < begin and self._ids[place] == number:
+                if place + 1 < begin:
+                    del self._ids[begin:end]
+                    end = place + 1
+                begin = place
+                removed.add(number)
+            elif number in self._back:
+                self._back.remove(number)
+                heapq.heapify(self._back)
+                removed.add(number)
+        del self._ids[begin:end]
+        return removed
 
     def before(self, number: int) -> int:
         """Return how many ids are older than this one."""
@@ -150,15 +160,21 @@ class TurnQueue(queue.Queue):       # type: ignore[type-arg,unused-ignore]
         with self.mutex:
             return self._take(self._runtimes[runtime])
 
-    def remove(self, job: Queued) -> bool:
-        """Take a job out; return False if it is not in the queue."""
+    def remove(self, jobs: Iterable[Queued]) -> Set[int]:
+        """Take jobs out; return the ids of those that were in the queue."""
+        alike: Dict[Queued, List[int]] = collections.defaultdict(list)
+        for job in jobs:
+            alike[job._replace(id=0)].append(job.id)
+        removed: Set[int] = set()
         with self.mutex:
-            lanes = self._lanes.get((job.submitter, job.priority), {})
-            lane = lanes.get((job.mode, job.runtime))
-            if lane is None or not lane.remove(job.id):
-                return False
-            self._counts[job.mode] -= 1
-            return True
+            for job, numbers in alike.items():
+                lanes = self._lanes.get((job.submitter, job.priority), {})
+                lane = lanes.get((job.mode, job.runtime))
+                if lane is not None:
+                    found = lane.remove(numbers)
+                    self._counts[job.mode] -= len(found)
+                    removed |= found
+        return removed
 
     def count(self, mode: str) -> int:
         """Return how many jobs of this mode are in the queue."""

@@ -33,6 +33,7 @@ DEFECT = Outcome(jobs.SOFTWARE, "internal error; the server's log has it")
 NEVER_RUN = Outcome(jobs.CANCELLED, started=False, interrupted=True)
 STORE_AGAIN = 1.0                   # seconds until a write that failed is tried again
 NO_JOB = 0                          # an id that is never given out
+REMOVED_AT_ONCE = 100               # jobs, from the queue: it is locked meanwhile
 CANCELLED_AT_ONCE = 1000            # jobs that wait, in one transaction: others write between two
 CANCEL_AGAIN = 0.01                 # seconds between two tries to cancel a job that changes hands
 HELD_AGAIN = 0.1                    # seconds between looks at what a crash has left of an attempt
@@ -918,10 +919,12 @@ class Workers:
 
     def _forget(self, cancelled: Sequence[Queued]) -> None:
         """Take jobs that were cancelled while they waited out of the queue; tell of it."""
-        for queued in cancelled:
-            if not self._queue.remove(queued):      # it is on its way there, or taken
-                with self.lock:
-                    self._cancelled.add(queued.id)
+        for start in range(0, len(cancelled), REMOVED_AT_ONCE):
+            group = cancelled[start:start + REMOVED_AT_ONCE]
+            ids = {queued.id for queued in group}
+            missing = ids - self._queue.remove(group)
+            with self.lock:
+                self._cancelled |= missing          # on their way there, or taken
         self._recent.count(None, len(cancelled))
         self.waiting.notify([queued.id for queued in cancelled])
 

@@ -40,8 +40,8 @@ FILL = """
         CASE n % 50 WHEN 7 THEN 3 ELSE 0 END,
         CASE n % 50 WHEN 7 THEN 'no signal' END,
         time, time, time, 1, 1000, n, 0,
-        CASE WHEN n > :jobs - 3 THEN 'rare' ELSE 'user-' || n % 30 END,
-        CASE WHEN n > :jobs - 3 THEN 'rare' ELSE 'sweep-' || n / 181 END
+        CASE WHEN n > :jobs - 3 THEN 'rare' ELSE 'user-' || (n % 30) END,
+        CASE WHEN n > :jobs - 3 THEN 'rare' ELSE 'sweep-' || (n / 181) END
     FROM (SELECT n, strftime('%Y-%m-%dT%H:%M:%S.000000Z', 1767225600 + n, 'unixepoch') AS time
           FROM count)"""
 RESULTS = """
@@ -49,7 +49,7 @@ RESULTS = """
 WAITING = """
     WITH RECURSIVE count(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM count WHERE n < :jobs)
     INSERT INTO jobs (job, mode, status, created_time, shots, seed, echo_code, submitter, tag)
-    SELECT 'X(90), Y(180), X(90)', 'verbatim', 'Starting', :now, 1000, n, 0, 'user-' || n % 30,
+    SELECT 'X(90), Y(180), X(90)', 'verbatim', 'Starting', :now, 1000, n, 0, 'user-' || (n % 30),
            CASE WHEN n <= :cancelled THEN 'rabi-7' END
     FROM count"""
 COUNTS = "UPDATE counts SET jobs = :jobs WHERE state = 'waiting' AND mode = 'verbatim'"
@@ -201,7 +201,7 @@ def measure(folder, jobs):
     with contextlib.ExitStack() as stack:
         servers = {}
         for name, home in (("small", small), ("large", large)):
-            servers[name] = Server(OQC, home)
+            servers[name] = Server(OQC, home, "--max-waiting", str(2 * jobs))
             stack.callback(servers[name].stop)
         before = servers["small"].memory()
         time.sleep(5)               # until all that wait are in the queue

@@ -1163,6 +1163,27 @@ def test_a_prune_lets_others_write_after_a_hundred_jobs(opened, connections):
     assert left == {250, 150, 50, 0}
 
 
+def test_who_adds_during_a_prune_is_let_in_before_a_few_more_batches(opened):
+    """The lock of the leader knows no turns: whoever released it takes it again first."""
+    store = opened(clock=Clock())
+    store.add([ECHO] * 10_000, "alice", outcomes=[GOOD] * 10_000)
+    batches = []
+    over = threading.Event()
+    slowest = []
+
+    def go_on_adding():
+        while not over.is_set():
+            before = len(batches)
+            added(store, VERBATIM)
+            slowest.append(len(batches) - before)
+    adding = threading.Thread(target=go_on_adding)
+    adding.start()
+    store.prune(-1, is_interrupted=lambda: batches.append(0))
+    over.set()
+    adding.join()
+    assert len(batches) > 90 and max(slowest) < 20
+
+
 def test_a_prune_that_is_interrupted_gives_back_no_more_pages_either(opened, connections):
     store = opened(clock=Clock())
     store.add([ECHO._replace(job="X(90), " * 100_000)], "alice", outcomes=[GOOD])
