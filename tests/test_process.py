@@ -109,7 +109,7 @@ def test_children_that_leave_their_session_end_with_their_attempt(
 
 LEAVES = """
 import os
-memory = b"x" * (200 << 20)             # which it takes the kernel a while to free
+memory = b"x" * (100 << 20)             # which it takes the kernel a while to free
 if not os.fork():
     os.setsid()
     os.execvp("sleep", ["sleep", "300"])
