@@ -422,7 +422,6 @@ class Store:
         self._line: Deque[Write] = collections.deque()  # appended to by all, emptied by the leader
         self._lead = threading.Lock()           # of the leader; over _writer and what is below
         self._outside: Deque[None] = collections.deque()    # one for each thread that waits for it
-        self._never = threading.Event()
         self._closed = False
         self._commit_seconds = 0.0              # that the last commit took
         self._counted: Counter = collections.Counter()      # {(state, mode): change} of it so far
@@ -1079,7 +1078,7 @@ class Store:
         for _ in range(GIVEN_WAY):
             if not self._outside:
                 return
-            self._never.wait(0.001)
+            threading.Event().wait(0.001)       # which nobody sets: a pause
 
     def _commit_line(self) -> None:
         """Commit the writes that stand in line now, and note in each what came of it."""

@@ -135,19 +135,20 @@ def test_each_row_gives_its_code_and_is_tried_again_where_it_says_so(
 @pytest.mark.parametrize("where, code", [("gone", 127), ("barred", 126)])
 def test_a_program_that_never_ran_costs_no_attempt_and_is_tried_again_until_it_runs(
         tmp_path, protocol, where, code):
-    server = start(tmp_path)
-    name = f"{protocol}-{where}"
-    job = server.add("Z(90)" if protocol == "lines" else "X(0)", "verbatim", runtime=name)
-    until(lambda: server.runtime(name)["state"] == "failing")
-    # One that is being tried has no code yet.
-    codes = {attempt["return_code"] for attempt in attempts(server, job)}
-    assert code in codes and codes <= {code, None}
-    assert server.get(job)["status"] == "Retrying"
-    write(tmp_path / name, {"exec": EXEC, "lines": LINES}[protocol])
-    assert server.request("POST", f"/runtimes/{name}/resume/").status == 200
-    assert server.wait(job)["status"] == "Success"
-    assert attempts(server, job)[-1]["return_code"] == 0
-    assert server.stop() == 0
+    with contextlib.ExitStack() as at_end:
+        server = start(tmp_path)
+        at_end.callback(server.stop)        # also when what follows fails
+        name = f"{protocol}-{where}"
+        job = server.add("Z(90)" if protocol == "lines" else "X(0)", "verbatim", runtime=name)
+        until(lambda: server.runtime(name)["state"] == "failing")
+        # One that is being tried has no code yet.
+        codes = {attempt["return_code"] for attempt in attempts(server, job)}
+        assert code in codes and codes <= {code, None}
+        assert server.get(job)["status"] == "Retrying"
+        write(tmp_path / name, {"exec": EXEC, "lines": LINES}[protocol])
+        assert server.request("POST", f"/runtimes/{name}/resume/").status == 200
+        assert server.wait(job)["status"] == "Success"
+        assert attempts(server, job)[-1]["return_code"] == 0
 
 
 @pytest.mark.parametrize("protocol", ["exec", "lines"])
